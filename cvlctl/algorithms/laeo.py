@@ -1,0 +1,73 @@
+"""Learning to Achieve Examples Offline (L4DC 2023): a policy from success examples, without rewards. Algorithm 1 of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from cvlctl.algorithms import actors, occupancy
+from cvlctl.losses import occupancy_q
+from cvlctl.networks import State
+from cvlctl.samplers import Data, Draws
+from cvlctl.training import Metrics
+from cvlctl.types import OccupancyBatch, Spec
+
+
+def _binary_critic() -> occupancy.Config:
+    return occupancy.Config(loss="binary_nce")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Symbols of the paper in brackets."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    critic: occupancy.Config = field(default_factory=_binary_critic)  # from scratch only; else the pretrained run's
+    mode: Literal["auto", "scratch", "continue", "frozen"] = "auto"  # auto: continue with init_from, else scratch
+    num_examples: int = 200  # success examples in each step's average; all of them where there are fewer
+    num_actions: int = 1  # policy samples a state
+    bc_coefficient: float = 0.2  # [lambda]; Q has the weight 1 - lambda
+    hidden: tuple[int, ...] = (256, 256)
+    learning_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if self.num_examples < 1 or self.num_actions < 1 or not self.hidden:
+            raise ValueError("num_examples and num_actions must be positive, and hidden not empty")
+        if not 0 <= self.bc_coefficient <= 1 or self.learning_rate <= 0:
+            raise ValueError("bc_coefficient must lie in [0, 1] and learning_rate above 0")
+
+
+def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
+    noise = (("action", (config.num_actions, batch_size, spec.action_dim)),)
+    train_critic = config.mode != "frozen"
+    return Draws(batch_size, config.critic.gamma, futures=train_critic, examples=config.num_examples, noise=noise)
+
+
+def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
+    return occupancy.init(config.critic, spec, seeds, data) | actors.init(config.hidden, spec, seeds)
+
+
+def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, Tensor]) -> tuple[State, Metrics]:
+    """Update the critic (Eq. 5, unless frozen), then the actor on Q(s,a) = mean over examples of e^f (Eq. 7, 9)."""
+    metrics: Metrics = {}
+    if config.mode != "frozen":
+        state, metrics = occupancy.step(config.critic, state, batch, noise)
+    psi = occupancy.bank_psi(config.critic, state, batch.bank_observation)
+
+    def q(observation: Tensor, action: Tensor) -> Tensor:
+        log_q = occupancy_q.log_q_examples(occupancy.phi(config.critic, state, observation, action) @ psi.mT)
+        # Q itself, not its log: what is averaged over states is a probability. A common factor keeps exp in range.
+        return (log_q - log_q.detach().amax(dim=-1, keepdim=True)).exp()
+
+    metrics |= actors.improve(
+        state, batch, noise["action"], q, boltzmann_temperature=0.0,
+        q_coefficient=1.0 - config.bc_coefficient, bc_coefficient=config.bc_coefficient,
+        learning_rate=config.learning_rate,
+    )  # fmt: skip
+    return state, metrics
+
+

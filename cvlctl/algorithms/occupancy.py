@@ -1,0 +1,118 @@
+"""The occupancy critic f(s, a, s+) = phi(s, a) . psi(s+): CVL Eq. 6, 9, 10; LAEO Eq. 5. Learned without rewards.
+
+At its optimum f = log p(s+ | s, a) / p(s+), where p(s+ | s, a) is the discounted state occupancy of the policy that collected
+the data. psi sees the final observation for the absorbing state, with no flag: arriving at a terminal state and staying there have
+the same ratio (their probabilities differ by the constant gamma / (1 - gamma) both given (s, a) and in the marginal).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cvlctl import networks
+from cvlctl.losses import contrastive
+from cvlctl.networks import State
+from cvlctl.samplers import Data, Draws, observation_statistics
+from cvlctl.training import Metrics, adam_init, adam_update, ema_update, value_and_grad
+from cvlctl.types import OccupancyBatch, Spec
+
+
+@dataclass(frozen=True)
+class Config:
+    """Symbols of the papers in brackets."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    loss: Literal["info_nce", "binary_nce"] = "info_nce"  # CVL Eq. 9, LAEO Eq. 5
+    gamma: float = 0.99  # discount
+    partition_coefficient: float = 0.01  # [lambda_Partition], info_nce only
+    penalty: Literal["log_mean", "log_sum"] = "log_mean"  # what Eq. 10 squares; log_sum is the paper's
+    features: Literal["free", "unit"] = "free"  # norms of phi and psi
+    temperature: float = 1.0  # of unit features
+    latent_dim: int = 64
+    hidden: tuple[int, ...] = (512, 512)
+    layer_norm: bool = False
+    learning_rate: float = 3e-4
+    ema_rate: float = 0.0  # [beta] of psi; above 0, readouts use the averaged psi
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma < 1:
+            raise ValueError("gamma must lie in [0, 1)")
+        if self.temperature <= 0 or self.learning_rate <= 0 or self.latent_dim < 1 or not self.hidden:
+            raise ValueError("temperature, learning_rate and latent_dim must be positive, and hidden not empty")
+        if not 0 <= self.ema_rate <= 1 or self.partition_coefficient < 0:
+            raise ValueError("ema_rate must lie in [0, 1] and partition_coefficient at or above 0")
+        if self.features == "free" and self.temperature != 1.0:
+            raise ValueError("temperature belongs to features: unit")
+
+
+def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
+    return Draws(batch_size, gamma=config.gamma, futures=True)
+
+
+def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
+    """Weights, Adam's moments and the observation normaliser, on the CPU."""
+    (observation_dim,) = spec.observation_shape
+    state = networks.critic_init(
+        seeds, observation_dim, spec.action_dim, config.hidden, config.latent_dim, config.layer_norm
+    )
+    names = list(state)
+    state |= adam_init(state, "critic", names)
+    if config.ema_rate > 0:
+        state |= {f"ema/{name}": state[name].clone() for name in names if name.startswith("psi.")}
+    mean, std = observation_statistics(data.observation)
+    return state | networks.normaliser_init(seeds, mean.cpu(), std.cpu())
+
+
+def parameter_names(state: State) -> list[str]:
+    return [name for name in state if name.startswith(("phi.", "psi."))]
+
+
+def phi(config: Config, params: State, observation: Tensor, action: Tensor) -> Tensor:
+    """(E, B, O) *normalised*, (E, B, A) -> (E, B, latent)."""
+    pair = torch.cat([observation, action], dim=-1)
+    return networks.encode(params, "phi", pair, unit=config.features == "unit", temperature=config.temperature)
+
+
+def psi(config: Config, params: State, observation: Tensor) -> Tensor:
+    """(E, B, O) *normalised* -> (E, B, latent)."""
+    return networks.encode(params, "psi", observation, unit=config.features == "unit", temperature=config.temperature)
+
+
+def bank_psi(config: Config, state: State, observation: Tensor) -> Tensor:
+    """psi for readouts, by the averaged weights where `ema_rate` is on. Observations as they are; no gradient."""
+    params = state
+    if config.ema_rate > 0:
+        params = {name.removeprefix("ema/"): value for name, value in state.items() if name.startswith("ema/psi.")}
+    return psi(config, params, networks.normalise(state, observation)).detach()
+
+
+def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, Tensor]) -> tuple[State, Metrics]:
+    """One update of phi and psi."""
+    observation = networks.normalise(state, batch.observation)
+    future_observation = networks.normalise(state, batch.future_observation)
+
+    def loss(params: State) -> tuple[Tensor, Metrics]:
+        logits = phi(config, params, observation, batch.action) @ psi(config, params, future_observation).mT
+        if config.loss == "info_nce":
+            nce = contrastive.info_nce(logits)
+            total = nce + config.partition_coefficient * contrastive.partition_penalty(logits, config.penalty)
+        else:
+            total = nce = contrastive.binary_nce(logits)
+        positive = logits.diagonal(dim1=-2, dim2=-1)
+        accuracy = (positive >= logits.amax(dim=-1)).float().mean(dim=-1)
+        log_mean_ratio = torch.logsumexp(logits.flatten(1), dim=-1) - 2 * torch.tensor(float(logits.shape[-1])).log()
+        metrics = {"critic/nce": nce.mean(dim=-1), "critic/accuracy": accuracy, "critic/log_mean_ratio": log_mean_ratio}
+        return total.mean(dim=-1).sum(), metrics
+
+    names = parameter_names(state)
+    grads, metrics = value_and_grad(loss, state, names)
+    adam_update(state, "critic", grads, config.learning_rate)
+    if config.ema_rate > 0:
+        ema_update(state, "ema", [name for name in names if name.startswith("psi.")], config.ema_rate)
+    return state, metrics

@@ -1,0 +1,36 @@
+"""Contrastive losses of the occupancy critic. Logits f are (..., B, N): row i is a state-action pair, column j a future;
+the positives are on the diagonal (N = B). Every function returns one value a row, (..., B)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def info_nce(logits: Tensor) -> Tensor:
+    """l_i = logsumexp_j f_ij - f_ii (CVL Eq. 6 and 9). At the optimum f = log p(s+|s,a)/p(s+) + c(s,a), c free."""
+    return torch.logsumexp(logits, dim=-1) - logits.diagonal(dim1=-2, dim2=-1)
+
+
+def partition_penalty(logits: Tensor, form: str = "log_mean") -> Tensor:
+    """(logsumexp_j f_ij - log N)^2, the log-mean form, or (logsumexp_j f_ij)^2, the paper's log-sum (CVL Eq. 10).
+
+    Log-mean fixes c(s,a) = 0, which makes f the log ratio; log-sum pulls f towards log ratio - log N instead.
+    """
+    partition = torch.logsumexp(logits, dim=-1)
+    if form == "log_mean":
+        partition = partition - math.log(logits.shape[-1])
+    return partition.square()
+
+
+def binary_nce(logits: Tensor) -> Tensor:
+    """l_i = softplus(-f_ii) + mean_{j != i} softplus(f_ij) (LAEO Eq. 5). At the optimum f = log p(s+|s,a)/p(s+).
+
+    Positives and negatives are averaged apart: the mean over all N^2 logits weights the negatives N - 1 times too much.
+    """
+    positive = logits.diagonal(dim1=-2, dim2=-1)
+    negatives = F.softplus(logits).sum(dim=-1) - F.softplus(positive)
+    return F.softplus(-positive) + negatives / (logits.shape[-1] - 1)

@@ -1,0 +1,130 @@
+"""The nouns that pass between modules. Frozen; the shapes are part of the type (E = members/seeds, B = batch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from cvlctl.errors import CvlctlError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a policy sees and does: observation shape, number of action dimensions (each in [-1, 1]), longest episode."""
+
+    observation_shape: tuple[int, ...]
+    action_dim: int
+    horizon: int
+    pixels: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """One episode with its final observation.
+
+    Args:
+        observations: (T+1, *observation_shape), float32 (uint8 for pixels).
+        actions: (T, A) in [-1, 1].
+        rewards: (T,) or None; `rewards[t]` is received on arriving at `observations[t+1]`.
+        successes: (T,) bool or None; likewise on arriving at `observations[t+1]`.
+        terminated: True where the environment ended the episode; False where a time limit cut it off (truncation).
+        task: name of the task, "" to take the store's.
+        collected_at: environment step of the collector at which the episode began.
+        seed: seed of the collector.
+
+    Raises:
+        CvlctlError: on an empty episode, mismatched lengths, values that are not finite, or actions outside [-1, 1].
+    """
+
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray | None = None
+    successes: np.ndarray | None = None
+    terminated: bool = False
+    task: str = ""
+    collected_at: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        observations = np.asarray(self.observations)
+        if observations.dtype != np.uint8:
+            observations = _floats("observations", observations)
+        actions = _floats("actions", self.actions)
+        if actions.ndim != 2 or len(actions) == 0:
+            raise CvlctlError(
+                f"an episode's actions have shape {actions.shape}; expected (T, A) with T >= 1",
+                "drop empty episodes; give a single action dimension as (T, 1)",
+            )
+        if observations.ndim < 2 or len(observations) != len(actions) + 1:
+            raise CvlctlError(
+                f"an episode has observations of shape {observations.shape} for {len(actions)} actions; "
+                f"expected ({len(actions) + 1}, ...)",
+                "store every episode's final observation: T actions need T+1 observations",
+            )
+        low, high = float(actions.min()), float(actions.max())
+        if low < -1.0 or high > 1.0:
+            raise CvlctlError(f"actions lie in [{low:.4g}, {high:.4g}], outside [-1, 1]", "scale the actions to [-1, 1]")
+        object.__setattr__(self, "observations", observations)
+        object.__setattr__(self, "actions", actions)
+        for name in ("rewards", "successes"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            value = np.asarray(value).astype(bool) if name == "successes" else _floats(name, value)
+            if value.shape != (len(actions),):
+                raise CvlctlError(f"an episode's {name} have shape {value.shape}; expected ({len(actions)},)")
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "terminated", bool(self.terminated))
+
+    def __len__(self) -> int:
+        """Number of transitions T."""
+        return len(self.actions)
+
+
+def _floats(name: str, value: object) -> np.ndarray:
+    try:
+        array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise CvlctlError(f"an episode's {name} are not numbers: {error}") from error
+    if not np.isfinite(array).all():
+        raise CvlctlError(f"an episode's {name} hold NaN or infinity", "remove or repair the episode")
+    return array
+
+
+class TransitionBatch(NamedTuple):
+    """Transitions for behaviour cloning and TD learners; `discount` is gamma * (1 - terminated)."""
+
+    observation: Tensor  # (E, B, O)
+    action: Tensor  # (E, B, A)
+    reward: Tensor  # (E, B)
+    discount: Tensor  # (E, B)
+    next_observation: Tensor  # (E, B, O)
+
+
+class OccupancyBatch(NamedTuple):
+    """State-action pairs with one future each, and a bank of futures with rewards (empty, (E, 0, ...), where not asked for)."""
+
+    observation: Tensor  # (E, B, O)
+    action: Tensor  # (E, B, A)
+    future_observation: Tensor  # (E, B, O), drawn from the discounted occupancy of (observation, action)
+    bank_observation: Tensor  # (E, M, O), drawn from the marginal p(s+) or from the success examples
+    bank_reward: Tensor  # (E, M)
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One evaluated episode: one row of the score file. `success` is None where the task has no notion of it."""
+
+    algorithm: str
+    task: str
+    seed: int
+    step: int
+    episode: int
+    episode_return: float
+    length: int
+    success: bool | None
