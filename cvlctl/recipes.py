@@ -1,0 +1,762 @@
+"""Recipes: YAML files with a strict schema, and errors that name file, line, key and the nearest legal name.
+
+`load(path, overrides, kind)` reads one; `resolved(recipe)` is what goes into stores, runs and checkpoints: every
+default filled in, plain JSON values. A kind is the command that eats the recipe: build-dataset, pretrain, finetune,
+evaluate, run. Relative paths are relative to the current directory. `key.sub=value` overrides win over the file. YAML
+is read as version 1.2 reads numbers (`3e-4` is one); a key given twice is an error, and a number that is not finite.
+
+**Experiments** (kind "run") chain stages and multiply them by a matrix:
+
+    out: runs/demo
+    matrix: {task: [metaworld/drawer-close-v3], algorithm: [{name: cvl, bc_coefficient: 0.1}, bc]}
+    stages:
+      data:  {command: build-dataset, task: "${task}", source: {...}, out: "${out}/${task}.zarr"}
+      train: {command: finetune, algorithm: "${algorithm}", stores: ["${out}/${task}.zarr"], ...,
+              out: "${out}/${task}/${algorithm}"}
+
+* A stage is `command` and that command's recipe; stages run in the order of the file.
+* `${key}` stands for one value of the matrix key, `${key.sub}` for a part of a value that is a mapping, `${out}` for
+  the experiment's `out`. Where it is the whole of a scalar, the value itself takes its place, mappings included; inside
+  longer text its text does (a mapping's is its `name`; `.name` of a plain value is the value).
+* A stage runs once for each combination of the matrix keys that it mentions: the one above builds its data once a task.
+  A placeholder that names no matrix key is an error, and so are two jobs with the same `out`.
+* Every job's recipe is checked before the first one starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_type_hints
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from cvlctl import envs
+from cvlctl.algorithms import ALGORITHMS, occupancy
+from cvlctl.errors import CvlctlError
+
+# --- types of single values
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("int_type", "")  # pydantic would read true as 1
+    return value
+
+
+def _own_place(path: Path) -> Path:
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise ValueError("is the current directory, or holds it: choose a place of its own")
+    return path
+
+
+def _bool_as_text(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _known_task(task: str) -> str:
+    try:
+        envs.check_task(task)
+    except CvlctlError as error:
+        raise PydanticCustomError("cvlctl", "{what}", {"what": error.what, "hint": error.hint}) from error
+    return task
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) != len(seeds):
+        raise ValueError("holds a seed twice")
+    return seeds
+
+
+Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
+Seed = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**31)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
+Rate = Annotated[float, BeforeValidator(_not_bool), Field(gt=0)]
+Noise = Annotated[float, BeforeValidator(_not_bool), Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+Out = Annotated[Path, AfterValidator(_own_place)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Threads = Literal["auto"] | Count
+Precision = Literal["auto", "float32", "medium"]
+Compile = Annotated[Literal["auto", "true", "false"], BeforeValidator(_bool_as_text)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=False)
+
+
+# --- build-dataset
+
+
+class SacSource(_Strict):
+    """Soft actor-critic; its replay buffer is the dataset. `steps` are environment steps, with one update each."""
+
+    name: Literal["sac"]
+    steps: Count
+    hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (256, 256)
+    batch_size: Annotated[Count, Field(ge=2)] = 256
+    learning_starts: Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] = 1000  # random actions until here
+    learning_rate: Rate = 3e-4
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    policy_every_steps: Count | None = None  # policy checkpoints kept along the way; None: ten of them
+
+
+class RandomSource(_Strict):
+    """Uniformly random actions."""
+
+    name: Literal["random"]
+    episodes: Count
+
+
+class ScriptedSource(_Strict):
+    """Metaworld's own experts, with Gaussian noise of standard deviation `noise` on their actions."""
+
+    name: Literal["scripted"]
+    episodes: Count
+    noise: Noise = 0.0
+
+
+class PolicySource(_Strict):
+    """Rolls out checkpoints: `episodes` of each. `seed` names the member of a run of several seeds."""
+
+    name: Literal["policy"]
+    checkpoints: Annotated[tuple[Path, ...], Field(min_length=1)]
+    episodes: Count
+    noise: Noise = 0.0
+    greedy: bool = False
+    seed: Seed = 0
+
+
+class _Computed(_Strict):
+    """How a job computes: what "auto" becomes is decided when it first starts, and kept with it."""
+
+    device: Device = "auto"
+    threads: Threads = "auto"
+    precision: Precision = "auto"
+    compile: Compile = "auto"
+    checkpoint_seconds: Rate = 30.0
+
+
+class BuildRecipe(_Computed):
+    """`cvlctl build-dataset`: a store of episodes of `task`."""
+
+    task: Annotated[str, AfterValidator(_known_task)]
+    source: Annotated[SacSource | RandomSource | ScriptedSource | PolicySource, Field(discriminator="name")]
+    out: Out
+    seed: Seed = 0
+
+
+# --- pretrain and finetune
+
+
+class StoreUse(_Strict):
+    """A store and what is used of it; a plain path stands for {path: ...}.
+
+    `rewards`: the label to learn from ("given" is the environment's own) or "none". `fraction`: share of the episodes
+    that keep their label. Pretraining looks at neither.
+    """
+
+    path: Path
+    rewards: Name = "given"
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class SuccessExamples(_Strict):
+    """States (X, O) that show success: taken `from` a store by rule, or read from a `file` (.npy, .npz of one array).
+
+    `rule`: "successes" takes the states that the store marks as successful, "last" the last `k` states of each episode.
+    """
+
+    from_: Path | None = Field(None, alias="from")
+    file: Path | None = None
+    rule: Literal["successes", "last"] = "successes"
+    num: Count = 200  # how many are drawn, the same for every seed; all of them where there are fewer
+    k: Count = 1
+    label: Name = "given"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SuccessExamples:
+        if (self.from_ is None) == (self.file is None):
+            raise ValueError("needs exactly one of from (a store) and file (.npy or .npz)")
+        return self
+
+
+class _TrainRecipe(_Computed):
+    stores: Annotated[tuple[StoreUse, ...], Field(min_length=1)]
+    steps: Count
+    seeds: Seeds = (0,)
+    checkpoint_every_steps: Count | None = None  # numbered checkpoints are kept: learning curves; None: the last alone
+    log_every_steps: Count = 100
+    out: Out
+
+
+class PretrainRecipe(_TrainRecipe):
+    """`cvlctl pretrain`: a reward-free occupancy critic."""
+
+    critic: occupancy.Config = Field(default_factory=occupancy.Config)
+    batch_size: Annotated[Count, Field(ge=2)] = 1024
+
+
+class AlgorithmUse(_Strict):
+    """`algorithm: {name: ..., ...}`: the other keys are those of the algorithm's Config. A plain name will do."""
+
+    name: str
+
+    @property
+    def config(self) -> Any:
+        """The algorithm's own Config."""
+        config = ALGORITHMS[self.name].Config
+        return config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(config)})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_critic(cls, value: Any) -> Any:
+        # a critic given in part keeps the algorithm's own defaults (LAEO's loss), not the occupancy module's
+        if not isinstance(value, Mapping) or value.get("name") not in ALGORITHMS:
+            return value
+        own = getattr(ALGORITHMS[value["name"]].Config(), "critic", None)
+        given = value.get("critic")
+        if own is None or not isinstance(given, Mapping):
+            return value
+        return {**value, "critic": {**dataclasses.asdict(own), **given}}
+
+    @model_validator(mode="after")
+    def _check_config(self) -> AlgorithmUse:
+        _ = self.config  # raises ValueError
+        return self
+
+
+def _algorithm_model(name: str) -> type[AlgorithmUse]:
+    config = ALGORITHMS[name].Config
+    hints = get_type_hints(config)
+    fields: dict[str, Any] = {"name": (Literal[name], ...)}
+    for field in dataclasses.fields(config):
+        factory: Any = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else Field(default_factory=factory)
+        fields[field.name] = (hints[field.name], default)
+    return create_model(f"{name}_algorithm", __base__=AlgorithmUse, **fields)
+
+
+if TYPE_CHECKING:
+    Algorithm = AlgorithmUse
+else:
+    Algorithm = Annotated[
+        Annotated[Union[tuple(map(_algorithm_model, ALGORITHMS))], Field(discriminator="name")],  # noqa: UP007
+        BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value),
+    ]
+
+
+class FinetuneRecipe(_TrainRecipe):
+    """`cvlctl finetune`: policies. What an algorithm has no use for (a critic or examples for bc) is left alone."""
+
+    algorithm: Algorithm
+    init_from: Path | None = None  # a pretrained run: seed k starts from its seed k
+    success_examples: SuccessExamples | None = None
+    batch_size: Annotated[Count, Field(ge=2)] = 256
+
+    @property
+    def algorithm_name(self) -> str:
+        return self.algorithm.name
+
+    @property
+    def config(self) -> Any:
+        """The algorithm's Config; its critic's part is not to be used with `init_from`."""
+        return self.algorithm.config
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FinetuneRecipe:
+        config, name = self.config, self.algorithm.name
+        if name == "laeo" and self.success_examples is None:
+            raise ValueError("algorithm laeo learns from success examples: add success_examples: {from: STORE}")
+        if name == "cvl" and all(store.rewards == "none" for store in self.stores):
+            raise ValueError("algorithm cvl needs a store with rewards; all of stores have rewards: none")
+        mode = getattr(config, "mode", "auto")
+        if mode in ("continue", "frozen") and self.init_from is None:
+            raise ValueError(f"algorithm.mode: {mode} needs init_from, a pretrained run")
+        if mode == "scratch" and self.init_from is not None:
+            raise ValueError("algorithm.mode: scratch contradicts init_from; leave one of them out")
+        if self.init_from is not None and "critic" in self.algorithm.model_fields_set:
+            raise ValueError("algorithm.critic contradicts init_from: a pretrained critic brings its own settings")
+        return self
+
+
+# --- evaluate
+
+
+class Confidence(_Strict):
+    """Stratified bootstrap over runs."""
+
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    resamples: Count = 2000
+    seed: Seed = 0
+
+
+class EvaluateRecipe(_Strict):
+    """`cvlctl evaluate`: episodes of every seed of every run, and tables of their scores."""
+
+    runs: Annotated[tuple[Name, ...], Field(min_length=1)]  # run directories; * ? [] and ** match several
+    checkpoints: Literal["last", "all"] = "last"
+    episodes: Count = 50
+    seed: Seed = 0
+    workers: Literal["auto"] | Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] = "auto"
+    device: Device = "cpu"  # cpu: whole episodes in worker processes; cuda: environments in lock-step
+    aggregate: tuple[Literal["iqm", "mean", "median", "optimality_gap"], ...] = ("iqm", "mean", "optimality_gap")
+    confidence: Confidence = Confidence()
+    baseline: Name | None = None  # of the pairwise differences; None: bc where it is there
+    out: Out
+
+
+# --- experiments
+
+
+class Job(NamedTuple):
+    """One command of an experiment."""
+
+    stage: str
+    command: str
+    combination: dict[str, Any]  # the matrix keys that its stage mentions, and their values
+    recipe: Any  # a BuildRecipe, PretrainRecipe, FinetuneRecipe or EvaluateRecipe
+
+    @property
+    def label(self) -> str:
+        """The combination in words."""
+        return " ".join(_text(value) for value in self.combination.values())
+
+
+class ExperimentRecipe(_Strict):
+    """`cvlctl run`: stages, multiplied by a matrix. The rules are in this module's docstring."""
+
+    out: Out
+    name: str | None = None
+    matrix: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    stages: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    _jobs: tuple[Job, ...] = PrivateAttr(())
+
+    @field_validator("matrix")
+    @classmethod
+    def _legal_keys(cls, matrix: dict[str, Any]) -> dict[str, Any]:
+        for key in matrix:
+            if key == "out" or not re.fullmatch(r"[\w-]+", key):
+                raise ValueError(f"key {key!r} is not a legal name: letters, digits, _ and -, and not out")
+        return matrix
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Every job in the order of execution."""
+        return self._jobs
+
+
+KINDS: dict[str, type[_Strict]] = {
+    "build-dataset": BuildRecipe,
+    "pretrain": PretrainRecipe,
+    "finetune": FinetuneRecipe,
+    "evaluate": EvaluateRecipe,
+    "run": ExperimentRecipe,
+}
+_TELLING = {
+    "stages": "run",
+    "source": "build-dataset",
+    "algorithm": "finetune",
+    "runs": "evaluate",
+    "stores": "pretrain",
+}
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), kind: str | None = None) -> Any:
+    """The recipe in file `path`, with `key.sub=value` overrides.
+
+    Args:
+        kind: a name of `KINDS`; None: the one that the file's keys tell.
+
+    Returns:
+        The model of that kind: frozen, every default filled in.
+
+    Raises:
+        CvlctlError: naming file, line and key (or the command line), what was expected, and the nearest legal name.
+    """
+    source, data = _read(Path(path))
+    for override in overrides:
+        _override(source, data, override)
+    told = kind_of(data)
+    if kind is None and told is None:
+        raise CvlctlError(f"{path}: not a recipe of any kind", f"one of these keys tells which: {', '.join(_TELLING)}")
+    recipe = _validate(kind or str(told), data, source)
+    if isinstance(recipe, ExperimentRecipe):
+        recipe._jobs = tuple(_expand(recipe, source))
+    return recipe
+
+
+def kind_of(data: Any) -> str | None:
+    """The kind of recipe that a mapping's keys tell, or None."""
+    return next((kind for key, kind in _TELLING.items() if isinstance(data, Mapping) and key in data), None)
+
+
+def resolved(recipe: BaseModel) -> dict[str, Any]:
+    """The recipe as plain JSON values, all defaults filled in: what is written into stores, runs and checkpoints."""
+    plain = recipe.model_dump(mode="json", by_alias=True)
+    if isinstance(recipe, FinetuneRecipe) and recipe.init_from is not None:
+        plain["algorithm"].pop("critic", None)  # the pretrained run's count
+    return plain
+
+
+# --- YAML, with the line of every key
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers (1e6, 3e-4), and no dates."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+_Key = tuple[str | int, ...]
+_COMMAND_LINE = -1
+_MAX_NODES = 100_000  # aliases of aliases can stand for more than memory holds
+
+
+class _Source(NamedTuple):
+    file: Path
+    lines: dict[_Key, int]  # key -> line, or _COMMAND_LINE
+
+    def where(self, key: _Key) -> str:
+        """File and line of the key, or of the nearest key around it."""
+        line = next((self.lines[key[:n]] for n in range(len(key), -1, -1) if key[:n] in self.lines), None)
+        if line is None:
+            return str(self.file)
+        return "command line" if line == _COMMAND_LINE else f"{self.file}, line {line}"
+
+
+def _read(path: Path) -> tuple[_Source, dict[str, Any]]:
+    source = _Source(path, {})
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise CvlctlError(f"no recipe at {path}", _nearest_file(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CvlctlError(f"{path} cannot be read: {error}", "a recipe is a YAML text file in UTF-8") from error
+    data = _parse(text, source, ())
+    if not isinstance(data, dict):
+        raise CvlctlError(f"{path} is not a recipe: expected `key: value` lines", "see recipes/ for examples")
+    return source, data
+
+
+def _nearest_file(path: Path) -> str:
+    there = sorted({*Path("recipes").rglob("*.yaml"), *path.parent.glob("*.yaml")})
+    names = {str(p): p for p in there}
+    near = [name for name in names if names[name].stem == path.stem]
+    near += difflib.get_close_matches(str(path), names, 1, 0.5)
+    return f"did you mean {near[0]}?" if near else "cvlctl recipes ls shows those there are"
+
+
+def _parse(text: str, source: _Source, root: _Key) -> Any:
+    """The YAML value; the lines of its keys go into `source`. A `root` says that it is the value of an override."""
+    loader = None
+    where = f"command line: {'.'.join(map(str, root))}" if root else str(source.file)
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        count = itertools.count()
+        for key, line, fault in _walk(node, root, count):
+            if fault:
+                at = "command line" if root else f"{source.file}, line {line}"
+                raise CvlctlError(f"{at}: {'.'.join(map(str, key))}: {fault}" if key else f"{at}: {fault}")
+            source.lines[key] = _COMMAND_LINE if root else line
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f"{where}, line {mark.line + 1}" if mark and not root else where
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise CvlctlError(f"{at}: not valid YAML: {problem}", "check indentation, colons and brackets") from error
+    except (RecursionError, ValueError) as error:
+        raise CvlctlError(f"{where}: not valid YAML: {type(error).__name__}: {error}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _walk(node: yaml.Node, key: _Key, count: Iterator[int]) -> Iterator[tuple[_Key, int, str | None]]:
+    """(key, line, fault or None) of everything under the node."""
+    line = node.start_mark.line + 1
+    if next(count) > _MAX_NODES:
+        yield key, line, "too many values, or an alias that holds itself"
+    elif isinstance(node, yaml.SequenceNode):
+        for place, item in enumerate(node.value):
+            yield (*key, place), item.start_mark.line + 1, None
+            yield from _walk(item, (*key, place), count)
+    elif isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for name, value in node.value:
+            line = name.start_mark.line + 1
+            if not isinstance(name, yaml.ScalarNode):
+                yield key, line, "a key must be plain text"
+                return
+            if name.value in seen and name.value != "<<":
+                yield key, line, f"key {name.value!r} is given twice; the first is on line {seen[name.value]}"
+            seen[name.value] = line
+            yield (*key, name.value), line, None
+            yield from _walk(value, (*key, name.value), count)
+    elif node.tag.endswith(":float") and not math.isfinite(_float(node.value)):
+        yield key, line, f"{node.value} is not a finite number"
+
+
+def _float(text: str) -> float:
+    text = text.replace("_", "").lower()
+    return math.inf if "." in text and text.lstrip("+-") in (".inf", ".nan") else 0.0 if ":" in text else float(text)
+
+
+def _override(source: _Source, data: dict[str, Any], override: str) -> None:
+    """Set `key.sub=value` in `data`; a number as key is a place in a list."""
+    dotted, equals, text = override.partition("=")
+    names = dotted.strip().split(".")
+    if not equals or not all(names):
+        what = f"command line: {override!r} is not of the form key.sub=value"
+        raise CvlctlError(what, "for example steps=1000 or seeds=[0,1]")
+    key: _Key = ()
+    where: Any = data
+    for depth, name in enumerate(names):
+        part: str | int = int(name) if isinstance(where, list) and name.isdecimal() else name
+        legal = isinstance(where, dict) or (isinstance(where, list) and isinstance(part, int) and part < len(where))
+        if not legal:
+            inside = f"{'.'.join(map(str, key))} is {_shown(where)}"
+            raise CvlctlError(f"command line: {dotted} cannot be set: {inside}", "set the whole of it instead")
+        key = (*key, part)
+        if depth == len(names) - 1:
+            for old in [k for k in source.lines if k[: len(key)] == key]:
+                del source.lines[old]
+            where[part] = _parse(text, source, key)
+            source.lines[key] = _COMMAND_LINE
+        else:
+            if isinstance(where, dict) and where.get(part) is None:
+                where[part] = {}
+                source.lines[key] = _COMMAND_LINE
+            where = where[part]
+
+
+# --- the schema's errors in words
+
+_EXPECTED = {
+    "int_": "a whole number",
+    "float_": "a number",
+    "finite_number": "a number",
+    "bool_": "true or false",
+    "string_": "text",
+    "path_": "a path",
+    "list_": "a list",
+    "tuple_": "a list",
+    "dict_": "a mapping (key: value)",
+    "mapping_": "a mapping (key: value)",
+    "model_": "a mapping (key: value)",
+    "dataclass_": "a mapping (key: value)",
+}
+_BOUNDS = {
+    "greater_than": "above",
+    "greater_than_equal": "of at least",
+    "less_than": "below",
+    "less_than_equal": "of at most",
+}
+
+
+def _validate(kind: str, data: Any, source: _Source, prefix: _Key = ()) -> Any:
+    model = KINDS[kind]
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        faults = error.errors(include_url=False)
+    told = kind_of(data)
+    if told and told != kind and not prefix:
+        raise CvlctlError(f"{source.file} is a recipe for {told}, not for {kind}", f"run: cvlctl {told} {source.file}")
+    # an unknown key first: a misspelt key is also a missing one
+    unknown = [fault for fault in faults if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument")]
+    fault = (unknown or faults)[0]
+    key = _data_key(data, fault)
+    same = [other for other in faults if _data_key(data, other) == key and not unknown]
+    where, dotted = source.where((*prefix, *key)), ".".join(map(str, key))
+    if unknown:
+        legal = _legal_names(model.model_json_schema(), data, key[:-1])
+        near = difflib.get_close_matches(str(key[-1]), legal, 1, 0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise CvlctlError(f"{where}: unknown key {dotted}", f"{hint}legal keys here: {', '.join(legal)}")
+    if fault["type"] in ("missing", "missing_argument", "union_tag_not_found"):
+        tag = ".name" if fault["type"] == "union_tag_not_found" else ""
+        if tag and not isinstance(fault["input"], Mapping):
+            raise CvlctlError(f"{where}: {dotted}: expected a mapping with a name, given {_shown(fault['input'])}")
+        raise CvlctlError(f"{where}: missing key {dotted}{tag}", f"add `{'name' if tag else key[-1]}: ...`")
+    context = fault.get("ctx") or {}
+    if fault["type"] in ("value_error", "cvlctl"):
+        message = str(context.get("what") or context.get("error") or fault["msg"])
+        # where the fault is of several keys together: the line of the one that the message names
+        inside = fault["input"] if isinstance(fault["input"], Mapping) else {}
+        named = [(*key, name) for name in inside if re.search(rf"\b{re.escape(str(name))}\b", message)]
+        given = [name for name in named if (*prefix, *name) in source.lines]
+        where = source.where((*prefix, *(given[0] if len(given) == 1 else key)))
+        raise CvlctlError(f"{where}: {dotted + ': ' if dotted else ''}{message}", str(context.get("hint", "")))
+    if fault["type"] == "union_tag_invalid":
+        legal = [name.strip("'") for name in context["expected_tags"].split(", ")]
+        near = difflib.get_close_matches(str(context["tag"]), legal, 1, 0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        where = source.where((*prefix, *key, "name"))
+        what = f"{where}: {dotted}.name: unknown name {context['tag']!r}"
+        raise CvlctlError(what, f"{hint}legal: {', '.join(legal)}")
+    expected = " or ".join(dict.fromkeys(_expected(other) for other in same))
+    raise CvlctlError(f"{where}: {dotted}: expected {expected}, given {_shown(fault['input'])}")
+
+
+def _data_key(data: Any, fault: Any) -> _Key:
+    """The fault's place in the data: pydantic's own, less the tags of unions and names of types between."""
+    key: list[str | int] = []
+    for place, part in enumerate(fault["loc"]):
+        there = part in data if isinstance(data, Mapping) else isinstance(part, int) and isinstance(data, Sequence)
+        if there and not isinstance(data, str):
+            key.append(part)
+            data = data[part]
+        elif place == len(fault["loc"]) - 1 and fault["type"] in ("missing", "missing_argument"):
+            key.append(part)
+    return tuple(key)
+
+
+def _expected(fault: Any) -> str:
+    kind, context = fault["type"], fault.get("ctx") or {}
+    if kind == "literal_error":
+        return context["expected"]
+    if kind in _BOUNDS:
+        return f"a number {_BOUNDS[kind]} {next(iter(context.values()))}"
+    if kind in ("too_short", "string_too_short"):
+        return "text" if kind == "string_too_short" else f"a list of at least {context['min_length']}"
+    if kind == "string_pattern_mismatch":
+        return "auto, cpu, cuda or cuda:N"
+    return next((words for start, words in _EXPECTED.items() if kind.startswith(start)), fault["msg"])
+
+
+def _shown(value: Any) -> str:
+    words = {type(None): "nothing", dict: "a mapping", list: f"the list {value}", tuple: f"the list {value}"}
+    text = words.get(type(value)) or (str(value).lower() if isinstance(value, bool) else repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _legal_names(schema: Mapping[str, Any], data: Any, key: _Key) -> list[str]:
+    """The names that the JSON schema allows in the mapping at `key` of the data."""
+    nodes: list[Any] = [schema]
+    for part in (*key, None):
+        nodes = [branch for node in nodes for branch in _branches(schema, node, data)]
+        if part is not None:
+            nodes = [node["properties"][part] if isinstance(part, str) else node["items"] for node in nodes
+                     if part in node.get("properties", {}) or (isinstance(part, int) and "items" in node)]  # fmt: skip
+            data = data[part]
+    return sorted({name for node in nodes for name in node.get("properties", {})})
+
+
+def _branches(schema: Mapping[str, Any], node: Mapping[str, Any], data: Any) -> Iterator[Mapping[str, Any]]:
+    if "$ref" in node:
+        yield from _branches(schema, schema["$defs"][node["$ref"].split("/")[-1]], data)
+    for choice in (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())):
+        yield from _branches(schema, choice, data)
+    tag = node.get("properties", {}).get("name", {}).get("const")
+    if tag is None or not isinstance(data, Mapping) or data.get("name") == tag:
+        yield node
+
+
+# --- experiments: stages times matrix
+
+_PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
+
+
+def _expand(experiment: ExperimentRecipe, source: _Source) -> Iterator[Job]:
+    taken: dict[str, str] = {}
+    for stage, body in experiment.stages.items():
+        at: _Key = ("stages", stage)
+        command = body.get("command")
+        if command not in KINDS or command == "run":
+            legal = [kind for kind in KINDS if kind != "run"]
+            near = difflib.get_close_matches(str(command), legal, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"legal: {', '.join(legal)}"
+            where = source.where((*at, "command"))
+            raise CvlctlError(f"{where}: stages.{stage}.command is {_shown(command)}", hint)
+        body = {name: value for name, value in body.items() if name != "command"}
+        mentioned: set[str] = set()
+        for key, text in _texts(body, at):
+            for name in _PLACEHOLDER.findall(text):
+                if name.split(".")[0] not in (*experiment.matrix, "out"):
+                    raise CvlctlError(
+                        f"{source.where(key)}: ${{{name}}} names no matrix key",
+                        f"legal: {', '.join((*experiment.matrix, 'out'))}",
+                    )
+                mentioned.add(name.split(".")[0])
+        keys = [key for key in experiment.matrix if key in mentioned]
+        for values in itertools.product(*(experiment.matrix[key] for key in keys)):
+            combination = dict(zip(keys, values, strict=True))
+            filled = _fill(body, {**combination, "out": str(experiment.out)}, source, at)
+            recipe = _validate(str(command), filled, source, at)
+            job = Job(stage, str(command), combination, recipe)
+            place, title = os.path.normpath(recipe.out), f"{stage} {job.label}".strip()
+            if place in taken:
+                raise CvlctlError(
+                    f"{source.where((*at, 'out'))}: {title} and {taken[place]} have the same out, {recipe.out}",
+                    "mention in it what tells them apart, such as ${algorithm.name}",
+                )
+            taken[place] = title
+            yield job
+
+
+def _texts(value: Any, key: _Key) -> Iterator[tuple[_Key, str]]:
+    if isinstance(value, str):
+        yield key, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _texts(item, (*key, name))
+
+
+def _fill(value: Any, values: Mapping[str, Any], source: _Source, key: _Key) -> Any:
+    if isinstance(value, dict):
+        return {name: _fill(item, values, source, (*key, name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_fill(item, values, source, (*key, place)) for place, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def look_up(name: str) -> Any:
+        first, *rest = name.split(".")
+        found = values[first]
+        for part in rest:
+            if isinstance(found, Mapping) and part in found:
+                found = found[part]
+            elif isinstance(found, Mapping) or part != "name":
+                raise CvlctlError(f"{source.where(key)}: ${{{name}}}: {_text(found)} has no {part}")
+        return found
+
+    whole = _PLACEHOLDER.fullmatch(value)
+    return look_up(whole[1]) if whole else _PLACEHOLDER.sub(lambda match: _text(look_up(match[1])), value)
+
+
+def _text(value: Any) -> str:
+    return str(value.get("name", value)) if isinstance(value, Mapping) else str(value)
