@@ -26,16 +26,13 @@ is read as version 1.2 reads numbers (`3e-4` is one); a key given twice is an er
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_type_hints
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -50,9 +47,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from cvlctl import envs
+from cvlctl import envs, recipefile
 from cvlctl.algorithms import ALGORITHMS, occupancy
 from cvlctl.errors import CvlctlError
+from cvlctl.recipefile import Key, Source, nearest, shown
 
 # --- types of single values
 
@@ -271,7 +269,7 @@ else:
 
 
 class FinetuneRecipe(_TrainRecipe):
-    """`cvlctl finetune`: policies. What an algorithm has no use for (a critic or examples for bc) is left alone."""
+    """`cvlctl finetune`: policies. Success examples are left alone by an algorithm that has no use for them."""
 
     algorithm: Algorithm
     init_from: Path | None = None  # a pretrained run: seed k starts from its seed k
@@ -284,7 +282,7 @@ class FinetuneRecipe(_TrainRecipe):
 
     @property
     def config(self) -> Any:
-        """The algorithm's Config; its critic's part is not to be used with `init_from`."""
+        """The algorithm's Config; with `init_from` its critic is the default, and the pretrained one counts."""
         return self.algorithm.config
 
     @model_validator(mode="after")
@@ -299,6 +297,8 @@ class FinetuneRecipe(_TrainRecipe):
             raise ValueError(f"algorithm.mode: {mode} needs init_from, a pretrained run")
         if mode == "scratch" and self.init_from is not None:
             raise ValueError("algorithm.mode: scratch contradicts init_from; leave one of them out")
+        if self.init_from is not None and not hasattr(config, "mode"):
+            raise ValueError(f"init_from: algorithm {name} has no critic to start from a pretrained one")
         if self.init_from is not None and "critic" in self.algorithm.model_fields_set:
             raise ValueError("algorithm.critic contradicts init_from: a pretrained critic brings its own settings")
         return self
@@ -398,9 +398,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: str | None = Non
     Raises:
         CvlctlError: naming file, line and key (or the command line), what was expected, and the nearest legal name.
     """
-    source, data = _read(Path(path))
+    source, data = recipefile.read(Path(path))
     for override in overrides:
-        _override(source, data, override)
+        recipefile.override(source, data, override)
     told = kind_of(data)
     if kind is None and told is None:
         raise CvlctlError(f"{path}: not a recipe of any kind", f"one of these keys tells which: {', '.join(_TELLING)}")
@@ -408,6 +408,17 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: str | None = Non
     if isinstance(recipe, ExperimentRecipe):
         recipe._jobs = tuple(_expand(recipe, source))
     return recipe
+
+
+def _validate(kind: str, data: Any, source: Source, prefix: Key = ()) -> Any:
+    try:
+        return KINDS[kind].model_validate(data)
+    except ValidationError as invalid:
+        told = kind_of(data)
+        if told and told != kind and not prefix:
+            what = f"{source.file} is a recipe for {told}, not for {kind}"
+            raise CvlctlError(what, f"run: cvlctl {told} {source.file}") from None
+        raise recipefile.explain(invalid, KINDS[kind], data, source, prefix) from None
 
 
 def kind_of(data: Any) -> str | None:
@@ -423,294 +434,28 @@ def resolved(recipe: BaseModel) -> dict[str, Any]:
     return plain
 
 
-# --- YAML, with the line of every key
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers (1e6, 3e-4), and no dates."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-_Key = tuple[str | int, ...]
-_COMMAND_LINE = -1
-_MAX_NODES = 100_000  # aliases of aliases can stand for more than memory holds
-
-
-class _Source(NamedTuple):
-    file: Path
-    lines: dict[_Key, int]  # key -> line, or _COMMAND_LINE
-
-    def where(self, key: _Key) -> str:
-        """File and line of the key, or of the nearest key around it."""
-        line = next((self.lines[key[:n]] for n in range(len(key), -1, -1) if key[:n] in self.lines), None)
-        if line is None:
-            return str(self.file)
-        return "command line" if line == _COMMAND_LINE else f"{self.file}, line {line}"
-
-
-def _read(path: Path) -> tuple[_Source, dict[str, Any]]:
-    source = _Source(path, {})
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise CvlctlError(f"no recipe at {path}", _nearest_file(path)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CvlctlError(f"{path} cannot be read: {error}", "a recipe is a YAML text file in UTF-8") from error
-    data = _parse(text, source, ())
-    if not isinstance(data, dict):
-        raise CvlctlError(f"{path} is not a recipe: expected `key: value` lines", "see recipes/ for examples")
-    return source, data
-
-
-def _nearest_file(path: Path) -> str:
-    there = sorted({*Path("recipes").rglob("*.yaml"), *path.parent.glob("*.yaml")})
-    names = {str(p): p for p in there}
-    near = [name for name in names if names[name].stem == path.stem]
-    near += difflib.get_close_matches(str(path), names, 1, 0.5)
-    return f"did you mean {near[0]}?" if near else "cvlctl recipes ls shows those there are"
-
-
-def _parse(text: str, source: _Source, root: _Key) -> Any:
-    """The YAML value; the lines of its keys go into `source`. A `root` says that it is the value of an override."""
-    loader = None
-    where = f"command line: {'.'.join(map(str, root))}" if root else str(source.file)
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        count = itertools.count()
-        for key, line, fault in _walk(node, root, count):
-            if fault:
-                at = "command line" if root else f"{source.file}, line {line}"
-                raise CvlctlError(f"{at}: {'.'.join(map(str, key))}: {fault}" if key else f"{at}: {fault}")
-            source.lines[key] = _COMMAND_LINE if root else line
-        return loader.construct_document(node)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f"{where}, line {mark.line + 1}" if mark and not root else where
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise CvlctlError(f"{at}: not valid YAML: {problem}", "check indentation, colons and brackets") from error
-    except (RecursionError, ValueError) as error:
-        raise CvlctlError(f"{where}: not valid YAML: {type(error).__name__}: {error}") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
-
-
-def _walk(node: yaml.Node, key: _Key, count: Iterator[int]) -> Iterator[tuple[_Key, int, str | None]]:
-    """(key, line, fault or None) of everything under the node."""
-    line = node.start_mark.line + 1
-    if next(count) > _MAX_NODES:
-        yield key, line, "too many values, or an alias that holds itself"
-    elif isinstance(node, yaml.SequenceNode):
-        for place, item in enumerate(node.value):
-            yield (*key, place), item.start_mark.line + 1, None
-            yield from _walk(item, (*key, place), count)
-    elif isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for name, value in node.value:
-            line = name.start_mark.line + 1
-            if not isinstance(name, yaml.ScalarNode):
-                yield key, line, "a key must be plain text"
-                return
-            if name.value in seen and name.value != "<<":
-                yield key, line, f"key {name.value!r} is given twice; the first is on line {seen[name.value]}"
-            seen[name.value] = line
-            yield (*key, name.value), line, None
-            yield from _walk(value, (*key, name.value), count)
-    elif node.tag.endswith(":float") and not math.isfinite(_float(node.value)):
-        yield key, line, f"{node.value} is not a finite number"
-
-
-def _float(text: str) -> float:
-    text = text.replace("_", "").lower()
-    return math.inf if "." in text and text.lstrip("+-") in (".inf", ".nan") else 0.0 if ":" in text else float(text)
-
-
-def _override(source: _Source, data: dict[str, Any], override: str) -> None:
-    """Set `key.sub=value` in `data`; a number as key is a place in a list."""
-    dotted, equals, text = override.partition("=")
-    names = dotted.strip().split(".")
-    if not equals or not all(names):
-        what = f"command line: {override!r} is not of the form key.sub=value"
-        raise CvlctlError(what, "for example steps=1000 or seeds=[0,1]")
-    key: _Key = ()
-    where: Any = data
-    for depth, name in enumerate(names):
-        part: str | int = int(name) if isinstance(where, list) and name.isdecimal() else name
-        legal = isinstance(where, dict) or (isinstance(where, list) and isinstance(part, int) and part < len(where))
-        if not legal:
-            inside = f"{'.'.join(map(str, key))} is {_shown(where)}"
-            raise CvlctlError(f"command line: {dotted} cannot be set: {inside}", "set the whole of it instead")
-        key = (*key, part)
-        if depth == len(names) - 1:
-            for old in [k for k in source.lines if k[: len(key)] == key]:
-                del source.lines[old]
-            where[part] = _parse(text, source, key)
-            source.lines[key] = _COMMAND_LINE
-        else:
-            if isinstance(where, dict) and where.get(part) is None:
-                where[part] = {}
-                source.lines[key] = _COMMAND_LINE
-            where = where[part]
-
-
-# --- the schema's errors in words
-
-_EXPECTED = {
-    "int_": "a whole number",
-    "float_": "a number",
-    "finite_number": "a number",
-    "bool_": "true or false",
-    "string_": "text",
-    "path_": "a path",
-    "list_": "a list",
-    "tuple_": "a list",
-    "dict_": "a mapping (key: value)",
-    "mapping_": "a mapping (key: value)",
-    "model_": "a mapping (key: value)",
-    "dataclass_": "a mapping (key: value)",
-}
-_BOUNDS = {
-    "greater_than": "above",
-    "greater_than_equal": "of at least",
-    "less_than": "below",
-    "less_than_equal": "of at most",
-}
-
-
-def _validate(kind: str, data: Any, source: _Source, prefix: _Key = ()) -> Any:
-    model = KINDS[kind]
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        faults = error.errors(include_url=False)
-    told = kind_of(data)
-    if told and told != kind and not prefix:
-        raise CvlctlError(f"{source.file} is a recipe for {told}, not for {kind}", f"run: cvlctl {told} {source.file}")
-    # an unknown key first: a misspelt key is also a missing one
-    unknown = [fault for fault in faults if fault["type"] in ("extra_forbidden", "unexpected_keyword_argument")]
-    fault = (unknown or faults)[0]
-    key = _data_key(data, fault)
-    same = [other for other in faults if _data_key(data, other) == key and not unknown]
-    where, dotted = source.where((*prefix, *key)), ".".join(map(str, key))
-    if unknown:
-        legal = _legal_names(model.model_json_schema(), data, key[:-1])
-        near = difflib.get_close_matches(str(key[-1]), legal, 1, 0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise CvlctlError(f"{where}: unknown key {dotted}", f"{hint}legal keys here: {', '.join(legal)}")
-    if fault["type"] in ("missing", "missing_argument", "union_tag_not_found"):
-        tag = ".name" if fault["type"] == "union_tag_not_found" else ""
-        if tag and not isinstance(fault["input"], Mapping):
-            raise CvlctlError(f"{where}: {dotted}: expected a mapping with a name, given {_shown(fault['input'])}")
-        raise CvlctlError(f"{where}: missing key {dotted}{tag}", f"add `{'name' if tag else key[-1]}: ...`")
-    context = fault.get("ctx") or {}
-    if fault["type"] in ("value_error", "cvlctl"):
-        message = str(context.get("what") or context.get("error") or fault["msg"])
-        # where the fault is of several keys together: the line of the one that the message names
-        inside = fault["input"] if isinstance(fault["input"], Mapping) else {}
-        named = [(*key, name) for name in inside if re.search(rf"\b{re.escape(str(name))}\b", message)]
-        given = [name for name in named if (*prefix, *name) in source.lines]
-        where = source.where((*prefix, *(given[0] if len(given) == 1 else key)))
-        raise CvlctlError(f"{where}: {dotted + ': ' if dotted else ''}{message}", str(context.get("hint", "")))
-    if fault["type"] == "union_tag_invalid":
-        legal = [name.strip("'") for name in context["expected_tags"].split(", ")]
-        near = difflib.get_close_matches(str(context["tag"]), legal, 1, 0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        where = source.where((*prefix, *key, "name"))
-        what = f"{where}: {dotted}.name: unknown name {context['tag']!r}"
-        raise CvlctlError(what, f"{hint}legal: {', '.join(legal)}")
-    expected = " or ".join(dict.fromkeys(_expected(other) for other in same))
-    raise CvlctlError(f"{where}: {dotted}: expected {expected}, given {_shown(fault['input'])}")
-
-
-def _data_key(data: Any, fault: Any) -> _Key:
-    """The fault's place in the data: pydantic's own, less the tags of unions and names of types between."""
-    key: list[str | int] = []
-    for place, part in enumerate(fault["loc"]):
-        there = part in data if isinstance(data, Mapping) else isinstance(part, int) and isinstance(data, Sequence)
-        if there and not isinstance(data, str):
-            key.append(part)
-            data = data[part]
-        elif place == len(fault["loc"]) - 1 and fault["type"] in ("missing", "missing_argument"):
-            key.append(part)
-    return tuple(key)
-
-
-def _expected(fault: Any) -> str:
-    kind, context = fault["type"], fault.get("ctx") or {}
-    if kind == "literal_error":
-        return context["expected"]
-    if kind in _BOUNDS:
-        return f"a number {_BOUNDS[kind]} {next(iter(context.values()))}"
-    if kind in ("too_short", "string_too_short"):
-        return "text" if kind == "string_too_short" else f"a list of at least {context['min_length']}"
-    if kind == "string_pattern_mismatch":
-        return "auto, cpu, cuda or cuda:N"
-    return next((words for start, words in _EXPECTED.items() if kind.startswith(start)), fault["msg"])
-
-
-def _shown(value: Any) -> str:
-    words = {type(None): "nothing", dict: "a mapping", list: f"the list {value}", tuple: f"the list {value}"}
-    text = words.get(type(value)) or (str(value).lower() if isinstance(value, bool) else repr(value))
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _legal_names(schema: Mapping[str, Any], data: Any, key: _Key) -> list[str]:
-    """The names that the JSON schema allows in the mapping at `key` of the data."""
-    nodes: list[Any] = [schema]
-    for part in (*key, None):
-        nodes = [branch for node in nodes for branch in _branches(schema, node, data)]
-        if part is not None:
-            nodes = [node["properties"][part] if isinstance(part, str) else node["items"] for node in nodes
-                     if part in node.get("properties", {}) or (isinstance(part, int) and "items" in node)]  # fmt: skip
-            data = data[part]
-    return sorted({name for node in nodes for name in node.get("properties", {})})
-
-
-def _branches(schema: Mapping[str, Any], node: Mapping[str, Any], data: Any) -> Iterator[Mapping[str, Any]]:
-    if "$ref" in node:
-        yield from _branches(schema, schema["$defs"][node["$ref"].split("/")[-1]], data)
-    for choice in (*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())):
-        yield from _branches(schema, choice, data)
-    tag = node.get("properties", {}).get("name", {}).get("const")
-    if tag is None or not isinstance(data, Mapping) or data.get("name") == tag:
-        yield node
-
-
 # --- experiments: stages times matrix
 
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 
 
-def _expand(experiment: ExperimentRecipe, source: _Source) -> Iterator[Job]:
+def _expand(experiment: ExperimentRecipe, source: Source) -> Iterator[Job]:
     taken: dict[str, str] = {}
     for stage, body in experiment.stages.items():
-        at: _Key = ("stages", stage)
+        at: Key = ("stages", stage)
         command = body.get("command")
         if command not in KINDS or command == "run":
             legal = [kind for kind in KINDS if kind != "run"]
-            near = difflib.get_close_matches(str(command), legal, 1, 0.5)
-            hint = f"did you mean {near[0]}?" if near else f"legal: {', '.join(legal)}"
             where = source.where((*at, "command"))
-            raise CvlctlError(f"{where}: stages.{stage}.command is {_shown(command)}", hint)
+            what = f"{where}: stages.{stage}.command is {shown(command)}"
+            raise CvlctlError(what, nearest(command, legal, "commands"))
         body = {name: value for name, value in body.items() if name != "command"}
         mentioned: set[str] = set()
         for key, text in _texts(body, at):
             for name in _PLACEHOLDER.findall(text):
                 if name.split(".")[0] not in (*experiment.matrix, "out"):
-                    raise CvlctlError(
-                        f"{source.where(key)}: ${{{name}}} names no matrix key",
-                        f"legal: {', '.join((*experiment.matrix, 'out'))}",
-                    )
+                    what = f"{source.where(key)}: ${{{name}}} names no matrix key"
+                    raise CvlctlError(what, nearest(name, [*experiment.matrix, "out"], "names"))
                 mentioned.add(name.split(".")[0])
         keys = [key for key in experiment.matrix if key in mentioned]
         for values in itertools.product(*(experiment.matrix[key] for key in keys)):
@@ -728,7 +473,7 @@ def _expand(experiment: ExperimentRecipe, source: _Source) -> Iterator[Job]:
             yield job
 
 
-def _texts(value: Any, key: _Key) -> Iterator[tuple[_Key, str]]:
+def _texts(value: Any, key: Key) -> Iterator[tuple[Key, str]]:
     if isinstance(value, str):
         yield key, value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -736,7 +481,7 @@ def _texts(value: Any, key: _Key) -> Iterator[tuple[_Key, str]]:
         yield from _texts(item, (*key, name))
 
 
-def _fill(value: Any, values: Mapping[str, Any], source: _Source, key: _Key) -> Any:
+def _fill(value: Any, values: Mapping[str, Any], source: Source, key: Key) -> Any:
     if isinstance(value, dict):
         return {name: _fill(item, values, source, (*key, name)) for name, item in value.items()}
     if isinstance(value, list):
