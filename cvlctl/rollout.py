@@ -1,0 +1,243 @@
+"""Whole episodes of policies: rows for the score tables, episodes for the stores.
+
+On a CPU whole episodes run in worker processes with numpy policies (`run_episodes`); on a GPU one process steps several
+environments in lock-step and asks all policies at once (`run_lockstep`). Both see the same episodes of the same stream,
+so their rows agree up to the rounding of the matrix products.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cvlctl.envs import Act, Env, make
+from cvlctl.errors import CvlctlError
+from cvlctl.policies import NumpyPolicy, load_policy
+from cvlctl.types import Episode, EpisodeResult
+from cvlctl.workers import share_out
+
+EVALUATION_SEED = 1_000_003  # environment seed = this + seed: apart from the seeds 0, 1, ... of collection and training
+
+Progress = Callable[[int, int], None]  # (episodes done, episodes in all)
+
+
+@dataclass(frozen=True)
+class PolicyJob:
+    """One policy to evaluate: the member `seed` of a checkpoint (file or run), and what its rows are called."""
+
+    algorithm: str
+    task: str
+    seed: int
+    step: int
+    checkpoint: Path
+
+
+def collect_episode(env: Env, act: Act, episode: int, *, collected_at: int = 0) -> Episode:
+    """Episode number `episode` of `env` under `act`, (observation (O,), step) -> action (A,), clipped to [-1, 1]."""
+    observations, actions, rewards, successes, terminated = _roll(env, act, episode)
+    return Episode(
+        observations=np.stack(observations),
+        actions=np.stack(actions),
+        rewards=np.array(rewards, dtype=np.float32),
+        successes=None if successes[0] is None else np.array(successes, dtype=bool),
+        terminated=terminated,
+        task=env.task,
+        collected_at=collected_at,
+        seed=env.seed,
+    )
+
+
+def _roll(env: Env, act: Act, episode: int) -> tuple[list, list, list, list, bool]:
+    observation = env.reset(episode)
+    observations: list[np.ndarray] = [observation]
+    actions: list[np.ndarray] = []
+    rewards: list[float] = []
+    successes: list[bool | None] = []
+    terminated = truncated = False
+    while not (terminated or truncated):
+        action = np.asarray(act(observation, len(actions)), dtype=np.float32)
+        observation, reward, terminated, truncated, success = env.step(action)
+        observations.append(observation)
+        actions.append(np.clip(action, -1.0, 1.0))
+        rewards.append(reward)
+        successes.append(success)
+    return observations, actions, rewards, successes, terminated
+
+
+def run_episodes(
+    jobs: Sequence[PolicyJob],
+    *,
+    episodes: int,
+    seed: int = 0,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[EpisodeResult]:
+    """`episodes` greedy episodes of each job: rows in the order of (job, episode), the same for any number of workers.
+
+    Every job of a task meets the same episodes: those of environment seed EVALUATION_SEED + `seed`.
+
+    Args:
+        workers: processes; None: one for each CPU that this process may use; 0 or 1: none, all in this process.
+        progress: called in this process after every finished episode.
+
+    Raises:
+        CvlctlError: what a user can mend in a checkpoint or task, also when a worker met it; a worker that died.
+    """
+    # by task: a worker keeps few environments, and building one takes longer than an episode
+    order = sorted(range(len(jobs)), key=lambda index: (jobs[index].task, index))
+    items = [(index, episode) for index in order for episode in range(episodes)]
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(workers, len(items))
+    rows: dict[tuple[int, int], EpisodeResult] = {}
+    with closing(_answers(jobs, items, seed, workers)) as answers:  # closing: whatever happens here, the workers end
+        for place, row in answers:
+            rows[items[place]] = row
+            if progress:
+                progress(len(rows), len(items))
+    return [rows[item] for item in sorted(rows)]
+
+
+def _answers(
+    jobs: Sequence[PolicyJob], items: Sequence[tuple[int, int]], seed: int, workers: int
+) -> Generator[tuple[int, EpisodeResult], None, None]:
+    if workers <= 1:
+        play = _player(seed)
+        for place, (index, episode) in enumerate(items):
+            yield place, play(jobs[index], episode)
+        return
+    plain = [asdict(job) | {"checkpoint": str(job.checkpoint)} for job in jobs]
+    requests = [{"job": plain[index], "episode": episode, "seed": seed} for index, episode in items]
+    with closing(share_out("cvlctl.rollout:_work", requests, workers)) as answers:
+        for place, row in answers:
+            yield place, EpisodeResult(**row)
+
+
+def _work(request: dict[str, Any]) -> dict[str, Any]:
+    """One episode in a worker: JSON in, JSON out."""
+    job = PolicyJob(**request["job"] | {"checkpoint": Path(request["job"]["checkpoint"])})
+    return asdict(_worker_player(request["seed"])(job, request["episode"]))
+
+
+def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:
+    """A function (job, episode) -> row that keeps the environments and policies it made."""
+    env_of = lru_cache(maxsize=4)(lambda task: make(task, EVALUATION_SEED + seed))
+    policy_of = lru_cache(maxsize=64)(load_policy)
+
+    def play(job: PolicyJob, episode: int) -> EpisodeResult:
+        env, policy = env_of(job.task), policy_of(job.checkpoint, job.seed)
+        _check_fit(job, env, policy)
+        _, _, rewards, successes, _ = _roll(env, lambda observation, step: policy(observation), episode)
+        return _row(job, episode, sum(rewards), len(rewards), successes)
+
+    return play
+
+
+# in workers only: they end with the evaluation, so that nothing in it goes stale
+_worker_player = lru_cache(maxsize=1)(_player)
+
+
+def _check_fit(job: PolicyJob, env: Env, policy: NumpyPolicy) -> None:
+    sees, does = policy.spec.observation_shape, policy.spec.action_dim
+    if (sees, does) != (env.spec.observation_shape, env.spec.action_dim):
+        raise CvlctlError(
+            f"{job.checkpoint} sees {sees} and emits {does} actions; {job.task} has {env.spec.observation_shape} "
+            f"and {env.spec.action_dim}",
+            "evaluate it on the task that it was trained for",
+        )
+
+
+def _row(job: PolicyJob, episode: int, total: float, length: int, successes: Iterable[bool | None]) -> EpisodeResult:
+    flags = list(successes)  # an episode succeeds where any of its steps does, as Metaworld counts
+    success = None if flags[0] is None else any(flags)
+    return EpisodeResult(job.algorithm, job.task, job.seed, job.step, episode, float(total), length, success)
+
+
+def run_lockstep(
+    jobs: Sequence[PolicyJob],
+    *,
+    episodes: int,
+    seed: int = 0,
+    device: str = "cuda",
+    num_envs: int = 32,
+    progress: Progress | None = None,
+) -> list[EpisodeResult]:
+    """The rows of `run_episodes`, from one process: about `num_envs` environments step together, and the policies of
+    all jobs answer in one batched product on `device`. For a GPU beside few CPU cores, or many large policies."""
+    policies = [load_policy(job.checkpoint, job.seed) for job in jobs]
+    groups: dict[Any, list[int]] = {}
+    for index, (job, policy) in enumerate(zip(jobs, policies, strict=True)):
+        groups.setdefault((job.task, tuple(weight.shape for weight, _ in policy.layers)), []).append(index)
+    rows: dict[tuple[int, int], EpisodeResult] = {}
+    for (task, _), indices in groups.items():
+        envs: list[Env] = []
+        for part in (indices[start : start + num_envs] for start in range(0, len(indices), num_envs)):
+            each = max(1, min(episodes, num_envs // len(part)))
+            envs += [make(task, EVALUATION_SEED + seed) for _ in range(each * len(part) - len(envs))]
+            for index in part:
+                _check_fit(jobs[index], envs[0], policies[index])
+            act = _stacked([policies[index] for index in part], device)
+            for place, row in _lockstep([jobs[index] for index in part], act, envs, each, episodes):
+                rows[part[place], row.episode] = row
+                if progress:
+                    progress(len(rows), len(jobs) * episodes)
+    return [rows[item] for item in sorted(rows)]
+
+
+def _lockstep(
+    jobs: Sequence[PolicyJob], act: Callable[[np.ndarray], np.ndarray], envs: Sequence[Env], each: int, episodes: int
+) -> Iterator[tuple[int, EpisodeResult]]:
+    """(place in `jobs`, row) of every episode as it ends; slot (j, i) is the i-th of `each` environments of job j."""
+    observations = np.zeros((len(jobs), each, *envs[0].spec.observation_shape), dtype=np.float32)
+    waiting = [iter(range(episodes)) for _ in jobs]
+    running: dict[tuple[int, ...], tuple[int, list[float], list[bool | None]]] = {}
+
+    def begin(slot: tuple[int, ...]) -> None:
+        running.pop(slot, None)
+        if (episode := next(waiting[slot[0]], None)) is not None:
+            observations[slot] = envs[slot[0] * each + slot[1]].reset(episode)
+            running[slot] = (episode, [], [])
+
+    for slot in np.ndindex(len(jobs), each):
+        begin(slot)
+    while running:
+        actions = act(observations)
+        for slot, (episode, rewards, successes) in list(running.items()):
+            step = envs[slot[0] * each + slot[1]].step(actions[slot])
+            observations[slot], reward, terminated, truncated, success = step
+            rewards.append(reward)
+            successes.append(success)
+            if terminated or truncated:
+                yield slot[0], _row(jobs[slot[0]], episode, sum(rewards), len(rewards), successes)
+                begin(slot)
+
+
+def _stacked(policies: Sequence[NumpyPolicy], device: str) -> Callable[[np.ndarray], np.ndarray]:
+    """(J, n, O) observations -> (J, n, A) greedy actions of J policies of one shape: NumpyPolicy's maths in torch."""
+    import torch
+
+    def stack(arrays: Iterable[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(list(arrays))).to(device)
+
+    mean, std = stack(p.mean[None] for p in policies), stack(p.std[None] for p in policies)
+    layers = [
+        (stack(p.layers[i][0] for p in policies), stack(p.layers[i][1][None] for p in policies))
+        for i in range(len(policies[0].layers))
+    ]
+
+    @torch.inference_mode()
+    def act(observations: np.ndarray) -> np.ndarray:
+        x = ((torch.from_numpy(observations).to(device) - mean) / std).clamp(-10.0, 10.0)
+        for weight, bias in layers[:-1]:
+            x = torch.baddbmm(bias, x, weight).relu()
+        x = torch.baddbmm(layers[-1][1], x, layers[-1][0])
+        return x[..., : policies[0].spec.action_dim].tanh().cpu().numpy()
+
+    return act
