@@ -234,10 +234,15 @@ def _stacked(policies: Sequence[NumpyPolicy], device: str) -> Callable[[np.ndarr
 
     @torch.inference_mode()
     def act(observations: np.ndarray) -> np.ndarray:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(
+            "highest"
+        )  # training may have left it at less: rows are to equal the workers'
         x = ((torch.from_numpy(observations).to(device) - mean) / std).clamp(-10.0, 10.0)
         for weight, bias in layers[:-1]:
             x = torch.baddbmm(bias, x, weight).relu()
         x = torch.baddbmm(layers[-1][1], x, layers[-1][0])
+        torch.set_float32_matmul_precision(precision)
         return x[..., : policies[0].spec.action_dim].tanh().cpu().numpy()
 
     return act

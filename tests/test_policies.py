@@ -70,6 +70,24 @@ def test_actions_follow_the_formula_for_each_member(tmp_path: Path) -> None:
     assert policy.spec == Spec((3,), 2, 10)
 
 
+def test_actions_are_those_of_the_actor_in_training(tmp_path: Path) -> None:
+    import torch
+
+    from cvlctl import checkpoints, networks
+
+    rng = np.random.default_rng(3)
+    state = networks.actor_init(SEEDS, 3, 2, (16, 16))
+    state |= networks.normaliser_init(SEEDS, torch.randn(3), torch.rand(3) + 0.5)
+    path = tmp_path / "last.safetensors"
+    checkpoints.save(path, state, json.loads(header()["cvlctl"]))
+    observations = (rng.normal(size=(6, 3)) * [1, 5, 40]).astype(np.float32)
+    batch = networks.normalise(state, torch.from_numpy(observations).expand(2, -1, -1))
+    expected_actions = networks.actor(state, batch)[0].tanh()
+    for member, seed in enumerate(SEEDS):
+        actions = load_policy(path, seed)(observations)
+        assert actions == pytest.approx(expected_actions[member].numpy(), abs=1e-5)
+
+
 def test_a_run_directory_has_checkpoints_by_name_and_step(tmp_path: Path) -> None:
     save(tmp_path / "run/checkpoints/last.safetensors")
     save(tmp_path / "run/checkpoints/step-000005000.safetensors", arrays(seed=9))

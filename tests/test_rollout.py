@@ -269,11 +269,19 @@ def test_lockstep_rows_equal_the_workers_on_cuda(tmp_path: Path) -> None:
 
 
 def test_lockstep_products_are_numpy_policies(tmp_path: Path) -> None:
+    import torch
+
     from cvlctl.rollout import _stacked
 
     path = checkpoint(tmp_path / "a.safetensors", scale=1.0)
     policies: list[NumpyPolicy] = [load_policy(path, seed) for seed in (0, 1)]
     observations = np.random.default_rng(0).normal(0, 8, (2, 5, 3)).astype(np.float32)
-    actions = _stacked(policies, "cpu")(observations)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")  # as training may leave it
+        actions = _stacked(policies, "cpu")(observations)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
     for member in (0, 1):
         assert actions[member] == pytest.approx(policies[member](observations[member]), abs=1e-5)
