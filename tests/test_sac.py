@@ -1,0 +1,211 @@
+"""SAC's update against a plain implementation with torch.optim, its replay, its draws, and a task of one step."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cvlctl import networks, training
+from cvlctl.algorithms import sac
+from cvlctl.types import Spec, TransitionBatch
+
+SPEC = Spec((3,), 2, 10)
+CONFIG = sac.Config(hidden=(16, 16), batch_size=8)
+EAGER = training.Settings("cpu", 1, "float32", False)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def random_batch(seed: int, members: int = 1) -> tuple[TransitionBatch, dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(seed)
+    n = CONFIG.batch_size
+    batch = TransitionBatch(
+        observation=torch.randn(members, n, 3, generator=g),
+        action=torch.rand(members, n, 2, generator=g) * 2 - 1,
+        reward=torch.randn(members, n, generator=g),
+        discount=0.99 * (torch.rand(members, n, generator=g) < 0.7),
+        next_observation=torch.randn(members, n, 3, generator=g),
+    )
+    return batch, {name: torch.randn(members, n, 2, generator=g) for name in ("action", "next_action")}
+
+
+class Plain:
+    """SAC as textbooks write it: separate critics, autograd, torch.optim.Adam. Weights are (in, out) as ours."""
+
+    def __init__(self, state: networks.State) -> None:
+        def net(name: str, *twin: int) -> list[Tensor]:
+            picked = [state[f"{name}.{i}.{part}"][(0, *twin)] for i in range(3) for part in ("weight", "bias")]
+            return [p.clone().requires_grad_() for p in picked]
+
+        self.actor = net("actor")
+        self.critics = [net("critic", i) for i in range(2)]
+        self.targets = [net("target/critic", i) for i in range(2)]
+        self.log_alpha = state["log_temperature"][0].clone().requires_grad_()
+        groups = (self.actor, self.critics[0] + self.critics[1], [self.log_alpha])
+        self.optimisers = [torch.optim.Adam(group, lr=CONFIG.learning_rate) for group in groups]
+
+    @staticmethod
+    def apply(net: list[Tensor], x: Tensor) -> Tensor:
+        for i in range(0, 4, 2):
+            x = F.relu(x @ net[i] + net[i + 1])
+        return x @ net[4] + net[5]
+
+    def sample(self, observation: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.apply(self.actor, observation).chunk(2, dim=-1)
+        gaussian = torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp())
+        u = mean + gaussian.scale * noise
+        action = torch.tanh(u)
+        return action, (gaussian.log_prob(u) - torch.log(1 - action.square())).sum(-1)
+
+    def q(self, critics: list[list[Tensor]], observation: Tensor, action: Tensor) -> Tensor:
+        return torch.stack([self.apply(c, torch.cat([observation, action], -1)).squeeze(-1) for c in critics])
+
+    def step(self, batch: TransitionBatch, noise: dict[str, Tensor]) -> None:
+        b, alpha = TransitionBatch(*(x[0] for x in batch)), self.log_alpha.detach().exp()
+        actor_optimiser, critic_optimiser, alpha_optimiser = self.optimisers
+        with torch.no_grad():
+            action, log_prob = self.sample(b.next_observation, noise["next_action"][0])
+            value = self.q(self.targets, b.next_observation, action).min(0).values - alpha * log_prob
+            y = b.reward + b.discount * value
+        loss = 0.5 * sum(F.mse_loss(q, y) for q in self.q(self.critics, b.observation, b.action))
+        critic_optimiser.zero_grad()
+        loss.backward()  # type: ignore[union-attr]
+        critic_optimiser.step()
+        action, log_prob = self.sample(b.observation, noise["action"][0])
+        actor_loss = (alpha * log_prob - self.q(self.critics, b.observation, action).min(0).values).mean()
+        actor_optimiser.zero_grad()
+        actor_loss.backward()
+        actor_optimiser.step()
+        alpha_optimiser.zero_grad()
+        (-self.log_alpha * (log_prob.detach() - 2.0)).mean().backward()
+        alpha_optimiser.step()
+        with torch.no_grad():
+            for target, online in zip(self.targets, self.critics, strict=True):
+                for t, o in zip(target, online, strict=True):
+                    t.mul_(1 - CONFIG.ema_rate).add_(CONFIG.ema_rate * o)
+
+
+def test_update_equals_a_plain_implementation() -> None:
+    state = sac.init(CONFIG, SPEC, [3])
+    start = {name: value.clone() for name, value in state.items()}
+    plain = Plain(state)
+    for i in range(5):
+        batch, noise = random_batch(i)
+        plain.step(batch, noise)
+        state, _ = training.whole_step(lambda s, b, n: sac.step(CONFIG, s, b, n), EAGER)(state, batch, noise)
+    for i in range(3):
+        for j, part in enumerate(("weight", "bias")):
+            name, place = f"{i}.{part}", 2 * i + j
+            torch.testing.assert_close(state[f"actor.{name}"][0], plain.actor[place].detach(), atol=1e-6, rtol=1e-5)
+            for twin in range(2):
+                for ours, theirs in (("critic", plain.critics), ("target/critic", plain.targets)):
+                    expected = theirs[twin][place].detach()
+                    torch.testing.assert_close(state[f"{ours}.{name}"][0, twin], expected, atol=1e-6, rtol=1e-5)
+    assert state["log_temperature"].item() == pytest.approx(plain.log_alpha.item(), abs=1e-7)
+    still = [name for name in state if torch.equal(state[name], start[name])]
+    assert still == ["observation_mean", "observation_std"]
+
+
+def test_members_learn_alike_alone_and_in_company() -> None:
+    both, alone = sac.init(CONFIG, SPEC, [0, 5]), sac.init(CONFIG, SPEC, [5])
+    program = training.whole_step(lambda s, b, n: sac.step(CONFIG, s, b, n), EAGER)
+    for i in range(20):
+        batch, noise = random_batch(i, members=2)
+        own = TransitionBatch(*(x[1:] for x in batch)), {name: value[1:] for name, value in noise.items()}
+        both, metrics = program(both, batch, noise)
+        alone, _ = program(alone, *own)
+    for name, value in alone.items():
+        company = both[name] if value.dim() == 0 else both[name][1:]
+        torch.testing.assert_close(company, value, atol=1e-5, rtol=0)
+    assert all(value.shape == (2,) for value in metrics.values())
+
+
+def test_compiled_update_equals_the_eager_one() -> None:
+    if not training.have_compiler():
+        pytest.skip("no C++ compiler")
+    settings, config = training.Settings("cpu", 1, "float32", True), sac.Config(hidden=(16,), batch_size=8)
+    states = [sac.init(config, SPEC, [0]) for _ in range(2)]
+    programs = [training.whole_step(lambda s, b, n: sac.step(config, s, b, n), s) for s in (EAGER, settings)]
+    held = states[1]["actor.0.weight"]
+    for i in range(3):
+        batch, noise = random_batch(i)
+        for state, program in zip(states, programs, strict=True):
+            program(state, batch, noise)
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, atol=1e-5, rtol=1e-4)
+    assert held.data_ptr() == states[1]["actor.0.weight"].data_ptr()  # in place: the acting policy sees every update
+
+
+def test_replay_gives_back_what_was_added() -> None:
+    replay = sac.Replay(4, SPEC)
+    rng = np.random.default_rng(0)
+    rows = [(rng.normal(size=3), rng.normal(size=2), float(i), i == 2, rng.normal(size=3)) for i in range(4)]
+    for row in rows:
+        replay.add(*row)
+    batch = replay.gather(torch.tensor([[2, 0, 3]]), gamma=0.9, device="cpu")
+    assert batch.reward.tolist() == [[2.0, 0.0, 3.0]]
+    assert batch.discount.tolist() == [pytest.approx([0.0, 0.9, 0.9])]  # 2 terminated
+    for place, i in enumerate((2, 0, 3)):
+        np.testing.assert_allclose(batch.observation[0, place], rows[i][0], rtol=1e-6)
+        np.testing.assert_allclose(batch.action[0, place], rows[i][1], rtol=1e-6)
+        np.testing.assert_allclose(batch.next_observation[0, place], rows[i][4], rtol=1e-6)
+
+
+def test_draws_are_a_function_of_seed_and_block() -> None:
+    first, again = sac.draw(CONFIG, SPEC, [7], 3), sac.draw(CONFIG, SPEC, [7], 3)
+    for name in sac.Draws._fields:
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+    assert not torch.equal(sac.draw(CONFIG, SPEC, [7], 4).place, first.place)
+    company = sac.draw(CONFIG, SPEC, [0, 7], 3)
+    assert torch.equal(company.place[:, 1:], first.place) and torch.equal(company.action[:, 1:], first.action)
+    assert not torch.equal(first.action, first.next_action)
+
+
+def test_batches_are_uniform_over_what_is_there() -> None:
+    replay = sac.Replay(10, SPEC)
+    for i in range(5):  # half full: the empty half must never be drawn
+        replay.add(np.full(3, i), np.zeros(2), float(i), False, np.zeros(3))
+    config = sac.Config(batch_size=256)
+    counts = np.zeros(5)
+    for block in range(2):
+        draws = sac.draw(config, SPEC, [0], block)
+        for i in range(sac.BLOCK):
+            batch, _ = draws.batch(i, replay, 0.9)
+            counts += np.bincount(batch.reward.flatten().int().numpy(), minlength=5)
+    expected = counts.sum() / 5
+    assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi-square, 4 degrees of freedom: p = 0.001
+
+
+def test_learns_a_task_of_one_step() -> None:
+    """Reward -(a - 0.6)^2 - (a' + 0.3)^2, then the end: the greedy action is (0.6, -0.3), and Q the reward alone."""
+    config = sac.Config(hidden=(32, 32), batch_size=64, learning_rate=3e-3, target_entropy=-6.0)
+    state = sac.init(config, SPEC, [0])
+    program = training.whole_step(lambda s, b, n: sac.step(config, s, b, n), EAGER)
+    g = torch.Generator().manual_seed(0)
+    best = torch.tensor([0.6, -0.3])
+    for _ in range(600):
+        action = torch.rand(1, 64, 2, generator=g) * 2 - 1
+        observation = torch.randn(1, 64, 3, generator=g)
+        reward = -(action - best).square().sum(-1)
+        batch = TransitionBatch(observation, action, reward, torch.zeros(1, 64), observation)
+        noise = {name: torch.randn(1, 64, 2, generator=g) for name in ("action", "next_action")}
+        state, metrics = program(state, batch, noise)
+    mean, _ = networks.actor(state, torch.randn(1, 100, 3, generator=g))
+    assert (torch.tanh(mean) - best).abs().mean() < 0.1
+    q = sac.q_values(state, torch.zeros(1, 1, 3), best.expand(1, 1, 2))
+    assert q.abs().max() < 0.15
+    assert math.isfinite(float(metrics["temperature"])) and float(metrics["temperature"]) < 0.2
+
+
+def test_config_refuses_nonsense() -> None:
+    for wrong in ({"gamma": 1.0}, {"learning_rate": 0.0}, {"batch_size": 0}, {"ema_rate": 0.0}, {"hidden": ()}):
+        with pytest.raises(ValueError):
+            sac.Config(**wrong)
