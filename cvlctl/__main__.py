@@ -1,0 +1,5 @@
+"""`python -m cvlctl`."""
+
+from cvlctl.cli import main
+
+main()

@@ -1,0 +1,238 @@
+"""The command line: parse, call, render. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from cvlctl.commands import function
+from cvlctl.console import console, execute, present
+from cvlctl.version import __version__
+
+HELP = "From logged trajectories to policies and honest score tables: contrastive occupancy critics for offline RL."
+PIPELINE, WHOLE, LOOK = "The four steps, in order", "All of them", "Looking around"
+
+app = typer.Typer(
+    help=HELP, add_completion=False, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
+data_app = typer.Typer(help="Stores of episodes: what there is, what is in them, whether they are sound.")
+recipes_app = typer.Typer(help="Recipes: what there is, and whether they are valid.")
+for group, name in ((data_app, "data"), (recipes_app, "recipes")):
+    app.add_typer(group, name=name, rich_help_panel=LOOK, no_args_is_help=True)
+
+
+class Form(StrEnum):
+    """How `evaluate` prints its tables."""
+
+    rich = "rich"
+    csv = "csv"
+    json = "json"
+    markdown = "markdown"
+
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see `cvlctl recipes ls`.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Wins over the file: steps=1000 algorithm.bc_coefficient=0.1"),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, errors too.")]
+Force = Annotated[bool, typer.Option("--force", help="Start over, replacing what is in `out`.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def _example(line: str) -> str:
+    return f"Example: {line}"
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"cvlctl {__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    "build-dataset",
+    rich_help_panel=PIPELINE,
+    epilog=_example("cvlctl build-dataset recipes/build/hopper-random.yaml source.episodes=50"),
+)
+def build_dataset(
+    recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Collect a store of episodes: SAC's replay buffer, random actions, scripted experts, or checkpoints of policies.
+
+    Run it again after an interruption, and it goes on; for a finished store it says so and exits.
+    """
+    _step("build-dataset", recipe, overrides, force, as_json, quiet)
+
+
+@app.command(
+    rich_help_panel=PIPELINE,
+    epilog=_example("cvlctl pretrain recipes/pretrain/drawer-close.yaml steps=20000 out=runs/pretrain/short"),
+)
+def pretrain(
+    recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Train an occupancy critic on stores, without looking at rewards.
+
+    All seeds train together. Run it again after an interruption, and it goes on with the same bits.
+    """
+    _step("pretrain", recipe, overrides, force, as_json, quiet)
+
+
+@app.command(
+    rich_help_panel=PIPELINE,
+    epilog=_example("cvlctl finetune recipes/finetune/drawer-close-cvl.yaml algorithm.bc_coefficient=0.1"),
+)
+def finetune(
+    recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Train policies: from rewards (cvl), from success examples (laeo), or by cloning (bc).
+
+    On a pretrained critic (`init_from`), or from scratch. Run it again after an interruption, and it goes on with the
+    same bits.
+    """
+    _step("finetune", recipe, overrides, force, as_json, quiet)
+
+
+@app.command(
+    rich_help_panel=PIPELINE,
+    epilog=_example("cvlctl evaluate recipes/evaluate/drawer-close.yaml episodes=20 --format markdown"),
+)
+def evaluate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    form: Annotated[Form, typer.Option("--format", help="rich, csv, markdown, or json (as --json).")] = Form.rich,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Roll out policies, and print their scores with confidence intervals.
+
+    Every episode's result is saved as a row; only what is missing runs again.
+    """
+
+    def show(result: dict[str, Any]) -> None:
+        from cvlctl.commands import evaluate as command
+
+        if form in (Form.csv, Form.markdown):
+            print(command.as_text(result, form.value), end="")
+        else:
+            command.render(result, console())
+
+    _step("evaluate", recipe, overrides, force, as_json or form is Form.json, quiet, show)
+
+
+@app.command(rich_help_panel=WHOLE, epilog=_example("cvlctl run recipes/quickstart.yaml --dry-run"))
+def run(
+    experiment: Recipe,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with sizes and estimates.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run an experiment: stages of the four commands, multiplied by a matrix. Finished stages are skipped."""
+
+    def work() -> dict[str, Any]:
+        from cvlctl.commands.run import run_experiment
+
+        return run_experiment(experiment, overrides or [], force=force, dry_run=dry_run)
+
+    def show(result: dict[str, Any]) -> None:
+        from cvlctl.commands.run import render
+
+        render(result, console())
+
+    present(work, show, as_json, quiet)
+
+
+@data_app.command("ls", epilog=_example("cvlctl data ls data/metaworld"))
+def data_ls(
+    root: Annotated[Path, typer.Argument(help="Directory to look under.")] = Path("data"), as_json: Json = False
+) -> None:
+    """List the stores under a directory."""
+    from cvlctl.commands import data
+
+    present(lambda: data.ls(root), lambda result: data.render_ls(result, console()), as_json)
+
+
+Store = Annotated[Path, typer.Argument(help="A store, such as data/x.zarr.", show_default=False)]
+
+
+@data_app.command("info", epilog=_example("cvlctl data info data/metaworld/drawer-close.zarr --json"))
+def data_info(store: Store, as_json: Json = False) -> None:
+    """Show one store: counts, lengths, returns, successes, provenance."""
+    from cvlctl.commands import data
+
+    present(lambda: data.info(store), lambda result: data.render_info(result, console()), as_json)
+
+
+@data_app.command("verify", epilog=_example("cvlctl data verify data/metaworld/drawer-close.zarr"))
+def data_verify(store: Store, as_json: Json = False) -> None:
+    """Read all of a store and check its checksums; exit code 1 where something is wrong."""
+    from cvlctl.commands import data
+
+    result = present(lambda: data.verify(store), lambda result: data.render_verify(result, console()), as_json)
+    raise typer.Exit(0 if result["ok"] else 1)
+
+
+@recipes_app.command("ls", epilog=_example("cvlctl recipes ls"))
+def recipes_ls(
+    root: Annotated[Path, typer.Argument(help="Directory to look under.")] = Path("recipes"), as_json: Json = False
+) -> None:
+    """List recipes: which command each is for, and what it reproduces."""
+    from cvlctl.commands import recipes
+
+    present(lambda: recipes.ls(root), lambda result: recipes.render_ls(result, console()), as_json)
+
+
+@recipes_app.command("validate", epilog=_example("cvlctl recipes validate recipes/quickstart.yaml"))
+def recipes_validate(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Recipes or directories; default: recipes/")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check recipes against the schema; exit code 2 where one is not valid."""
+    from cvlctl.commands import recipes
+
+    paths = paths or [Path("recipes")]
+    result = present(
+        lambda: recipes.validate(paths), lambda result: recipes.render_validate(result, console()), as_json
+    )
+    raise typer.Exit(0 if all(one["ok"] for one in result) else 2)
+
+
+def _step(
+    command: str,
+    recipe: Path,
+    overrides: list[str] | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    show: Callable[[Any], None] | None = None,
+) -> None:
+    """Load the recipe of one of the four commands, run it, and show its result: in one line, if not by `show`."""
+
+    def work() -> dict[str, Any]:
+        from cvlctl import recipes
+
+        loaded = recipes.load(recipe, overrides or [], command)
+        return function(command)(loaded, force=force)
+
+    def line(result: dict[str, Any]) -> None:
+        place = result.get("out") or result.get("path")
+        plain = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
+        facts = ", ".join(f"{key} {value}" for key, value in plain.items() if key not in ("status", "out", "path"))
+        print(f"{result['status']}: {place} ({facts})")
+
+    present(work, show or line, as_json, quiet)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    sys.exit(execute(app, sys.argv[1:]))

@@ -1,0 +1,326 @@
+"""`cvlctl evaluate`: episodes of every seed of every run, then tables and pictures of their scores.
+
+    <out>/rows.jsonl          one line an episode: what everything else is computed from
+    <out>/evaluation.json     the recipe, and which checkpoint (by its sha256) each row is of
+    <out>/table.csv, table.md, table.json, scores.png, and curves.png with `checkpoints: all`
+
+Rows are saved every few hundred episodes, and reused wherever the checkpoint is still the same file: after an
+interruption, or when a glob finds another run, only what is missing runs.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from cvlctl import envs, report, scores
+from cvlctl.checkpoints import KEY, write_atomically
+from cvlctl.errors import CvlctlError
+from cvlctl.recipefile import nearest
+from cvlctl.recipes import EvaluateRecipe, resolved
+from cvlctl.rollout import PolicyJob, run_episodes, run_lockstep
+from cvlctl.runs import Progress, say, versions
+from cvlctl.types import EpisodeResult
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+FORMAT = 1
+SAVE_EVERY = 400  # episodes between two saves: starting workers anew costs seconds, losing this much a minute or two
+TABLES = {"table": "scores", "aggregate": "over all tasks", "pairwise": "against the baseline", "runs": "single runs"}
+FILES = ("evaluation.json", "rows.jsonl", "table.csv", "table.md", "table.json", "scores.png", "curves.png")
+
+_RowKey = tuple[str, str, int, int]  # algorithm, task, seed, step
+_Rows = dict[tuple[str, str, int], list[EpisodeResult]]  # (sha256 of the checkpoint, task, seed) -> rows
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint file of a run, and what its header says."""
+
+    run: Path
+    file: Path
+    algorithm: str
+    task: str
+    seeds: tuple[int, ...]
+    step: int
+
+
+def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
+    """Run what is missing, and compute the tables.
+
+    Returns:
+        status ("evaluated" or "finished already"), out, rows (a path), episodes, plots (paths), and lists of records:
+        table (`scores.score_table`), aggregate, pairwise, runs.
+
+    Raises:
+        CvlctlError: no such runs, no policies in them, or an `out` that holds something else (`force` replaces it).
+    """
+    found = find_checkpoints(recipe)
+    labels = _labels(found)
+    baseline = _baseline(recipe, labels)
+    jobs = [
+        PolicyJob(labels[checkpoint.run], checkpoint.task, seed, checkpoint.step, checkpoint.file)
+        for checkpoint in found
+        for seed in checkpoint.seeds
+    ]
+    digests = {checkpoint.file: _sha256(checkpoint.file) for checkpoint in found}
+    record = {
+        "format": FORMAT,
+        "recipe": resolved(recipe),
+        "jobs": [
+            {"algorithm": job.algorithm, "task": job.task, "seed": job.seed, "step": job.step,
+             "checkpoint": str(job.checkpoint), "sha256": digests[job.checkpoint]}
+            for job in jobs
+        ],
+    }  # fmt: skip
+    before = _open(recipe, force)
+    paths = {"out": str(recipe.out), "rows": str(recipe.out / "rows.jsonl")}
+    if before and before["status"] == "finished" and all(before[name] == record[name] for name in record):
+        saved = _read_json(recipe.out / "table.json")
+        if saved is not None:
+            return {"status": "finished already", **paths, **saved}
+
+    have = _reusable(recipe, before)
+    keys = {job: (digests[job.checkpoint], job.task, job.seed) for job in jobs}
+    rows = {job: _relabelled(job, have.get(keys[job], ())) for job in jobs}
+    rows = {job: done for job, done in rows.items() if len(done) == recipe.episodes}
+    _save(recipe.out, record, jobs, rows, "started")  # rows first: what they are of was true of the old record too
+    missing = [job for job in jobs if job not in rows]
+    if before and rows and missing:
+        say(f"{recipe.out}: {len(rows)} of {len(jobs)} policies are evaluated already")
+    with Progress("evaluate", len(jobs) * recipe.episodes, "episodes", len(rows) * recipe.episodes) as progress:
+        player = _player(recipe)
+        for part in _parts(missing, recipe.episodes):
+            start = len(rows) * recipe.episodes
+            played = player(part, lambda done, _, start=start: progress.update(start + done))
+            for place, job in enumerate(part):
+                rows[job] = played[place * recipe.episodes : (place + 1) * recipe.episodes]
+            _save(recipe.out, record, jobs, rows, "started")
+    everything = [row for job in jobs for row in rows[job]]
+    tables = _tables(everything, recipe, baseline)
+    plots = _write_tables(recipe, everything, tables)
+    result = {"episodes": len(everything), "plots": plots, **tables}
+    write_atomically(recipe.out / "table.json", (json.dumps(result, indent=1) + "\n").encode())
+    _save(recipe.out, record, jobs, rows, "finished")
+    return {"status": "evaluated", **paths, **result}
+
+
+def find_checkpoints(recipe: EvaluateRecipe) -> list[Checkpoint]:
+    """The checkpoints with policies of the runs that the recipe names, in the order of its patterns and of names."""
+    found: list[Checkpoint] = []
+    for pattern in recipe.runs:
+        exact = not glob.has_magic(pattern)
+        places = [pattern] if exact else sorted(glob.glob(pattern, recursive=True))
+        runs = [Path(place) for place in places if exact or Path(place, "checkpoints").is_dir()]
+        of_pattern = [checkpoint for run in runs for checkpoint in _of_run(run, recipe, exact)]
+        if not of_pattern:
+            hint = "patterns are relative to the current directory, and name run directories, such as runs/finetune/*"
+            raise CvlctlError(f"runs: no run with a policy matches {pattern!r}", hint)
+        found += of_pattern
+    return list({checkpoint.file.resolve(): checkpoint for checkpoint in found}.values())
+
+
+def _of_run(run: Path, recipe: EvaluateRecipe, exact: bool) -> Iterator[Checkpoint]:
+    folder = run / "checkpoints"
+    if not folder.is_dir() and exact:
+        raise CvlctlError(f"no run at {run}", "train it first: cvlctl finetune RECIPE")
+    last = folder / "last.safetensors"
+    if not last.is_file():
+        if exact:
+            raise CvlctlError(f"{run} has no checkpoint yet", "wait for its training, or start it again")
+        say(f"{run}: no checkpoint yet, left out")
+        return
+    final = _header(run, last)
+    if final is None:
+        if exact:
+            raise CvlctlError(f"{run} holds no policy", "it is of a pretrained critic: finetune it to get a policy")
+        return  # a glob may well meet the pretrained critics
+    total = (_read_json(run / "run.json") or {}).get("recipe", {}).get("steps")
+    if isinstance(total, int) and final.step < total:
+        say(f"{run}: not finished, evaluated at step {final.step} of {total}")
+    if recipe.checkpoints == "all":
+        numbered = [_header(run, file) for file in sorted(folder.glob("step-*.safetensors"))]
+        yield from (checkpoint for checkpoint in numbered if checkpoint and checkpoint.step != final.step)
+    yield final
+
+
+def _header(run: Path, file: Path) -> Checkpoint | None:
+    """The checkpoint, or None where it holds no actor."""
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            header = json.loads((tensors.metadata() or {})[KEY])
+            has_actor = any(name.startswith("actor.") for name in tensors.keys())  # noqa: SIM118 (not a dict)
+        algorithm, task, seeds, step = (header[name] for name in ("algorithm", "task", "seeds", "step"))
+        if not (isinstance(algorithm, str) and isinstance(task, str) and isinstance(step, int)) or not seeds:
+            raise ValueError("algorithm, task, seeds or step is of the wrong type")
+        seeds = tuple(map(int, seeds))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{file} cannot be read as a checkpoint: {type(error).__name__}: {error}"
+        raise CvlctlError(what, "it is damaged, or not of cvlctl: train it again, or leave its run out") from error
+    if has_actor:
+        envs.check_task(task)
+    return Checkpoint(run, file, algorithm, task, seeds, step) if has_actor else None
+
+
+def _labels(found: Sequence[Checkpoint]) -> dict[Path, str]:
+    """What each run is called in the tables: its algorithm; where a task has several runs of one, its directory too."""
+    groups: dict[tuple[str, str], dict[Path, None]] = defaultdict(dict)
+    for checkpoint in found:
+        groups[checkpoint.task, checkpoint.algorithm][checkpoint.run] = None
+    labels: dict[Path, str] = {}
+    for (_, algorithm), runs in groups.items():
+        if len(runs) == 1:
+            labels |= dict.fromkeys(runs, algorithm)
+            continue
+        depth, names = 1, [run.name for run in runs]
+        while len(set(names)) < len(names):
+            depth += 1
+            names = ["/".join(run.absolute().parts[-depth:]) for run in runs]
+        for run, name in zip(runs, names, strict=True):
+            labels[run] = name if name.startswith(algorithm) else f"{algorithm}/{name}"
+    return labels
+
+
+def _baseline(recipe: EvaluateRecipe, labels: dict[Path, str]) -> str:
+    names = list(dict.fromkeys(labels.values()))
+    if recipe.baseline is not None and recipe.baseline not in names:
+        raise CvlctlError(f"baseline: no run is called {recipe.baseline!r}", nearest(recipe.baseline, names, "names"))
+    return recipe.baseline or "bc"
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _open(recipe: EvaluateRecipe, force: bool) -> dict[str, Any] | None:
+    if not force:
+        return read_evaluation(recipe)
+    for name in FILES:  # and nothing that is not ours
+        (recipe.out / name).unlink(missing_ok=True)
+    return None
+
+
+def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
+    """The record in <out>/evaluation.json; None where `out` is empty.
+
+    Raises:
+        CvlctlError: where `out` holds something else, or rows of other runs, episodes or seeds.
+    """
+    out = recipe.out
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    before = _read_json(out / "evaluation.json")
+    if not before or before.get("format") != FORMAT or not {"status", "recipe", "jobs"} <= before.keys():
+        raise CvlctlError(f"{out} is not empty, and no evaluation", "choose another out, or --force to replace it")
+    now = resolved(recipe)
+    for name in ("runs", "checkpoints", "episodes", "seed"):
+        if before["recipe"].get(name) != now[name]:
+            what = f"{out} holds another evaluation: {name} was {before['recipe'].get(name)}, now {now[name]}"
+            raise CvlctlError(what, "choose another out, or --force to replace it")
+    return before
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _reusable(recipe: EvaluateRecipe, before: dict[str, Any] | None) -> _Rows:
+    """Rows that an earlier evaluation saved, by the checkpoint that they are of."""
+    path = recipe.out / "rows.jsonl"
+    if before is None or not path.is_file():
+        return {}
+    by_key: dict[_RowKey, list[EpisodeResult]] = defaultdict(list)
+    for row in scores.read_rows(path):
+        by_key[row.algorithm, row.task, row.seed, row.step].append(row)
+    return {
+        (job["sha256"], job["task"], job["seed"]): by_key[job["algorithm"], job["task"], job["seed"], job["step"]]
+        for job in before["jobs"]
+    }
+
+
+def _relabelled(job: PolicyJob, rows: Sequence[EpisodeResult]) -> list[EpisodeResult]:
+    return [
+        EpisodeResult(job.algorithm, job.task, job.seed, job.step, r.episode, r.episode_return, r.length, r.success)
+        for r in rows
+    ]
+
+
+def _save(out: Path, record: dict[str, Any], jobs: Sequence[PolicyJob], rows: dict[Any, Any], status: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    scores.write_rows(out / "rows.jsonl", [row for job in jobs if job in rows for row in rows[job]])
+    whole = {**record, "status": status, "versions": versions()}
+    write_atomically(out / "evaluation.json", (json.dumps(whole, indent=1) + "\n").encode())
+
+
+def _parts(jobs: Sequence[PolicyJob], episodes: int) -> Iterator[Sequence[PolicyJob]]:
+    size = max(1, -(-SAVE_EVERY // episodes))
+    for start in range(0, len(jobs), size):
+        yield jobs[start : start + size]
+
+
+def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Callable[..., None]], list[EpisodeResult]]:
+    device = recipe.device
+    if device != "cpu":
+        import torch
+
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise CvlctlError(f"device: {device}, but PyTorch sees no GPU", "use device: cpu")
+        device = "cuda" if device == "auto" and torch.cuda.is_available() else device
+    common = {"episodes": recipe.episodes, "seed": recipe.seed}
+    if device.startswith("cuda"):
+        return lambda jobs, progress: run_lockstep(jobs, device=device, progress=progress, **common)
+    workers = None if recipe.workers == "auto" else recipe.workers
+    return lambda jobs, progress: run_episodes(jobs, workers=workers, progress=progress, **common)
+
+
+def _tables(rows: list[EpisodeResult], recipe: EvaluateRecipe, baseline: str) -> dict[str, Any]:
+    known = {task: envs.references(task) for task in dict.fromkeys(row.task for row in rows)}
+    references: Any = {task: reference for task, reference in known.items() if reference}
+    confidence: Any = recipe.confidence.model_dump()
+    return {
+        "table": scores.score_table(rows, references=references, aggregates=recipe.aggregate, **confidence),
+        "aggregate": scores.aggregate_table(rows, references=references, aggregates=recipe.aggregate, **confidence),
+        "pairwise": scores.pairwise(rows, baseline=baseline, **confidence),
+        "runs": scores.run_table(rows, references=references, **confidence),
+    }
+
+
+def _write_tables(recipe: EvaluateRecipe, rows: list[EpisodeResult], tables: dict[str, Any]) -> list[str]:
+    out, confidence = recipe.out, recipe.confidence.model_dump()
+    write_atomically(out / "table.csv", report.to_csv(tables["table"]).encode())
+    write_atomically(out / "table.md", as_text(tables, "markdown").encode())
+    curves = report.plot_curves(rows, out / "curves.png", **confidence)
+    plots = [report.plot_scores(tables["table"], out / "scores.png"), curves]
+    return [str(plot) for plot in plots if plot]
+
+
+def as_text(result: dict[str, Any], form: str) -> str:
+    """The tables of a result: "markdown" has all of them, "csv" the score table alone."""
+    if form == "csv":
+        return report.to_csv(result["table"])
+    return "\n".join(report.to_markdown(result[name], title) for name, title in TABLES.items() if result[name])
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """Print the tables (single runs left to the files), and where the files are."""
+    for name, title in TABLES.items():
+        if result[name] and name != "runs":
+            console.print(report.to_rich(result[name], title))
+    for name in ("rows", *(["plots"] if result["plots"] else [])):
+        places = [result[name]] if isinstance(result[name], str) else result[name]
+        console.print(f"{name + ':':8}{' '.join(places)}", markup=False, soft_wrap=True)

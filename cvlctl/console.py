@@ -1,0 +1,101 @@
+"""What people and programs see of a command: results on stdout, progress and errors on stderr, exit codes.
+
+Exit code 0: done; 1: `data verify` found faults; 2: something a user can mend; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cvlctl.errors import CvlctlError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = ("interrupted", "run the same command again: it goes on from where it was saved last", 130)
+_HINTS = {
+    errno.ENOSPC: "free some space; what was written before is sound",
+    errno.EDQUOT: "free some space; what was written before is sound",
+    errno.EACCES: "choose another place, or change its permissions",
+    errno.EPERM: "choose another place, or change its permissions",
+    errno.EROFS: "choose another place",
+}
+
+
+def present(work: Callable[[], Any], show: Callable[[Any], None], as_json: bool, quiet: bool = False) -> Any:
+    """Call `work`, with whatever it prints on stderr (`quiet`: nowhere), then show its result, or print it as JSON."""
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        result = work()
+    if as_json:
+        print(json.dumps(result, indent=1, default=str))
+    else:
+        show(result)
+    return result
+
+
+def console() -> Console:
+    """For results, on stdout."""
+    from rich.console import Console
+
+    made = Console(highlight=False)
+    # into a file or a pipe, tables must not be squeezed to the 80 columns of a terminal that is not there
+    return made if made.is_terminal else Console(highlight=False, width=int(os.environ.get("COLUMNS", "110")))
+
+
+def execute(app: Callable[..., Any], args: Sequence[str]) -> int:
+    """Run a Typer app; every error that a user can mend becomes two lines on stderr. Returns the exit code."""
+    try:
+        code = app(args=list(args) or ["--help"], prog_name="cvlctl", standalone_mode=False)
+        sys.stdout.flush()
+        if code == 130:  # what Typer makes of Ctrl-C
+            return _fail(args, *INTERRUPTED)
+        return code if isinstance(code, int) else 0
+    except CvlctlError as error:
+        return _fail(args, error.what, error.hint)
+    except KeyboardInterrupt:
+        return _fail(args, *INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it exits
+        return 1
+    except OSError as error:
+        if error.errno not in _HINTS:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(args, f"{place}{error.strerror}", _HINTS[error.errno])
+    except Exception as error:
+        # usage errors of Typer's: of which class they are depends on its version
+        if type(error).__name__ == "Abort":
+            return _fail(args, *INTERRUPTED)
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            return 2  # `cvlctl data`: Typer has printed the help by now
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "cvlctl"
+        return _fail(args, error.format_message(), f"see {path} --help")
+
+
+def _fail(args: Sequence[str], what: str, hint: str, code: int = 2) -> int:
+    as_json = "--json" in args or "--format=json" in args or ("--format", "json") in itertools.pairwise(args)
+    with contextlib.suppress(BrokenPipeError):
+        if as_json:
+            print(json.dumps({"error": what, "hint": hint}), flush=True)
+        else:
+            from rich.console import Console
+            from rich.text import Text
+
+            screen = Console(stderr=True, highlight=False, soft_wrap=True)
+            for title, text in (("error: ", what), ("hint: ", hint)):
+                if text:
+                    screen.print(Text.assemble((title, "bold red" if title == "error: " else "bold"), text))
+    return code
