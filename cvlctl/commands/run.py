@@ -133,17 +133,17 @@ def _size(job: Job, experiment: ExperimentRecipe) -> tuple[str, float]:
             weights = 5 * _weights(OBSERVATION_DIM, *source.hidden)  # two critics, their targets, the actor
             return f"{source.steps:,} steps of SAC", source.steps * (_step(source.batch_size * weights) + 1 / SIMULATED)
         episodes = source.episodes * len(getattr(source, "checkpoints", [0]))
-        return f"{episodes:,} episodes", episodes * EPISODE_STEPS / SIMULATED
+        return _count(episodes, "episode"), episodes * EPISODE_STEPS / SIMULATED
     if job.command == "evaluate":
         seeds = sum(
             len(other.recipe.seeds)
             for other in experiment.jobs
             if other.command == "finetune" and any(_matches(other.recipe.out, pattern) for pattern in recipe.runs)
         )
-        policies = f"{seeds} policies" if seeds else "policies of earlier runs"
+        policies = _count(seeds, "policy") if seeds else "policies of earlier runs"
         more = ", every checkpoint" if recipe.checkpoints == "all" else ""
         seconds = max(seeds, 1) * recipe.episodes * EPISODE_STEPS / SIMULATED_WITH_WORKERS
-        return f"{policies} x {recipe.episodes} episodes{more}", seconds
+        return f"{policies} x {_count(recipe.episodes, 'episode')}{more}", seconds
     config = recipe.critic if job.command == "pretrain" else recipe.config
     critic = config if job.command == "pretrain" else getattr(config, "critic", None)
     for other in experiment.jobs:
@@ -158,7 +158,12 @@ def _size(job: Job, experiment: ExperimentRecipe) -> tuple[str, float]:
             bank = getattr(config, "bank_size", 0) + getattr(config, "num_examples", 0)
             work += (bank / 3 + recipe.batch_size) * _weights(OBSERVATION_DIM, *critic.hidden, critic.latent_dim)
     seeds = len(recipe.seeds)
-    return f"{recipe.steps:,} steps x {seeds} {'seed' if seeds == 1 else 'seeds'}", recipe.steps * _step(seeds * work)
+    return f"{_count(recipe.steps, 'step')} x {_count(seeds, 'seed')}", recipe.steps * _step(seeds * work)
+
+
+def _count(num: int, noun: str) -> str:
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{num:,} {noun if num == 1 else plural}"
 
 
 def _weights(*widths: int) -> int:

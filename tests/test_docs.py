@@ -1,0 +1,44 @@
+"""The written documentation of the command line is that of the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from typer.main import get_command
+
+from cvlctl.cli import app
+
+ROOT = Path(__file__).parents[1]
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs" / "generate_cli.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def leaves(command: Any, path: str) -> list[tuple[str, Any]]:
+    children = getattr(command, "commands", {})
+    below = [leaf for name, child in children.items() for leaf in leaves(child, f"{path} {name}")]
+    return below or [(path, command)]
+
+
+def test_cli_md_is_current() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text() == generator().page(), "run python docs/generate_cli.py"
+
+
+def test_every_command_is_documented_with_an_example_and_every_option_explained() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text()
+    commands = leaves(get_command(app), "cvlctl")
+    assert len(commands) == 10
+    for path, command in commands:
+        assert f"# {path}\n" in page
+        assert command.help
+        assert command.epilog.startswith(f"Example: {path}")
+        assert all(parameter.help for parameter in command.params), path

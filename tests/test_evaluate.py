@@ -1,0 +1,228 @@
+"""`cvlctl evaluate`: which runs, what they are called, what is reused, and what the files hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cvlctl import checkpoints, rollout, scores
+from cvlctl.commands import evaluate as module
+from cvlctl.commands.evaluate import evaluate
+from cvlctl.console import console
+from cvlctl.errors import CvlctlError
+from cvlctl.recipes import EvaluateRecipe
+from cvlctl.rollout import PolicyJob
+from cvlctl.types import EpisodeResult
+
+TASK = "gym/Pendulum-v1"
+EPISODES = 2
+
+
+def save_run(
+    run: Path,
+    algorithm: str,
+    *,
+    seeds: tuple[int, ...] = (0, 1),
+    steps: tuple[int, ...] = (),
+    step: int = 30,
+    noise: int = 0,
+) -> None:
+    """A run with checkpoints of random actors at `steps` and, last, at `step`; "occupancy" is a critic, without one."""
+    generator = torch.Generator().manual_seed(noise)
+    for at, name in [*((at, f"step-{at:09d}") for at in steps), (step, "last")]:
+        sizes, num = (3, 8, 2), len(seeds)
+        state = {"observation_mean": torch.zeros(num, 3), "observation_std": torch.ones(num, 3)}
+        for i in range(2 if algorithm != "occupancy" else 0):
+            state[f"actor.{i}.weight"] = torch.randn(num, sizes[i], sizes[i + 1], generator=generator)
+            state[f"actor.{i}.bias"] = torch.zeros(num, 1, sizes[i + 1])
+        metadata = {"algorithm": algorithm, "task": TASK, "seeds": list(seeds), "step": at}
+        metadata["spec"] = {"observation_shape": [3], "action_dim": 1, "horizon": 200, "pixels": False}
+        checkpoints.save(run / "checkpoints" / f"{name}.safetensors", state, metadata)
+
+
+def recipe(tmp_path: Path, **changes: Any) -> EvaluateRecipe:
+    plain = {"runs": [str(tmp_path / "runs" / "*")], "episodes": EPISODES, "workers": 0, "out": tmp_path / "out"}
+    return EvaluateRecipe.model_validate({**plain, "confidence": {"resamples": 50}, **changes})
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, int]]]:
+    """(algorithm, seed, step) of every job that really runs."""
+    seen: list[tuple[str, int, int]] = []
+
+    def run_episodes(jobs: list[PolicyJob], **options: Any) -> list[EpisodeResult]:
+        seen.extend((job.algorithm, job.seed, job.step) for job in jobs)
+        return rollout.run_episodes(jobs, **options)
+
+    monkeypatch.setattr(module, "run_episodes", run_episodes)
+    yield seen
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    for noise, algorithm in enumerate(["bc", "cvl"]):
+        save_run(tmp_path / "runs" / algorithm, algorithm, steps=(10, 20), noise=noise)
+    save_run(tmp_path / "runs" / "critic", "occupancy")
+    (tmp_path / "runs" / "notes").mkdir()
+    return tmp_path / "runs"
+
+
+def test_rows_tables_and_pictures(tmp_path: Path, runs: Path) -> None:
+    result = evaluate(recipe(tmp_path))
+    assert result["status"] == "evaluated"
+    assert [(r["algorithm"], r["runs"], r["episodes"], r["step"]) for r in result["table"]] == [
+        ("bc", 2, 4, 30),
+        ("cvl", 2, 4, 30),
+    ]
+    jobs = [PolicyJob(name, TASK, seed, 30, runs / name) for name in ("bc", "cvl") for seed in (0, 1)]
+    rows = scores.read_rows(result["rows"])
+    assert rows == rollout.run_episodes(jobs, episodes=EPISODES, workers=0)
+    mean = np.mean([row.episode_return for row in rows if row.algorithm == "cvl"])
+    assert result["table"][1]["return_mean"] == pytest.approx(mean)
+    assert [r["algorithm"] for r in result["pairwise"]] == ["cvl"]
+    assert len(result["runs"]) == 4
+    saved = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert saved["table"] == result["table"]
+    assert (tmp_path / "out" / "table.csv").read_text().startswith("task,algorithm,")
+    assert "| cvl |" in (tmp_path / "out" / "table.md").read_text()
+    assert [Path(plot).name for plot in result["plots"]] == ["scores.png"]
+    assert Path(result["plots"][0]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoints_all_gives_learning_curves(tmp_path: Path, runs: Path) -> None:
+    result = evaluate(recipe(tmp_path, checkpoints="all"))
+    assert {row.step for row in scores.read_rows(result["rows"])} == {10, 20, 30}
+    assert [Path(plot).name for plot in result["plots"]] == ["scores.png", "curves.png"]
+    assert all(record["step"] == 30 for record in result["table"])
+
+
+def test_asked_again_nothing_runs(tmp_path: Path, runs: Path, played: list[Any]) -> None:
+    first = evaluate(recipe(tmp_path))
+    played.clear()
+    again = evaluate(recipe(tmp_path))
+    assert again == {**first, "status": "finished already"}
+    other = evaluate(recipe(tmp_path, confidence={"level": 0.5, "resamples": 50}))
+    assert other["status"] == "evaluated"
+    assert other["table"][0]["level"] == 0.5
+    assert played == []
+
+
+def test_only_what_is_missing_or_new_runs(tmp_path: Path, runs: Path, played: list[Any]) -> None:
+    first = scores.read_rows(evaluate(recipe(tmp_path))["rows"])
+    played.clear()
+    save_run(runs / "laeo", "laeo", seeds=(4,), noise=7)
+    save_run(runs / "bc", "bc", noise=8)  # trained again
+    second = scores.read_rows(evaluate(recipe(tmp_path))["rows"])
+    assert played == [("bc", 0, 30), ("bc", 1, 30), ("laeo", 4, 30)]
+    assert [row for row in second if row.algorithm == "cvl"] == [row for row in first if row.algorithm == "cvl"]
+    assert [row.episode_return for row in second[:4]] != [row.episode_return for row in first[:4]]
+
+
+def test_an_interrupted_evaluation_goes_on(
+    tmp_path: Path, runs: Path, played: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = scores.read_rows(evaluate(recipe(tmp_path, out=tmp_path / "whole"))["rows"])
+    monkeypatch.setattr(module, "SAVE_EVERY", 2 * EPISODES)
+    go_on = module.run_episodes
+
+    def stop_at_cvl(jobs: list[PolicyJob], **options: Any) -> list[EpisodeResult]:
+        if jobs[0].algorithm == "cvl":
+            raise KeyboardInterrupt
+        return go_on(jobs, **options)
+
+    monkeypatch.setattr(module, "run_episodes", stop_at_cvl)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(recipe(tmp_path))
+    monkeypatch.setattr(module, "run_episodes", go_on)
+    played.clear()
+    assert scores.read_rows(evaluate(recipe(tmp_path))["rows"]) == whole
+    assert {name for name, _, _ in played} == {"cvl"}
+
+
+def test_another_recipe_for_the_same_out_needs_force(tmp_path: Path, runs: Path) -> None:
+    evaluate(recipe(tmp_path))
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    with pytest.raises(CvlctlError, match="episodes was 2, now 1") as caught:
+        evaluate(recipe(tmp_path, episodes=1))
+    assert "--force" in caught.value.hint
+    result = evaluate(recipe(tmp_path, episodes=1), force=True)
+    assert result["episodes"] == 4
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("x")
+    with pytest.raises(CvlctlError, match="is not empty, and no evaluation"):
+        evaluate(recipe(tmp_path, out=tmp_path / "other"))
+
+
+def test_two_runs_of_one_algorithm_are_told_apart(tmp_path: Path) -> None:
+    for name in ("cvl-low", "cvl-high", "third"):
+        save_run(tmp_path / "runs" / name, "cvl", seeds=(0,))
+    save_run(tmp_path / "runs" / "cloned", "bc", seeds=(0,))
+    for part in ("a", "b"):
+        save_run(tmp_path / "runs2" / part / "run", "laeo", seeds=(0,))
+    names = [str(tmp_path / "runs" / "*"), str(tmp_path / "runs2" / "*" / "run"), str(tmp_path / "runs" / "third")]
+    result = evaluate(recipe(tmp_path, runs=names, episodes=1))
+    found = [record["algorithm"] for record in result["table"]]
+    assert sorted(found) == ["bc", "cvl-high", "cvl-low", "cvl/third", "laeo/a/run", "laeo/b/run"]
+    assert {record["baseline"] for record in result["pairwise"]} == {"bc"}
+
+
+def test_what_is_wrong_with_runs_is_said(tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def error(**changes: Any) -> str:
+        with pytest.raises(CvlctlError) as caught:
+            evaluate(recipe(tmp_path, **changes))
+        return str(caught.value)
+
+    assert "no run with a policy matches" in error(runs=[str(tmp_path / "nothing" / "*")])
+    assert "no run with a policy matches" in error(runs=[str(runs / "crit*")])
+    assert "no run at" in error(runs=[str(tmp_path / "nothing")])
+    assert "holds no policy" in error(runs=[str(runs / "critic")])
+    assert "did you mean cvl?" in error(baseline="clv")
+    (runs / "a-begun" / "checkpoints").mkdir(parents=True)
+    assert "has no checkpoint yet" in error(runs=[str(runs / "a-begun")])
+    last = runs / "bc" / "checkpoints" / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:50])
+    assert "cannot be read as a checkpoint" in error()
+    assert "a-begun: no checkpoint yet, left out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_run_is_evaluated_and_said_to_be(
+    tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "cvl" / "run.json").write_text(json.dumps({"recipe": {"steps": 90}}))
+    evaluate(recipe(tmp_path, episodes=1))
+    assert "cvl: not finished, evaluated at step 30 of 90" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tmp_path: Path, runs: Path) -> None:
+    with pytest.raises(CvlctlError, match="PyTorch sees no GPU"):
+        evaluate(recipe(tmp_path, device="cuda"))
+
+
+def test_lock_step_is_what_a_gpu_gets(tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    lockstep = rollout.run_lockstep
+    monkeypatch.setattr(module, "run_lockstep", lambda jobs, device, **more: lockstep(jobs, device="cpu", **more))
+    fast = scores.read_rows(evaluate(recipe(tmp_path, device="auto"))["rows"])
+    slow = scores.read_rows(evaluate(recipe(tmp_path, out=tmp_path / "slow"))["rows"])
+    assert [row.episode_return for row in fast] == pytest.approx([row.episode_return for row in slow], rel=1e-3)
+
+
+def test_texts(tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = evaluate(recipe(tmp_path))
+    assert module.as_text(result, "csv").count("\n") == 3
+    markdown = module.as_text(result, "markdown")
+    assert [title in markdown for title in ("### scores", "### against the baseline", "### single runs")] == [True] * 3
+    module.render(result, console())
+    out = capsys.readouterr().out
+    assert "cvl" in out
+    assert f"rows:   {result['rows']}" in out
+    assert f"plots:  {result['plots'][0]}" in out
