@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def validate(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 def render_ls(result: list[dict[str, Any]], console: Console) -> None:
     """Print the result of `ls`."""
-    table = Table("recipe", "command", "what it is", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("recipe", "command", "what it is"):
+        table.add_column(heading, no_wrap=heading == "command", overflow="fold")
     for row in result:
         table.add_row(Text(row["path"]), row["command"] or "?", Text(row["about"]))
     console.print(table)
@@ -61,7 +64,7 @@ def render_validate(result: list[dict[str, Any]], console: Console) -> None:
 def _row(path: Path) -> dict[str, Any]:
     try:
         command = schema.kind_of(recipefile.read(path)[1])
-        first = path.read_text().lstrip().splitlines()[0].split(". ")[0].rstrip(".")
+        first = re.split(r"\.\s+(?=[A-Z])", path.read_text().lstrip().splitlines()[0])[0].rstrip(".")
     except CvlctlError as error:
         return {"path": str(path), "command": None, "about": error.what}
     return {"path": str(path), "command": command, "about": first.lstrip("# ") if first.startswith("#") else ""}
