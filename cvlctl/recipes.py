@@ -344,7 +344,7 @@ class Job(NamedTuple):
     @property
     def label(self) -> str:
         """The combination in words."""
-        return " ".join(_text(value) for value in self.combination.values())
+        return " ".join(text_of(value) for value in self.combination.values())
 
 
 class ExperimentRecipe(_Strict):
@@ -496,12 +496,13 @@ def _fill(value: Any, values: Mapping[str, Any], source: Source, key: Key) -> An
             if isinstance(found, Mapping) and part in found:
                 found = found[part]
             elif isinstance(found, Mapping) or part != "name":
-                raise CvlctlError(f"{source.where(key)}: ${{{name}}}: {_text(found)} has no {part}")
+                raise CvlctlError(f"{source.where(key)}: ${{{name}}}: {text_of(found)} has no {part}")
         return found
 
     whole = _PLACEHOLDER.fullmatch(value)
-    return look_up(whole[1]) if whole else _PLACEHOLDER.sub(lambda match: _text(look_up(match[1])), value)
+    return look_up(whole[1]) if whole else _PLACEHOLDER.sub(lambda match: text_of(look_up(match[1])), value)
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """The value of a matrix key in words."""
     return str(value.get("name", value)) if isinstance(value, Mapping) else str(value)
