@@ -176,16 +176,33 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert not list((policies_dir(out) / "checkpoints").glob("episodes-*"))
 
 
-def test_lost_learner_starts_over(built: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: Any) -> None:
+def test_damaged_learner_starts_over(
+    built: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "pendulum.zarr"
     with monkeypatch.context() as patched:
         die_in_step(patched)
         with pytest.raises(Killed):
             build(recipe_for(out))
-    for file in (policies_dir(out) / "checkpoints").glob("episodes-*"):
-        file.unlink()
+    (file,) = (policies_dir(out) / "checkpoints").glob("episodes-*")
+    file.write_bytes(file.read_bytes()[:-100])
     build(recipe_for(out))
+    assert "starting over" in capsys.readouterr().err
     assert open_store(out).digest() == open_store(built[0]).digest()
+
+
+def test_forced_and_killed_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, short = tmp_path / "x.zarr", SAC | {"steps": 210}
+    build(recipe_for(out, SAC | {"steps": 50}))
+    with monkeypatch.context() as patched:
+        die_before_finish(patched)
+        with pytest.raises(Killed):
+            build(recipe_for(out, short), force=True)
+    assert len(open_store(out)) == 50  # the old one, until the new one is complete
+    with pytest.raises(CvlctlError, match="--force"):
+        build(recipe_for(out, short))
+    monkeypatch.setattr(envs.Env, "step", None)  # nothing is left to collect
+    assert build(recipe_for(out, short), force=True)["transitions"] == 210
 
 
 def test_finished_and_other_recipes(tmp_path: Path) -> None:

@@ -60,6 +60,9 @@ def build(recipe: BuildRecipe, *, force: bool = False) -> dict[str, Any]:
             with _writer(recipe, plain, env, force) as writer:
                 _collect(recipe, recipe.source, env, writer)
                 store = writer.finish(collector=plain["source"])
+    except KeyboardInterrupt:
+        say(f"{recipe.out}: stopped; the same command goes on from the last checkpoint")
+        raise
     finally:
         env.close()
     return _summary(store, "built", time.monotonic() - begin)
@@ -163,16 +166,16 @@ def _noisy(act: envs.Act, scale: float, noise: np.ndarray) -> envs.Act:
 
 def _collect_sac(recipe: BuildRecipe, source: SacSource, plain: dict[str, Any], env: envs.Env, force: bool) -> Store:
     run = Run(policies_dir(recipe.out), plain, {})
-    if run.open(force=force) == "finished":  # its store was deleted: collect it anew
-        run.open(force=True)
+    _take(run, force)
     try:
-        writer = _writer(recipe, plain, env, force, resume=not force)
-        if writer.num_episodes and not _state_file(run, writer.num_episodes).exists():
+        writer = _writer(recipe, plain, env, force)
+        saved = _saved(run, writer.num_episodes) if writer.num_episodes else None
+        if writer.num_episodes and saved is None:
             writer.close()
-            say(f"{writer.partial}: the learner's state is gone; starting over")
+            say(f"{writer.partial}: the learner's state for it is lost; starting over")
             writer = _writer(recipe, plain, env, force, resume=False)
         with writer:
-            collector = _Collector(recipe, source, plain, env, run, writer)
+            collector = _Collector(recipe, source, plain, env, run, writer, saved)
             collector.collect()
             settings = collector.settings.as_dict()
             store = writer.finish(collector={"sac": asdict(collector.config), "settings": settings})
@@ -182,6 +185,18 @@ def _collect_sac(recipe: BuildRecipe, source: SacSource, plain: dict[str, Any], 
     finally:
         run.close()
     return store
+
+
+def _take(run: Run, force: bool) -> None:
+    """Take the run directory; what a killed collection of the same recipe left there stays, also with `force`."""
+    try:
+        status = run.open()
+    except CvlctlError:
+        if not force:
+            raise
+        status = "finished"  # another recipe's
+    if status == "finished":  # or of this one, and its store was deleted or is to be replaced
+        run.open(force=True)
 
 
 def _close_run(recipe: BuildRecipe, plain: dict[str, Any]) -> None:
@@ -196,6 +211,15 @@ def _state_file(run: Run, episodes: int) -> Path:
     return run.checkpoints / f"episodes-{episodes:09d}.safetensors"
 
 
+def _saved(run: Run, episodes: int) -> tuple[State, dict[str, Any]] | None:
+    """The learner's state after `episodes` episodes, or None where it is lost or damaged."""
+    try:
+        return checkpoints.load(_state_file(run, episodes))
+    except CvlctlError as error:
+        say(error.what)
+        return None
+
+
 class _Collector:
     """One SAC collection: environment, learner, replay and store, from the first frame or a resumed one to the last."""
 
@@ -207,16 +231,17 @@ class _Collector:
         env: envs.Env,
         run: Run,
         writer: StoreWriter,
+        saved: tuple[State, dict[str, Any]] | None,
     ) -> None:
         self.recipe, self.source, self.env, self.run, self.writer = recipe, source, env, run, writer
         self.config = sac.Config(
             gamma=source.gamma, hidden=source.hidden, learning_rate=source.learning_rate, batch_size=source.batch_size
         )
-        self.frame = writer.num_transitions
+        self.frame, self.block = writer.num_transitions, -1
         self.latest: list[tuple[float, bool | None]] = []
         self.replay = sac.Replay(source.steps, env.spec)
-        if writer.num_episodes:
-            state, metadata = checkpoints.load(_state_file(run, writer.num_episodes))
+        if saved is not None:
+            state, metadata = saved
             self.settings = Settings(**metadata["settings"])
             for episode in writer.episodes():
                 self._remember(episode)
@@ -258,11 +283,8 @@ class _Collector:
         begin, terminated, over = self.frame, False, False
         metrics: training.Metrics = {}
         observations, actions, rewards, successes = [env.reset(number)], [], [], []
-        draws = sac.draw(self.config, env.spec, [self.recipe.seed], self.frame // sac.BLOCK)
         while not over:
-            block, i = divmod(self.frame, sac.BLOCK)
-            if i == 0:
-                draws = sac.draw(self.config, env.spec, [self.recipe.seed], block)
+            draws, i = self._draws()
             observation, random = observations[-1], self.frame < source.learning_starts
             action = draws.uniform_action[i] if random else act(observation, draws.exploration[i])
             after, reward, terminated, truncated, success = env.step(action)
@@ -293,6 +315,13 @@ class _Collector:
             raise CvlctlError(f"SAC diverged at frame {self.frame}: {values}", "lower learning_rate")
         row = {"episode": number, "episode_return": total, "length": len(episode), "success": succeeded}
         self.run.log(self.frame, row | values)
+
+    def _draws(self) -> tuple[sac.Draws, int]:
+        """The draws of this frame's block, and its place there."""
+        block, i = divmod(self.frame, sac.BLOCK)
+        if block != self.block:
+            self.block, self.draws = block, sac.draw(self.config, self.env.spec, [self.recipe.seed], block)
+        return self.draws, i
 
     def _remember(self, episode: Episode) -> None:
         assert episode.rewards is not None
