@@ -1,1 +1,38 @@
+"""cvlctl: from logged trajectories to policies and honest score tables. The public Python API, loaded on first use."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cvlctl.version import __version__
+
+if TYPE_CHECKING:
+    from cvlctl.critics import load_critic
+    from cvlctl.errors import CvlctlError
+    from cvlctl.policies import load_policy
+    from cvlctl.store import open_store, write_store
+    from cvlctl.types import Episode
+
+_HOMES = {
+    "CvlctlError": "cvlctl.errors",
+    "Episode": "cvlctl.types",
+    "load_critic": "cvlctl.critics",
+    "load_policy": "cvlctl.policies",
+    "open_store": "cvlctl.store",
+    "write_store": "cvlctl.store",
+}
+
+__all__ = ["CvlctlError", "Episode", "__version__", "load_critic", "load_policy", "open_store", "write_store"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and zarr take seconds to import: `cvlctl --help` must not wait for them
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cvlctl' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,77 @@
+"""`cvlctl finetune`: a policy from reward labels or success examples, from scratch or on a pretrained occupancy critic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvlctl import checkpoints
+from cvlctl.algorithms import ALGORITHMS
+from cvlctl.commands import train
+from cvlctl.critics import critic_config
+from cvlctl.errors import CvlctlError
+from cvlctl.networks import State
+from cvlctl.recipes import FinetuneRecipe, resolved
+from cvlctl.runs import Run
+from cvlctl.types import Spec
+
+
+def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
+    """Train, resume, or find the run finished."""
+    module = ALGORITHMS[recipe.algorithm_name]
+    config = recipe.config
+    stores = train.open_stores(recipe.stores)
+    spec = stores[0].spec
+    uses = recipe.stores if recipe.algorithm_name == "cvl" else None
+    inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
+    for use, store in zip(recipe.stores, stores, strict=True):
+        if uses and use.rewards != "none":
+            inputs[f"{use.path}:{use.rewards}"] = store.label_digest(use.rewards)
+    examples = None
+    if recipe.success_examples is not None and recipe.algorithm_name == "laeo":
+        examples = train.success_examples(recipe.success_examples, spec)
+        source = recipe.success_examples.file or recipe.success_examples.from_
+        inputs[f"examples:{source}"] = train.array_digest(examples)
+    initial: State | None = None
+    if hasattr(config, "mode"):
+        config, initial = _resolve_mode(config, recipe, spec)
+        if recipe.init_from is not None:
+            inputs[f"init_from:{recipe.init_from}"] = train.file_digest(_pretrained(recipe.init_from))
+    elif recipe.init_from is not None:
+        raise CvlctlError(f"init_from: {recipe.algorithm_name} has no critic to start from a pretrained one")
+    task = next((s.task for u, s in zip(recipe.stores, stores, strict=True) if u.rewards != "none"), stores[0].task)
+    return train.train(
+        recipe, module, config, lambda: train.join(stores, uses, examples), spec,
+        Run(recipe.out, {**resolved(recipe), "mode": getattr(config, "mode", "scratch")}, inputs),
+        algorithm=recipe.algorithm_name, task=task, critic=getattr(config, "critic", None), initial=initial, force=force,
+    )  # fmt: skip
+
+
+def _pretrained(init_from: Path) -> Path:
+    return init_from / "checkpoints" / "last.safetensors"
+
+
+def _resolve_mode(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, State | None]:
+    """The config with its mode decided and, from a pretrained run, that run's critic: seed k from seed k."""
+    if recipe.init_from is None:
+        return replace(config, mode="scratch"), None
+    state, metadata = checkpoints.load(_pretrained(recipe.init_from))
+    missing = [seed for seed in recipe.seeds if seed not in metadata["seeds"]]
+    if missing:
+        raise CvlctlError(
+            f"init_from: {recipe.init_from} has seeds {metadata['seeds']}, not {missing}",
+            "seed k starts from seed k: pretrain these seeds, or finetune those",
+        )
+    before = metadata["spec"]
+    if (tuple(before["observation_shape"]), before["action_dim"]) != (spec.observation_shape, spec.action_dim):
+        raise CvlctlError(
+            f"init_from: {recipe.init_from} was trained on observations {tuple(before['observation_shape'])} and "
+            f"{before['action_dim']} action dimensions; the stores here have {spec.observation_shape} and {spec.action_dim}"
+        )
+    members = torch.tensor([metadata["seeds"].index(seed) for seed in recipe.seeds])
+    initial = {name: value[members] if value.dim() else value for name, value in state.items()}
+    mode = "continue" if config.mode == "auto" else config.mode
+    return replace(config, mode=mode, critic=critic_config(metadata)), initial

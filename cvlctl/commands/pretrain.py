@@ -1,0 +1,21 @@
+"""`cvlctl pretrain`: a reward-free occupancy critic on one or several stores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cvlctl.algorithms import occupancy
+from cvlctl.commands import train
+from cvlctl.recipes import PretrainRecipe, resolved
+from cvlctl.runs import Run
+
+
+def pretrain(recipe: PretrainRecipe, *, force: bool = False) -> dict[str, Any]:
+    """Train, resume, or find the run finished. Opens nothing but the reward-free part of the stores."""
+    stores = train.open_stores(recipe.stores)
+    inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
+    return train.train(
+        recipe, occupancy, recipe.critic, lambda: train.join(stores, None, None), stores[0].spec,
+        Run(recipe.out, resolved(recipe), inputs), algorithm="occupancy", task=stores[0].task, critic=recipe.critic,
+        force=force,
+    )  # fmt: skip

@@ -1,0 +1,286 @@
+"""The training loop behind `pretrain` and `finetune`: data into memory, blocks of batches, checkpoints by the clock, exact resume."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from cvlctl import checkpoints, samplers, training
+from cvlctl.errors import CvlctlError
+from cvlctl.networks import State
+from cvlctl.recipes import FinetuneRecipe, PretrainRecipe, StoreUse, SuccessExamples
+from cvlctl.runs import Progress, Run, say
+from cvlctl.samplers import Data, Indices
+from cvlctl.store import Store, open_store
+from cvlctl.training import Settings
+from cvlctl.types import Spec
+
+BLOCK = 64  # steps whose randomness is drawn together: part of what "the same batches" means, so a constant
+
+
+def open_stores(uses: Sequence[StoreUse]) -> list[Store]:
+    """Open every store and check that they agree in what a policy sees and does."""
+    stores = [open_store(use.path) for use in uses]
+    for use, store in zip(uses, stores, strict=True):
+        first = stores[0].spec
+        if (store.spec.observation_shape, store.spec.action_dim) != (first.observation_shape, first.action_dim):
+            raise CvlctlError(
+                f"{use.path}: observations {store.spec.observation_shape} and {store.spec.action_dim} action dimensions, "
+                f"but {uses[0].path} has {first.observation_shape} and {first.action_dim}",
+                "train on stores of one robot",
+            )
+        if store.spec.pixels or len(store.spec.observation_shape) != 1:
+            raise CvlctlError(f"{use.path}: observations of shape {store.spec.observation_shape} are not vectors")
+    return stores
+
+
+def join(stores: Sequence[Store], uses: Sequence[StoreUse] | None, examples: np.ndarray | None) -> Data:
+    """The stores in memory, row axes joined. `uses` None: reward-free, and no label of any store is opened.
+
+    Of a store with fraction < 1 the first episodes of a fixed permutation count as labelled: the same ones for every seed.
+    """
+    observation = np.concatenate([store.observations() for store in stores])
+    action = np.concatenate([store.actions() for store in stores])
+    counts = np.cumsum([0] + [len(store.observations()) for store in stores])
+    ends = np.concatenate([store.episode_ends() + start for store, start in zip(stores, counts, strict=False)])
+    where = samplers.layout(ends, np.concatenate([store.terminated() for store in stores]))
+    reward = np.zeros(len(observation), dtype=np.float32)
+    labelled = np.zeros(len(observation), dtype=bool)
+    for store, use, start in zip(stores, uses or [], counts, strict=False):
+        if use.rewards == "none":
+            continue
+        stop = start + len(store.observations())
+        # the reward of row t is received on arriving at row t + 1; an episode's last row is padding
+        reward[start + 1 : stop] = store.rewards(use.rewards)[:-1]
+        store_ends = store.episode_ends()
+        chosen = np.random.default_rng(0).permutation(len(store_ends))[: max(1, round(use.fraction * len(store_ends)))]
+        mask = np.isin(np.arange(len(store_ends)), chosen)
+        labelled[start:stop] = np.repeat(mask, np.diff(store_ends, prepend=0))
+    empty = np.zeros((0, observation.shape[1]), dtype=np.float32)
+    return Data(
+        observation=torch.from_numpy(observation),
+        action=torch.from_numpy(action),
+        arrival_reward=torch.from_numpy(reward),
+        layout=where,
+        labelled=torch.from_numpy(labelled)[where.row].nonzero().squeeze(1),
+        examples=torch.from_numpy(empty if examples is None else examples),
+    )
+
+
+def success_examples(source: SuccessExamples, spec: Spec) -> np.ndarray:
+    """Success examples (X, O), by rule from a store or from a file; a seeded choice of at most `num`."""
+    if source.file is not None:
+        found = _examples_file(source.file)
+    else:
+        assert source.from_ is not None
+        store = open_store(source.from_)
+        observations, ends = store.observations(), store.episode_ends()
+        if source.rule == "last":
+            rows = np.concatenate(
+                [np.arange(max(start + 1, end - source.k), end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+            )
+        else:
+            # a success at row t is that of arriving at row t + 1
+            rows = np.flatnonzero(store.successes(source.label)) + 1
+            if len(rows) == 0:
+                raise CvlctlError(
+                    f"{source.from_}: no step is labelled a success", "take rule: last, or examples from another store or file"
+                )
+        found = observations[rows]
+    if found.shape[1:] != tuple(spec.observation_shape):
+        raise CvlctlError(f"success examples have shape {found.shape}; expected (X, {spec.observation_shape[0]})")
+    keep = np.sort(np.random.default_rng(0).permutation(len(found))[: source.num])
+    return np.ascontiguousarray(found[keep], dtype=np.float32)
+
+
+def _examples_file(path: Path) -> np.ndarray:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        array = loaded if isinstance(loaded, np.ndarray) else loaded["observations"]
+        array = np.asarray(array, dtype=np.float32)
+    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+        raise CvlctlError(
+            f"{path}: cannot read success examples: {error}", "give a .npy of shape (X, O), or a .npz with `observations`"
+        ) from error
+    if array.ndim != 2 or len(array) == 0 or not np.isfinite(array).all():
+        raise CvlctlError(f"{path}: success examples must be finite and of shape (X, O), X >= 1; got {array.shape}")
+    return array
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CvlctlError(f"{path}: {error.strerror}") from error
+
+
+def array_digest(array: np.ndarray) -> str:
+    """sha256 of an array's bytes."""
+    return hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def train(
+    recipe: PretrainRecipe | FinetuneRecipe,
+    module: ModuleType,
+    config: Any,
+    data: Callable[[], Data],
+    spec: Spec,
+    run: Run,
+    *,
+    algorithm: str,
+    task: str,
+    critic: Any,
+    initial: State | None = None,
+    force: bool,
+) -> dict[str, Any]:
+    """Train to the end, or from the last checkpoint on. `data` is called only if there is work to do.
+
+    Args:
+        module: exports draws, init and step.
+        critic: the occupancy critic's Config, or None; kept in the checkpoints.
+        initial: tensors (E, ...) that replace the fresh ones of the same name (a pretrained critic).
+    """
+    status = run.open(force=force)
+    if status == "finished":
+        return {"status": "finished already", "out": str(run.out), "steps": recipe.steps, "algorithm": algorithm}
+    seeds = list(recipe.seeds)
+    try:
+        start, saved = 0, None
+        if status == "resume":
+            saved, metadata = checkpoints.load(run.last)
+            start, settings = metadata["step"], Settings(**metadata["settings"])
+            run.cut_metrics(start)
+            say(f"{run.out}: resuming at step {start}")
+        else:
+            settings = training.resolve_settings(
+                device=recipe.device, threads=recipe.threads, precision=recipe.precision, compile=recipe.compile,
+                steps=recipe.steps, say=say,
+            )  # fmt: skip
+        training.configure(settings)
+        memory = to_device(data(), settings.device)
+        state = saved or module.init(config, spec, seeds, memory)
+        if saved is None and initial is not None:
+            state |= {name: value for name, value in initial.items() if name in state}
+        state = {name: value.to(settings.device) for name, value in state.items()}
+        metadata = {
+            "algorithm": algorithm,
+            "task": task,
+            "spec": asdict(spec),
+            "seeds": seeds,
+            "recipe": run.recipe,
+            "critic": None if critic is None else asdict(critic),
+            "settings": settings.as_dict(),
+        }
+        seconds = _loop(recipe, module, config, memory, spec, run, state, settings, metadata, start)
+        run.finish(algorithm=algorithm, task=task, seeds=seeds, steps=recipe.steps, settings=settings.as_dict())
+    finally:
+        run.close()
+    rate = (recipe.steps - start) / max(seconds, 1e-9)
+    return {
+        "status": "trained", "out": str(run.out), "algorithm": algorithm, "task": task, "seeds": seeds,
+        "steps": recipe.steps, "seconds": round(seconds, 1), "updates_per_second": round(rate, 1),
+        "settings": settings.as_dict(),
+    }  # fmt: skip
+
+
+def to_device(data: Data, device: str) -> Data:
+    layout = samplers.Layout(*(x.to(device) for x in data.layout))
+    return Data(*(layout if x is data.layout else x.to(device) for x in data))
+
+
+def _loop(
+    recipe: PretrainRecipe | FinetuneRecipe,
+    module: ModuleType,
+    config: Any,
+    data: Data,
+    spec: Spec,
+    run: Run,
+    state: State,
+    settings: Settings,
+    metadata: dict[str, Any],
+    start: int,
+) -> float:
+    draws = module.draws(config, spec, recipe.batch_size)
+    program = training.whole_step(lambda s, b, n: module.step(config, s, b, n), settings)
+    begin = saved_at = time.monotonic()
+    what = f"{metadata['algorithm']} ({len(recipe.seeds)} seeds)"
+    with interruptible() as interrupted, Progress(what, recipe.steps, "updates", start) as progress:
+        if settings.compile:
+            say(f"{what}: compiling the training step (10-40 s, once)")
+        text = ""
+        for step, (indices, noise) in batches(data, draws, list(recipe.seeds), start, recipe.steps):
+            state, metrics = program(state, samplers.gather(data, indices, draws), noise)
+            done = step + 1
+            if done % recipe.log_every_steps == 0 or done == recipe.steps:
+                values = {name: value.tolist() for name, value in metrics.items()}
+                _check_finite(values, done)
+                run.log(done, values)
+                text = " ".join(f"{k.split('/')[-1]} {np.mean(v):.3g}" for k, v in list(values.items())[:3])
+            progress.update(done, text)
+            if recipe.checkpoint_every_steps and done % recipe.checkpoint_every_steps == 0:
+                kept = {name: value for name, value in state.items() if not name.startswith("adam/")}
+                checkpoints.save(run.checkpoints / f"step-{done:09d}.safetensors", kept, {**metadata, "step": done})
+            due = time.monotonic() - saved_at >= recipe.checkpoint_seconds
+            if due or interrupted() or done == recipe.steps:
+                checkpoints.save(run.last, state, {**metadata, "step": done})
+                saved_at = time.monotonic()
+                if interrupted() and done < recipe.steps:
+                    say(f"{run.out}: stopped at step {done}; the same command goes on from there")
+                    raise KeyboardInterrupt
+    return time.monotonic() - begin
+
+
+def batches(
+    data: Data, draws: samplers.Draws, seeds: list[int], start: int, stop: int
+) -> Iterator[tuple[int, tuple[Indices, dict[str, torch.Tensor]]]]:
+    """(step, (indices, noise)) for steps start..stop-1: what step i sees does not depend on where the run started."""
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        indices, noise = samplers.draw(data, draws, seeds, block, BLOCK)
+        for step in range(max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)):
+            i = step - block * BLOCK
+            yield step, (Indices(*(x[i] for x in indices)), {name: value[i] for name, value in noise.items()})
+
+
+def _check_finite(values: dict[str, list[float]], step: int) -> None:
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise CvlctlError(
+                f"training diverged: {name} is {value} at step {step}",
+                "lower learning_rate, use layer_norm or unit features; the last checkpoint is sound",
+            )
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C and SIGTERM into a flag, so that no update is left half done. A second Ctrl-C stops at once."""
+    seen = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            raise KeyboardInterrupt
+        seen = True
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = [signal.signal(number, handler) for number in signals]
+    except ValueError:  # not the main thread: whoever runs us deals with signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: seen
+    finally:
+        for number, old in zip(signals, before, strict=True):
+            signal.signal(number, old)

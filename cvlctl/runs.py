@@ -1,0 +1,224 @@
+"""A run's directory, and what people see while it works.
+
+    <out>/run.json              what it is, of which inputs, how it computes, and how far it is
+    <out>/recipe.yaml           the resolved recipe
+    <out>/metrics.jsonl         one line every `log_every_steps` updates
+    <out>/checkpoints/          last.safetensors, and step-000005000.safetensors where asked for
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import yaml
+
+from cvlctl.checkpoints import write_atomically
+from cvlctl.errors import CvlctlError
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def say(line: str) -> None:
+    """One plain line for people, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in ("cvlctl", "torch", "numpy", "zarr", "mujoco", "metaworld", "gymnasium"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class Run:
+    """One run directory, held by one process at a time.
+
+    Args:
+        out: the directory.
+        recipe: the resolved recipe, as plain data.
+        inputs: digest of every input by name: with the recipe, what makes two runs the same.
+    """
+
+    def __init__(self, out: Path, recipe: dict[str, Any], inputs: dict[str, str]) -> None:
+        self.out, self.recipe, self.inputs = out, recipe, inputs
+        self.checkpoints = out / "checkpoints"
+        self._lock: TextIO | None = None
+
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.safetensors"
+
+    def open(self, *, force: bool = False) -> str:
+        """Take the directory. Returns "fresh", "resume" or "finished".
+
+        Raises:
+            CvlctlError: where another recipe, other inputs or another process has it (`force` starts it over).
+        """
+        before = read_run(self.out) if (self.out / "run.json").exists() else None
+        if before is None and self.out.exists() and any(self.out.iterdir()) and not force:
+            raise CvlctlError(f"{self.out} is not empty and not a run", "choose another out, or --force to replace it")
+        if before is not None and not force:
+            changed = _difference(before.get("recipe", {}), self.recipe) or _difference(before["inputs"], self.inputs)
+            if changed:
+                raise CvlctlError(
+                    f"{self.out} holds another run: {changed}", "choose another out, or --force to start it over"
+                )
+        self._take()
+        if force:
+            for entry in self.out.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                elif entry.name != ".lock":
+                    entry.unlink()
+            before = None
+        if before is not None and before.get("status") == "finished":
+            self.close()
+            return "finished"
+        if before is not None and self.last.exists():
+            return "resume"
+        self._write("started", {})
+        write_atomically(self.out / "recipe.yaml", yaml.safe_dump(self.recipe, sort_keys=False).encode())
+        (self.out / "metrics.jsonl").unlink(missing_ok=True)
+        return "fresh"
+
+    def _take(self) -> None:
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.out / ".lock", "w")  # noqa: SIM115 (held until close)
+        except OSError as error:
+            raise CvlctlError(f"{self.out}: cannot write: {error.strerror}", "choose another out") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CvlctlError(f"{self.out} is in use by another process", "wait for it, or choose another out") from error
+
+    def _write(self, status: str, more: dict[str, Any]) -> None:
+        record = {"status": status, **more, "inputs": self.inputs, "versions": versions(), "recipe": self.recipe}
+        write_atomically(self.out / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """On resume: drop the lines logged after the checkpoint, which are about to be logged again."""
+        path = self.out / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read_metrics(self.out) if line["step"] <= step]
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def finish(self, **more: Any) -> None:
+        """Mark the run as finished: the last thing that it writes."""
+        self._write("finished", more)
+        self.close()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """The record in <out>/run.json."""
+    path = out / "run.json"
+    try:
+        record = json.loads(path.read_text())
+        record["status"], record["inputs"]
+    except FileNotFoundError as error:
+        raise CvlctlError(f"{out} is not a run: it has no run.json") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CvlctlError(f"{path}: damaged: {error}", "--force starts the run over") from error
+    return record
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    lines = []
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _difference(before: Any, now: Any, key: str = "") -> str:
+    """The first difference between two pieces of plain data, in words; "" where there is none."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in [*before, *(n for n in now if n not in before)]:
+            found = _difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return ""
+    return "" if before == now else f"{key} was {_short(before)}, now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+class Progress:
+    """A bar with rate and ETA where stderr is a terminal, else one plain line every ten seconds. A context manager.
+
+    Args:
+        what: what is being done, e.g. "pretrain".
+        total: number of units; `unit` names them in the rate.
+        start: units done before (a resumed run).
+    """
+
+    def __init__(self, what: str, total: int, unit: str, start: int = 0) -> None:
+        self.what, self.total, self.unit, self.start = what, total, unit, start
+        self._begin = self._said = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            self._bar = RichProgress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self.what, total=self.total, completed=self.start, rate="", text="")
+        return self
+
+    def update(self, done: int, text: str = "") -> None:
+        """Report `done` units out of the total."""
+        now = time.monotonic()
+        rate = (done - self.start) / max(now - self._begin, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rate=f"{rate:.0f} {self.unit}/s", text=text)
+        elif now - self._said >= PLAIN_LINE_SECONDS:
+            self._said = now
+            left = (self.total - done) / max(rate, 1e-9)
+            say(f"{self.what}: {done}/{self.total} {self.unit}, {rate:.0f}/s, {_clock(left)} left{text and '  '}{text}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -1,0 +1,22 @@
+"""One thread a test process: the machine is shared, and a test must not depend on how many cores it has."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _same_matmul() -> None:
+    """Training settings are process-wide; leave none behind for the next test."""
+    import sys
+
+    yield
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")
