@@ -196,8 +196,12 @@ def train(
 
 
 def to_device(data: Data, device: str) -> Data:
-    layout = samplers.Layout(*(x.to(device) for x in data.layout))
-    return Data(*(layout if x is data.layout else x.to(device) for x in data))
+    """The same data on `device`."""
+    where = samplers.Layout(*(x.to(device) for x in data.layout))
+    return Data(
+        data.observation.to(device), data.action.to(device), data.arrival_reward.to(device), where,
+        data.labelled.to(device), data.examples.to(device),
+    )  # fmt: skip
 
 
 def _loop(

@@ -1,0 +1,55 @@
+# make demo      everything: environment, a real replay buffer, critics, policies, score table (about ten minutes on two cores)
+# make install   the environment alone, in .venv
+# make test      environment, lint, types, tests, recipe and docs checks, a short end-to-end run
+# make learn     the slow learning tests
+# make bench     measured comparisons with peers
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The default torch wheels bring gigabytes of CUDA. For the CPU ones: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+.PHONY: demo install test lint smoke learn bench clean
+
+demo: install
+	$(BIN)/cvlctl run recipes/quickstart.yaml
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no python3.11, 3.12 or 3.13 found; apt-get install python3.11 python3.11-venv"; exit 2; }
+	@$(PYTHON) -c "import ensurepip" 2>/dev/null || { echo "error: $(PYTHON) has no venv; apt-get install $(notdir $(PYTHON))-venv"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: install lint
+	$(BIN)/pytest
+	$(BIN)/cvlctl recipes validate
+	$(BIN)/python docs/generate_cli.py --check
+	$(MAKE) --no-print-directory smoke
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy cvlctl
+
+# The quickstart in small. Far too short for success: LAEO takes the last states of episodes as examples.
+smoke: install
+	rm -rf build/smoke
+	$(BIN)/cvlctl run recipes/quickstart.yaml out=build/smoke stages.data.source.steps=2000 \
+	  stages.pretrain.steps=200 stages.finetune.steps=200 stages.cloning.steps=200 \
+	  stages.finetune.success_examples.rule=last stages.scores.episodes=2
+
+learn: install
+	$(BIN)/pytest -m slow --timeout 3600
+
+bench: install
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python benchmarks/critic.py
+	$(BIN)/python benchmarks/sac.py
+	$(BIN)/python benchmarks/evaluation.py
+
+clean:
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache

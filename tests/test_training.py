@@ -1,0 +1,286 @@
+"""The training loop: seeds alone and in company, exact resume, checkpoints, and the decisions of `auto`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import cvlctl
+from cvlctl import checkpoints, recipes, training
+from cvlctl.algorithms import ALGORITHMS
+from cvlctl.commands import train
+from cvlctl.commands.finetune import finetune
+from cvlctl.commands.pretrain import pretrain
+from cvlctl.errors import CvlctlError
+from cvlctl.runs import read_metrics, read_run
+
+COMMON = "batch_size: 32, compile: false, threads: 1, log_every_steps: 10"
+CRITIC = "{hidden: [32, 32], latent_dim: 8, gamma: 0.9}"
+
+
+def episodes(num: int = 6, length: int = 30, seed: int = 0) -> list[cvlctl.Episode]:
+    """A point that moves by its action; reward and success near the origin."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(num):
+        actions = rng.uniform(-1, 1, size=(length, 2)).astype(np.float32)
+        position = np.cumsum(np.concatenate([rng.uniform(-1, 1, size=(1, 2)), 0.3 * actions]), axis=0)
+        near = np.exp(-np.square(position[1:]).sum(1))
+        found.append(cvlctl.Episode(np.concatenate([position, position**2], 1), actions, near, near > 0.5))
+    return found
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "point.zarr"
+    cvlctl.write_store(path, episodes(), task="point")
+    return path
+
+
+def load(kind: str, store: Path, out: Path, text: str, *overrides: str) -> Any:
+    path = out.with_name(out.name + ".yaml")
+    path.write_text(f"{{stores: ['{store}'], out: '{out}', {COMMON}, {text}}}")
+    return recipes.load(path, list(overrides), kind)
+
+
+def state_of(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.load(out / "checkpoints" / "last.safetensors")[0]
+
+
+ALL = ["occupancy", "cvl", "cvl-fourier", "laeo", "bc"]
+
+
+def recipe_of(name: str, store: Path, out: Path, *overrides: str) -> Any:
+    if name == "occupancy":
+        return load("pretrain", store, out, f"steps: 100, critic: {CRITIC}", *overrides)
+    algorithm = {
+        "bc": "{name: bc, hidden: [32]}",
+        "laeo": f"{{name: laeo, hidden: [32], critic: {CRITIC}}}",
+        "cvl": f"{{name: cvl, hidden: [32], bank_size: 64, num_actions: 2, critic: {CRITIC}}}",
+        "cvl-fourier": f"{{name: cvl, readout: fourier, num_features: 64, xi_ema_rate: 0.5, hidden: [32], critic: {CRITIC}}}",
+    }[name]
+    examples = f", success_examples: {{from: '{store}'}}" if name == "laeo" else ""
+    return load("finetune", store, out, f"steps: 100, algorithm: {algorithm}{examples}", *overrides)
+
+
+def run(name: str, store: Path, out: Path, *overrides: str) -> dict[str, Any]:
+    return (pretrain if name == "occupancy" else finetune)(recipe_of(name, store, out, *overrides))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_seed_trains_alike_alone_and_in_company(name: str, store: Path, tmp_path: Path) -> None:
+    run(name, store, tmp_path / "alone", "seeds=[3]")
+    run(name, store, tmp_path / "together", "seeds=[0,3]")
+    alone, together = state_of(tmp_path / "alone"), state_of(tmp_path / "together")
+    assert alone.keys() == together.keys()
+    for key, value in alone.items():
+        if value.dim():
+            assert (value[0] - together[key][1]).abs().max() < 1e-5, key
+    weight = "phi.0.weight" if name == "occupancy" else "actor.0.weight"
+    assert (together[weight][0] - together[weight][1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_resumed_run_ends_with_the_same_bits(name: str, store: Path, tmp_path: Path, monkeypatch) -> None:
+    run(name, store, tmp_path / "whole")
+    save = checkpoints.save
+
+    def save_then_die(path: Path, state: dict, metadata: dict) -> None:
+        save(path, state, metadata)
+        raise KeyboardInterrupt
+
+    for _ in range(3):  # stopped after step 1, 2 and 3: the clock is always due
+        monkeypatch.setattr(checkpoints, "save", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(name, store, tmp_path / "cut", "checkpoint_seconds=1e-9")
+    monkeypatch.setattr(checkpoints, "save", save)
+    assert run(name, store, tmp_path / "cut", "checkpoint_seconds=1e-9")["status"] == "trained"
+    whole, cut = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_killed_from_outside(end: signal.Signals, store: Path, tmp_path: Path) -> None:
+    """kill -9 loses at most what the clock had not saved, Ctrl-C nothing; the same command then goes on to the same bits."""
+    settings = ["steps=3000", "checkpoint_seconds=0.05"]
+    run("occupancy", store, tmp_path / "whole", *settings)
+    recipe_of("occupancy", store, tmp_path / "cut", *settings)
+    command = [sys.executable, "-m", "cvlctl", "pretrain", str(tmp_path / "cut.yaml"), *settings]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ})
+    last = tmp_path / "cut" / "checkpoints" / "last.safetensors"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(end)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == (130 if end == signal.SIGINT else -signal.SIGKILL), stderr.decode()
+    assert b"Traceback" not in stderr
+    before = checkpoints.load(last)[1]["step"]
+    assert 0 < before < 3000
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    whole, cut = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_finished_run_says_so_and_another_recipe_is_refused(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run("bc", store, out)
+    before = state_of(out)
+    assert run("bc", store, out)["status"] == "finished already"
+    with pytest.raises(CvlctlError, match=r"steps was 100, now 50.*\n.*--force"):
+        run("bc", store, out, "steps=50")
+    assert all(torch.equal(before[k], v) for k, v in state_of(out).items())
+    assert finetune(recipe_of("bc", store, out, "steps=50"), force=True)["status"] == "trained"
+    assert read_run(out)["steps"] == 50
+
+
+def test_changed_data_are_another_run(tmp_path: Path) -> None:
+    store = tmp_path / "s.zarr"
+    cvlctl.write_store(store, episodes(), task="point")
+    run("bc", store, tmp_path / "run")
+    cvlctl.write_store(store, episodes(seed=1), task="point", force=True)
+    with pytest.raises(CvlctlError, match="holds another run"):
+        run("bc", store, tmp_path / "run")
+
+
+def test_pretraining_never_opens_a_label(store: Path, tmp_path: Path) -> None:
+    """With the labels gone, the run is the same bit for bit; finetuning from rewards is one clear error."""
+    import shutil
+
+    bare = tmp_path / "bare.zarr"
+    shutil.copytree(store, bare)
+    shutil.rmtree(bare / "labels")
+    run("occupancy", store, tmp_path / "with")
+    run("occupancy", bare, tmp_path / "without")
+    a, b = state_of(tmp_path / "with"), state_of(tmp_path / "without")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(CvlctlError, match="given"):
+        run("cvl", bare, tmp_path / "cvl")
+
+
+def test_seed_k_starts_from_seed_k(store: Path, tmp_path: Path) -> None:
+    run("occupancy", store, tmp_path / "pre", "seeds=[0,1,2]")
+    text = f"steps: 5, init_from: '{tmp_path / 'pre'}', algorithm: {{name: cvl, hidden: [32], mode: frozen}}"
+    finetune(load("finetune", store, tmp_path / "fine", text, "seeds=[2,0]"))
+    pre, fine = state_of(tmp_path / "pre"), state_of(tmp_path / "fine")
+    assert torch.equal(fine["psi.1.weight"], pre["psi.1.weight"][[2, 0]])
+    assert read_run(tmp_path / "fine")["recipe"]["mode"] == "frozen"
+    with pytest.raises(CvlctlError, match=r"seeds \[0, 1, 2\], not \[7\]"):
+        finetune(load("finetune", store, tmp_path / "other", text, "seeds=[7]"))
+    finetune(load("finetune", store, tmp_path / "continued", text.replace("frozen", "continue"), "seeds=[2,0]"))
+    assert not torch.equal(state_of(tmp_path / "continued")["psi.1.weight"], pre["psi.1.weight"][[2, 0]])
+
+
+def test_labelled_fraction_limits_the_bank_alone(store: Path, tmp_path: Path) -> None:
+    use = recipes.StoreUse(path=store, fraction=0.34)
+    data = train.join(train.open_stores([use]), [use], None)
+    episode = (data.layout.row[data.labelled] // 31).unique()
+    assert len(episode) == 2  # of six
+    assert len(data.layout.row) == 180  # and all transitions still train the critic
+    none = recipes.StoreUse(path=store, rewards="none")
+    both = train.join(train.open_stores([use, none]), [use, none], None)
+    assert len(both.layout.row) == 360
+    assert both.labelled.max() < 180
+
+
+def test_arrival_reward_is_that_of_the_step_that_arrived(store: Path) -> None:
+    use = recipes.StoreUse(path=store)
+    data = train.join(train.open_stores([use]), [use], None)
+    near = torch.exp(-data.observation[:, 2:].sum(1))  # the observation holds the squared position
+    rows = torch.ones(len(near), dtype=torch.bool)
+    rows[::31] = False  # first observations are arrived at by no step
+    assert (data.arrival_reward[rows] - near[rows]).abs().max() < 1e-5
+
+
+def test_success_examples_by_rule(store: Path, tmp_path: Path) -> None:
+    spec = cvlctl.open_store(store).spec
+    found = train.success_examples(recipes.SuccessExamples(**{"from": store, "num": 10}), spec)
+    assert found.shape == (10, 4)
+    assert (np.exp(-found[:, 2:].sum(1)) > 0.5 - 1e-5).all()
+    last = train.success_examples(recipes.SuccessExamples(**{"from": store, "rule": "last", "k": 2}), spec)
+    observations = cvlctl.open_store(store).observations()
+    assert np.array_equal(last, observations[np.sort(np.concatenate([np.arange(30, 186, 31), np.arange(29, 186, 31)]))])
+    np.save(tmp_path / "x.npy", found)
+    again = train.success_examples(recipes.SuccessExamples(file=tmp_path / "x.npy"), spec)
+    assert np.array_equal(np.sort(again, 0), np.sort(found, 0))
+    for bad in (np.zeros((3, 5)), np.full((3, 4), np.nan), np.zeros((0, 4))):
+        np.save(tmp_path / "bad.npy", bad)
+        with pytest.raises(CvlctlError):
+            train.success_examples(recipes.SuccessExamples(file=tmp_path / "bad.npy"), spec)
+    (tmp_path / "bad.npy").write_bytes(b"\x80\x04K\x01.")  # a pickle
+    with pytest.raises(CvlctlError, match=r"bad\.npy"):
+        train.success_examples(recipes.SuccessExamples(file=tmp_path / "bad.npy"), spec)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"garbage" * 100, None])
+def test_hostile_checkpoint_is_one_clear_error(content: bytes | None, store: Path, tmp_path: Path) -> None:
+    run("occupancy", store, tmp_path / "pre")
+    last = tmp_path / "pre" / "checkpoints" / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:-100] if content is None else content)
+    text = f"steps: 5, init_from: '{tmp_path / 'pre'}', algorithm: {{name: cvl, hidden: [32]}}"
+    with pytest.raises(CvlctlError, match=r"last\.safetensors"):
+        finetune(load("finetune", store, tmp_path / "fine", text))
+    with pytest.raises(CvlctlError, match=r"last\.safetensors"):
+        cvlctl.load_critic(tmp_path / "pre")
+
+
+def test_divergence_is_an_error_and_not_a_score(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(CvlctlError, match="diverged"):
+        pretrain(load("pretrain", store, tmp_path / "run", f"steps: 300, critic: {CRITIC[:-1]}, learning_rate: 1e18}}"))
+
+
+def test_auto_decides_by_length_and_by_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def resolve(**change: Any) -> training.Settings:
+        asked = {"device": "cpu", "threads": 1, "precision": "auto", "compile": "auto", "steps": 10**6, **change}
+        return training.resolve_settings(**asked, say=said.append)
+
+    monkeypatch.setattr(training, "have_compiler", lambda: True)
+    assert resolve().compile
+    assert not resolve(steps=100).compile
+    monkeypatch.setattr(training, "have_compiler", lambda: False)
+    assert not said
+    assert not resolve().compile
+    assert len(said) == 1 and "eager" in said[0]
+    with pytest.raises(CvlctlError, match="compiler"):
+        resolve(compile="true")
+    if not torch.cuda.is_available():
+        with pytest.raises(CvlctlError, match="no GPU"):
+            resolve(device="cuda")
+
+
+@pytest.mark.skipif(not training.have_compiler(), reason="no C++ compiler")
+def test_compiled_and_eager_steps_agree(store: Path, tmp_path: Path) -> None:
+    run("cvl", store, tmp_path / "eager")
+    run("cvl", store, tmp_path / "compiled", "compile=true")
+    eager, compiled = state_of(tmp_path / "eager"), state_of(tmp_path / "compiled")
+    for key, value in eager.items():
+        assert (value - compiled[key]).abs().max() < 2e-3, key
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ALL)
+def test_cuda_graph_and_eager_steps_agree(name: str, store: Path, tmp_path: Path) -> None:
+    run(name, store, tmp_path / "eager", "device=cuda", "precision=float32")
+    run(name, store, tmp_path / "graph", "device=cuda", "precision=float32", "compile=true")
+    eager, graph = state_of(tmp_path / "eager"), state_of(tmp_path / "graph")
+    for key, value in eager.items():
+        assert (value - graph[key]).abs().max() < 2e-3, key
+
+
+def test_algorithms_export_what_the_loop_asks_for() -> None:
+    for name, module in ALGORITHMS.items():
+        assert all(hasattr(module, part) for part in ("Config", "draws", "init", "step")), name
