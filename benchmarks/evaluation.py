@@ -1,0 +1,218 @@
+"""50 evaluation episodes on Metaworld: ours beside Stable-Baselines3 and gymnasium's AsyncVectorEnv.
+
+    python benchmarks/evaluation.py [--episodes 50] [--rounds 3] [--workers 2] [--json evaluation.json]
+
+One actor with random weights (256x256) plays the same episodes for all three. Ours: `rollout.run_episodes`, whole
+episodes in worker processes with a numpy policy. Stable-Baselines3 (the extra `bench`): `evaluate_policy` with its own
+SAC actor holding these weights, one environment. AsyncVectorEnv: as many processes as ours, the same actor in plain
+torch on the batch of their observations. Wall seconds count from the call to the last row, processes and environments
+being built on the way; rounds alternate; ratios are medians over rounds. `disagreement` is the largest relative
+difference of an episode's return from ours: the proof that all played the same thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
+
+# isort: split
+import gymnasium
+import numpy as np
+import torch
+from critic import machine
+from torch import Tensor, nn
+
+from cvlctl import checkpoints, envs, networks
+from cvlctl.networks import State
+from cvlctl.rollout import EVALUATION_SEED, PolicyJob, run_episodes
+
+TASKS = ("metaworld/drawer-close-v3", "metaworld/pick-place-v3")
+HIDDEN = (256, 256)
+OURS = "cvlctl"
+
+
+class Numbered(gymnasium.Env):
+    """cvlctl's environment as gymnasium's: plays the episodes first, first + stride, ..."""
+
+    def __init__(self, task: str, first: int = 0, stride: int = 1) -> None:
+        self._inner, self._next, self._stride = envs.make(task, EVALUATION_SEED), first, stride
+        spec = self._inner.spec
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, spec.observation_shape, np.float32)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (spec.action_dim,), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        episode, self._next = self._next, self._next + self._stride
+        return self._inner.reset(episode), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, _ = self._inner.step(action)
+        return observation, reward, terminated, truncated, {}
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def random_actor(task: str) -> tuple[State, dict[str, Any]]:
+    """State and metadata of a checkpoint whose actor has random weights and sees observations as they are."""
+    env = envs.make(task, 0)
+    spec = env.spec
+    env.close()
+    (width,) = spec.observation_shape
+    state = networks.actor_init([0], width, spec.action_dim, HIDDEN)
+    state |= networks.normaliser_init([0], torch.zeros(width), torch.ones(width))
+    metadata = {"algorithm": "random", "task": task, "spec": asdict(spec), "seeds": [0], "step": 0}
+    return state, metadata
+
+
+def linear_layers(state: State) -> list[tuple[Tensor, Tensor]]:
+    """(weight (out, in), bias (out,)) of the actor's layers, as nn.Linear keeps them; of the last only the mean's."""
+    depth = sum(name.startswith("actor.") for name in state) // 2
+    layers = [(state[f"actor.{i}.weight"][0].T, state[f"actor.{i}.bias"][0, 0]) for i in range(depth)]
+    weight, bias = layers[-1]
+    action_dim = len(bias) // 2
+    return [*layers[:-1], (weight[:action_dim], bias[:action_dim])]
+
+
+def fill(linears: Sequence[nn.Module], state: State) -> None:
+    """Give `linears` the weights of the actor."""
+    for layer, (weight, bias) in zip(linears, linear_layers(state), strict=True):
+        assert isinstance(layer, nn.Linear)
+        layer.weight.data.copy_(weight)
+        layer.bias.data.copy_(bias)
+
+
+def ours(task: str, checkpoint: Path, episodes: int, workers: int) -> list[float]:
+    """Returns of the episodes, in their order."""
+    job = PolicyJob("random", task, 0, 0, checkpoint)
+    return [row.episode_return for row in run_episodes([job], episodes=episodes, workers=workers)]
+
+
+def stable_baselines3(task: str, model: Any, episodes: int) -> list[float]:
+    """The same, by `evaluate_policy` in one environment."""
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.monitor import Monitor
+
+    env = Monitor(Numbered(task))
+    returns, _ = evaluate_policy(model, env, n_eval_episodes=episodes, return_episode_rewards=True)
+    env.close()
+    return np.array(returns).tolist()
+
+
+def sb3_model(task: str, state: State) -> Any:
+    """Stable-Baselines3's SAC with the actor's weights."""
+    from stable_baselines3 import SAC
+
+    model = SAC("MlpPolicy", Numbered(task), device="cpu", buffer_size=1)
+    actor = model.policy.actor
+    fill([layer for layer in actor.latent_pi if isinstance(layer, nn.Linear)] + [actor.mu], state)
+    return model
+
+
+def async_vector(task: str, state: State, episodes: int, workers: int) -> list[float]:
+    """The same, by gymnasium's vector of processes; episode k is the (k // workers)-th of process k mod workers."""
+    sizes = [state["actor.0.weight"].shape[1], *(len(bias) for _, bias in linear_layers(state))]
+    linears = [nn.Linear(a, b) for a, b in pairwise(sizes)]
+    fill(linears, state)
+    between = [part for linear in linears[:-1] for part in (linear, nn.ReLU())]
+    actor = nn.Sequential(*between, linears[-1], nn.Tanh())
+    vector = gymnasium.vector.AsyncVectorEnv([partial(Numbered, task, i, workers) for i in range(workers)])
+    observations, _ = vector.reset()
+    returns = np.full(-(-episodes // workers) * workers, np.nan)
+    current, numbers, restarting = np.zeros(workers), np.arange(workers), np.zeros(workers, dtype=bool)
+    while np.isnan(returns[:episodes]).any():
+        with torch.no_grad():
+            actions = actor(torch.from_numpy(observations)).numpy()
+        observations, rewards, terminated, truncated, _ = vector.step(actions)
+        current += np.where(restarting, 0.0, rewards)  # the step after an episode's end resets
+        restarting = terminated | truncated
+        for i in np.flatnonzero(restarting):
+            if numbers[i] < len(returns):
+                returns[numbers[i]] = current[i]
+            current[i], numbers[i] = 0.0, numbers[i] + workers
+    vector.close()
+    return returns[:episodes].tolist()
+
+
+def benchmark(tasks: Sequence[str], episodes: int, rounds: int, workers: int) -> dict[str, Any]:
+    """Wall seconds and ratios of every task and contestant, with the state of the machine."""
+    before = machine()
+    found = {}
+    for task in tasks:
+        with tempfile.TemporaryDirectory() as folder:
+            state, metadata = random_actor(task)
+            file = Path(folder) / "actor.safetensors"
+            checkpoints.save(file, state, metadata)
+            contestants: dict[str, Callable[[], list[float]]] = {}
+            if find_spec("stable_baselines3"):
+                model = sb3_model(task, state)
+                contestants["Stable-Baselines3 evaluate_policy"] = partial(stable_baselines3, task, model, episodes)
+            contestants[f"gymnasium AsyncVectorEnv, {workers} processes"] = partial(
+                async_vector, task, state, episodes, workers
+            )
+            contestants[OURS] = partial(ours, task, file, episodes, workers)
+            found[task] = _compare(contestants, rounds)
+    load = machine()["load_average"]
+    sizes = {"episodes": episodes, "rounds": rounds, "workers": workers, "threads": torch.get_num_threads()}
+    return {"tasks": found, **sizes, "machine": before, "load_average_after": load}
+
+
+def _compare(contestants: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each, how many times ours that is, and how far its returns are from ours."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    returns = {}
+    for _ in range(rounds):
+        for name, play in contestants.items():
+            begin = time.perf_counter()
+            returns[name] = np.array(play())
+            seconds[name].append(time.perf_counter() - begin)
+    own = returns[OURS]
+    return {
+        name: {
+            "seconds": round(float(np.median(taken)), 2),
+            "times_ours": round(float(np.median(np.array(taken) / np.array(seconds[OURS]))), 2),
+            "disagreement": float(np.max(np.abs(returns[name] - own) / np.maximum(np.abs(own), 1.0))),
+        }
+        for name, taken in seconds.items()
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="processes of ours and of AsyncVectorEnv")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of the peers' policies")
+    parser.add_argument("--json", type=Path, help="write the numbers there too")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    found = benchmark(args.tasks, args.episodes, args.rounds, args.workers)
+    for task, rows in found["tasks"].items():
+        print(f"{f'{task}, {args.episodes} episodes':45}{'seconds':>9}{'x ours':>8}{'disagreement':>14}")
+        for name, row in rows.items():
+            print(f"{name:45}{row['seconds']:9.1f}{row['times_ours']:7.2f}x{row['disagreement']:14.1e}")
+    state = found["machine"]
+    print(
+        f"{state['cpu']}, {state['cpus']} CPUs, load {state['load_average'][0]} before and "
+        f"{found['load_average_after'][0]} after; torch {state['versions']['torch']}, {args.threads} threads, "
+        f"mujoco {state['versions'].get('mujoco')}"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
