@@ -1,0 +1,152 @@
+"""The benchmark scripts, in small: they run, and both sides of a comparison do the same work."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cvlctl import recipes, samplers, training
+from cvlctl.algorithms import occupancy
+from cvlctl.commands.build_dataset import build
+from cvlctl.commands.train import batches
+from cvlctl.types import Episode
+
+Script = Callable[[str], Any]
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
+    """Imports a script by name, as it would import its neighbours."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    for name in ("critic", "evaluation", "mountain_car"):
+        sys.modules.pop(name, None)
+
+
+def test_the_plain_critic_learns_what_ours_learns(script: Script) -> None:
+    critic = script("critic")
+    config = occupancy.Config(hidden=(32, 32), latent_dim=8)
+    data = critic.synthetic(2_000)
+    data = data._replace(observation=data.observation.clamp(-3, 3))
+    state = occupancy.init(config, critic.SPEC, critic.SEEDS, data)
+    program = training.whole_step(
+        lambda s, b, n: occupancy.step(config, s, b, n), training.Settings("cpu", 1, "float32", False)
+    )
+    plain = []
+    for member in range(2):
+        net = critic.PlainCritic(critic.SPEC, config.hidden, config.latent_dim)
+        net.load(state, member)
+        plain.append((net, torch.optim.Adam(net.parameters(), lr=config.learning_rate)))
+    mean, std = samplers.observation_statistics(data.observation)
+    draws = occupancy.draws(config, critic.SPEC, 64)
+    for _, (indices, noise) in batches(data, draws, critic.SEEDS, 0, 5):
+        batch = samplers.gather(data, indices, draws)
+        for member, (net, optimiser) in enumerate(plain):
+            seen = [(x[member] - mean) / std for x in (batch.observation, batch.future_observation)]
+            critic.plain_update(net, optimiser, seen[0], batch.action[member], seen[1])
+        program(state, batch, noise)
+    for member, (net, _) in enumerate(plain):
+        for name in ("phi", "psi"):
+            found = getattr(net, name)[4].weight.T
+            torch.testing.assert_close(found, state[f"{name}.2.weight"][member], atol=1e-5, rtol=0)
+
+
+def test_critic_script(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    critic = script("critic")
+    small = ["--threads", "1", "--rounds", "1", "--updates", "1", "--rows", "2000", "--eager-only"]
+    for name, value in (("BATCH", 16), ("CVL_BATCH", 16), ("CRITIC", occupancy.Config(hidden=(16,)))):
+        monkeypatch.setattr(critic, name, value)
+    critic.main([*small, "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found["critic"]) == {
+        "plain PyTorch, as shipped", "plain PyTorch, our matmul setting", "cvlctl, eager"
+    }  # fmt: skip
+    assert found["critic"]["plain PyTorch, as shipped"]["ratio"] == 1.0
+    assert found["settings"]["threads"] == 1
+    assert found["machine"]["versions"]["torch"]
+    assert "cvlctl, eager" in capsys.readouterr().out
+
+
+def test_ratios_are_of_the_same_round(script: Script) -> None:
+    critic = script("critic")
+    # the machine halves its speed after every round; the ratio does not notice
+    found = critic.summary({"peer": [8.0, 4.0, 2.0], "ours": [16.0, 8.0, 4.0]}, "peer")
+    assert found["ours"] == {"updates_per_second": 8.0, "ratio": 2.0, "ratio_min": 2.0, "ratio_max": 2.0}
+
+
+def test_evaluation_script_plays_the_same_episodes(script: Script, tmp_path: Path) -> None:
+    evaluation = script("evaluation")
+    evaluation.main(
+        ["--tasks", "gym/Pendulum-v1", "--episodes", "3", "--rounds", "1", "--threads", "1",
+         "--json", str(tmp_path / "found.json")]
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "found.json").read_text())["tasks"]["gym/Pendulum-v1"]
+    with_sb3 = importlib.util.find_spec("stable_baselines3") is not None
+    assert len(rows) == 2 + with_sb3
+    assert all(row["disagreement"] < 1e-3 and row["seconds"] > 0 for row in rows.values())
+
+
+def episode(length: int, terminated: bool) -> Episode:
+    rewards = np.zeros(length, dtype=np.float32)
+    rewards[-1] = 100.0
+    return Episode(np.zeros((length + 1, 2)), np.zeros((length, 1)), rewards, terminated=terminated)
+
+
+def test_returns_by_hand_and_steps_near_a_time_limit_left_out(script: Script) -> None:
+    mountain_car = script("mountain_car")
+    found = mountain_car.discounted_returns(np.array([1.0, 2.0, 4.0]), 0.5)
+    assert found.tolist() == [3.0, 4.0, 4.0]
+    pairs = mountain_car.pairs_of([episode(3, True), episode(400, False)], 0.99)
+    assert (pairs.episode == 0).sum() == 3
+    assert (pairs.episode == 1).sum() == 400 - 390 + 1  # 0.99^390 < 2 % < 0.99^389
+    assert pairs.returns[:3] == pytest.approx([98.01, 99.0, 100.0])
+
+
+def test_correlations_of_a_perfect_and_a_reversed_estimate(script: Script) -> None:
+    mountain_car = script("mountain_car")
+    rng = np.random.default_rng(0)
+    observations = np.stack([np.repeat([-1.0, -0.5, 0.0, 0.3], 50), rng.uniform(0.001, 0.009, 200)], axis=1)
+    returns = observations[:, 0] + rng.uniform(0, 0.1, 200)
+    pairs = mountain_car.Pairs(observations, np.zeros((200, 1)), returns, np.arange(200) % 5)
+    for sign in (1, -1):
+        found = mountain_car.correlations(sign * returns, pairs, 10)
+        assert [found[kind] for kind in mountain_car.KINDS] == [sign, sign, sign]
+        assert found["spearman_interval"] == [sign, sign]
+
+
+def test_mountain_car_script(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mountain_car = script("mountain_car")
+    monkeypatch.chdir(tmp_path)
+    recipe = recipes.load(mountain_car.BUILD, ["source.episodes=2"])
+    mountain_car.write_policies(recipe.source.checkpoints)
+    built = build(recipe)
+    assert built["episodes"] == 10
+    arguments = [
+        "--store", built["path"], "--out", "run", "--pairs", "300", "--bank", "500", "--resamples", "5",
+        "--json", "found.json", "--set", "steps=20", "batch_size=32", "critic.hidden=[16]", "seeds=[0]",
+        "compile=false", "threads=1",
+    ]  # fmt: skip
+    mountain_car.main(arguments)
+    mountain_car.main(arguments)  # finds replay and critic finished
+    found = json.loads(Path("found.json").read_text())
+    assert found["episodes_at_the_goal"] >= 4  # of the gains 20 and 50 all
+    assert found["pairs"] == 300
+    assert found["correlation"]["yardstick: nearest training returns"]["spearman"] > 0
+    assert Path("run/mountain-car.png").stat().st_size > 10_000
+    assert "normaliser self, seed 0" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        mountain_car.main([*arguments, "batch_size=16"])
+    assert left.value.code == 2
