@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from cvlctl.critics import load_critic
     from cvlctl.errors import CvlctlError
     from cvlctl.policies import load_policy
-    from cvlctl.store import open_store, write_store
+    from cvlctl.store import open_store
     from cvlctl.types import Episode
+    from cvlctl.writer import write_store
 
 _HOMES = {
     "CvlctlError": "cvlctl.errors",
@@ -24,7 +25,7 @@ _HOMES = {
     "load_critic": "cvlctl.critics",
     "load_policy": "cvlctl.policies",
     "open_store": "cvlctl.store",
-    "write_store": "cvlctl.store",
+    "write_store": "cvlctl.writer",
 }
 
 __all__ = ["CvlctlError", "Episode", "__version__", "load_critic", "load_policy", "open_store", "write_store"]

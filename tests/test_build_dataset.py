@@ -18,8 +18,9 @@ from cvlctl.errors import CvlctlError
 from cvlctl.policies import load_policy
 from cvlctl.recipes import BuildRecipe, resolved
 from cvlctl.runs import read_metrics, read_run
-from cvlctl.store import Store, StoreWriter, open_store, verify_store
+from cvlctl.store import Store, open_store, verify_store
 from cvlctl.types import Spec
+from cvlctl.writer import StoreWriter
 
 PENDULUM = "gym/Pendulum-v1"
 SAC = {"name": "sac", "steps": 650, "learning_starts": 40, "hidden": [16], "batch_size": 16, "policy_every_steps": 300}

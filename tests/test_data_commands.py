@@ -14,8 +14,8 @@ from rich.console import Console
 
 from cvlctl.commands import data
 from cvlctl.errors import CvlctlError
-from cvlctl.store import StoreWriter, write_store
 from cvlctl.types import Episode
+from cvlctl.writer import StoreWriter, write_store
 
 
 def toy(length: int, reward: float, success: bool | None, terminated: bool = False) -> Episode:

@@ -27,9 +27,10 @@ from cvlctl.policies import NumpyPolicy, RandomPolicy, load_policy
 from cvlctl.recipes import BuildRecipe, PolicySource, RandomSource, SacSource, ScriptedSource, resolved
 from cvlctl.rollout import collect_episode
 from cvlctl.runs import Progress, Run, read_run, say
-from cvlctl.store import Store, StoreWriter, open_store
+from cvlctl.store import Store, open_store
 from cvlctl.training import Settings
 from cvlctl.types import Episode, Spec
+from cvlctl.writer import StoreWriter
 
 
 def build(recipe: BuildRecipe, *, force: bool = False) -> dict[str, Any]:
