@@ -7,6 +7,7 @@ the same ratio (their probabilities differ by the constant gamma / (1 - gamma) b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -99,15 +100,20 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
 
     def loss(params: State) -> tuple[Tensor, Metrics]:
         logits = phi(config, params, observation, batch.action) @ psi(config, params, future_observation).mT
+        num_futures = logits.shape[-1]
+        partition = contrastive.log_partition(logits)
         if config.loss == "info_nce":
-            nce = contrastive.info_nce(logits)
-            total = nce + config.partition_coefficient * contrastive.partition_penalty(logits, config.penalty)
+            nce = contrastive.info_nce(logits, partition)
+            penalty = contrastive.partition_penalty(partition, num_futures, config.penalty)
+            total = nce + config.partition_coefficient * penalty
         else:
             total = nce = contrastive.binary_nce(logits)
         positive = logits.diagonal(dim1=-2, dim2=-1)
-        accuracy = (positive >= logits.amax(dim=-1)).float().mean(dim=-1)
-        log_mean_ratio = torch.logsumexp(logits.flatten(1), dim=-1) - 2 * torch.tensor(float(logits.shape[-1])).log()
-        metrics = {"critic/nce": nce.mean(dim=-1), "critic/accuracy": accuracy, "critic/log_mean_ratio": log_mean_ratio}
+        metrics = {
+            "critic/nce": nce.mean(dim=-1),
+            "critic/accuracy": (positive >= logits.amax(dim=-1)).float().mean(dim=-1),
+            "critic/log_mean_ratio": partition.mean(dim=-1) - math.log(num_futures),  # 0 where f is the log ratio
+        }
         return total.mean(dim=-1).sum(), metrics
 
     names = parameter_names(state)

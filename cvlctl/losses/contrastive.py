@@ -10,20 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce(logits: Tensor) -> Tensor:
-    """l_i = logsumexp_j f_ij - f_ii (CVL Eq. 6 and 9). At the optimum f = log p(s+|s,a)/p(s+) + c(s,a), c free."""
-    return torch.logsumexp(logits, dim=-1) - logits.diagonal(dim1=-2, dim2=-1)
+def log_partition(logits: Tensor) -> Tensor:
+    """log sum_j e^f_ij: what InfoNCE and its penalty share, computed once."""
+    return torch.logsumexp(logits, dim=-1)
 
 
-def partition_penalty(logits: Tensor, form: str = "log_mean") -> Tensor:
-    """(logsumexp_j f_ij - log N)^2, the log-mean form, or (logsumexp_j f_ij)^2, the paper's log-sum (CVL Eq. 10).
+def info_nce(logits: Tensor, partition: Tensor) -> Tensor:
+    """l_i = log sum_j e^f_ij - f_ii (CVL Eq. 6 and 9). At the optimum f = log p(s+|s,a)/p(s+) + c(s,a), c free."""
+    return partition - logits.diagonal(dim1=-2, dim2=-1)
+
+
+def partition_penalty(partition: Tensor, num_futures: int, form: str = "log_mean") -> Tensor:
+    """(log 1/N sum_j e^f_ij)^2, the log-mean form, or (log sum_j e^f_ij)^2, the paper's log-sum (CVL Eq. 10).
 
     Log-mean fixes c(s,a) = 0, which makes f the log ratio; log-sum pulls f towards log ratio - log N instead.
     """
-    partition = torch.logsumexp(logits, dim=-1)
-    if form == "log_mean":
-        partition = partition - math.log(logits.shape[-1])
-    return partition.square()
+    return (partition - math.log(num_futures) if form == "log_mean" else partition).square()
 
 
 def binary_nce(logits: Tensor) -> Tensor:
