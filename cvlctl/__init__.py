@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from cvlctl.version import __version__
 
-# OpenMP's threads spin while they wait for each other. On a machine with anything else to do that is ruinous (2 updates/s
-# instead of 69 on two cores at load 4). It is read when torch loads, so it has to be said before.
+# OpenMP's threads spin while they wait for each other. On a machine with anything else to do that is ruinous (2
+# updates/s instead of 69 on two cores at load 4). It is read when torch loads, so it has to be said before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:

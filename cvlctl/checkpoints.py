@@ -1,4 +1,4 @@
-"""Training state on disk: one safetensors file, with its metadata as JSON in the header. Written atomically; no pickle."""
+"""Training state on disk: one safetensors file, metadata as JSON in its header. Written atomically; no pickle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEY = "cvlctl"
 
 
 def save(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write `state` and `metadata` to `path`: a reader sees the old file or the new one, whole, even after a power cut."""
+    """Write `state` and `metadata` to `path`: a reader sees the old file or the new one, whole."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     data = to_bytes(tensors, metadata={KEY: json.dumps({"format": FORMAT, **metadata})})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CvlctlError(f"{path}: cannot write: {error.strerror or error}", "free disk space or choose another out") from error
+        raise CvlctlError(
+            f"{path}: cannot write: {error.strerror or error}", "free disk space or choose another out"
+        ) from error
 
 
 def load(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -53,7 +55,9 @@ def load(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, 
             header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise CvlctlError(f"{path}: not a readable checkpoint: {error}", "the file is damaged or not safetensors") from error
+        raise CvlctlError(
+            f"{path}: not a readable checkpoint: {error}", "the file is damaged or not safetensors"
+        ) from error
     metadata = _parse(path, header)
     broken = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if broken:

@@ -42,7 +42,12 @@ class Critic:
         return np.concatenate([(phi @ psi.mT).numpy() for phi in self._phi(observations, actions)])
 
     def q(
-        self, observations: np.ndarray, actions: np.ndarray, futures: np.ndarray, rewards: np.ndarray, normaliser: str = "self"
+        self,
+        observations: np.ndarray,
+        actions: np.ndarray,
+        futures: np.ndarray,
+        rewards: np.ndarray,
+        normaliser: str = "self",
     ) -> np.ndarray:
         """Q of the policy that collected the data, discounted rewards from the next step on (CVL Eq. 2 and 11).
 

@@ -1,13 +1,14 @@
 """Networks as init/apply pairs over flat dicts of tensors with a leading member axis.
 
-Every parameter is (E, ...), every input (E, B, ...): the E seeds of a run are one batched matmul. A twin critic is one more
-axis of the same kind: parameters (E, 2, in, out) broadcast against inputs (E, 1, B, in).
+Every parameter is (E, ...), every input (E, B, ...): the E seeds of a run are one batched matmul. A twin critic is
+one more axis of the same kind: parameters (E, 2, in, out) broadcast against inputs (E, 1, B, in).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ def mlp_init(
     params: State = {}
     lead = (copies,) if copies else ()
     gens = [generator(seed, f"init/{name}", 0) for seed in seeds]
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         bound = 1.0 / math.sqrt(fan_in)
         for part, shape in (("weight", (*lead, fan_in, fan_out)), ("bias", (*lead, 1, fan_out))):
             params[f"{name}.{i}.{part}"] = torch.stack([(2 * torch.rand(shape, generator=g) - 1) * bound for g in gens])
@@ -77,7 +78,10 @@ def normalise(state: State, observation: Tensor) -> Tensor:
 def normaliser_init(seeds: Sequence[int], mean: Tensor, std: Tensor) -> State:
     """`observation_mean` and `observation_std` (E, O) from (O,); a constant dimension gets std 1."""
     std = torch.where(std < 1e-4, torch.ones_like(std), std)
-    return {"observation_mean": mean.expand(len(seeds), -1).clone(), "observation_std": std.expand(len(seeds), -1).clone()}
+    return {
+        "observation_mean": mean.expand(len(seeds), -1).clone(),
+        "observation_std": std.expand(len(seeds), -1).clone(),
+    }
 
 
 def actor_init(seeds: Sequence[int], observation_dim: int, action_dim: int, hidden: Sequence[int]) -> State:
@@ -92,7 +96,12 @@ def actor(params: State, observation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def critic_init(
-    seeds: Sequence[int], observation_dim: int, action_dim: int, hidden: Sequence[int], latent_dim: int, layer_norm: bool
+    seeds: Sequence[int],
+    observation_dim: int,
+    action_dim: int,
+    hidden: Sequence[int],
+    latent_dim: int,
+    layer_norm: bool,
 ) -> State:
     """The occupancy critic's two encoders: `phi` of (observation, action) and `psi` of a future observation."""
     phi = mlp_init("phi", seeds, [observation_dim + action_dim, *hidden, latent_dim], layer_norm=layer_norm)

@@ -1,9 +1,9 @@
 """A run's directory, and what people see while it works.
 
-    <out>/run.json              what it is, of which inputs, how it computes, and how far it is
-    <out>/recipe.yaml           the resolved recipe
-    <out>/metrics.jsonl         one line every `log_every_steps` updates
-    <out>/checkpoints/          last.safetensors, and step-000005000.safetensors where asked for
+<out>/run.json              what it is, of which inputs, how it computes, and how far it is
+<out>/recipe.yaml           the resolved recipe
+<out>/metrics.jsonl         one line every `log_every_steps` updates
+<out>/checkpoints/          last.safetensors, and step-000005000.safetensors where asked for
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise CvlctlError(f"{self.out} is in use by another process", "wait for it, or choose another out") from error
+            raise CvlctlError(
+                f"{self.out} is in use by another process", "wait for it, or choose another out"
+            ) from error
 
     def _write(self, status: str, more: dict[str, Any]) -> None:
         record = {"status": status, **more, "inputs": self.inputs, "versions": versions(), "recipe": self.recipe}

@@ -1,12 +1,13 @@
 """Index maths of the occupancy sampler, and randomness as a pure function of (seed, step).
 
-The law (CVL Eq. 3 and 8, LAEO Eq. 4 shifted to start at offset 1). A transition at time t of an episode with K = T - t steps
-left has the future s_{t+Delta}, Delta >= 1:
+The law (CVL Eq. 3 and 8, LAEO Eq. 4 shifted to start at offset 1). A transition at time t of an episode with K = T - t
+steps left has the future s_{t+Delta}, Delta >= 1:
 
-* truncated episode: P(Delta = k) = (1-gamma) gamma^(k-1) / (1 - gamma^K), k = 1..K (CVL Definition 1): what lies beyond the
-  cut is unknown, so its mass is spread over what was seen;
-* terminated episode: P(Delta = k) = (1-gamma) gamma^(k-1), k = 1..infinity; from K+1 on the future is the absorbing state,
-  seen as the final observation, with reward 0. Renormalising here would make a dying action look as good as a living one.
+* truncated episode: P(Delta = k) = (1-gamma) gamma^(k-1) / (1 - gamma^K), k = 1..K (CVL Definition 1): what lies beyond
+  the cut is unknown, so its mass is spread over what was seen;
+* terminated episode: P(Delta = k) = (1-gamma) gamma^(k-1), k = 1..infinity; from K+1 on the future is the absorbing
+  state, seen as the final observation, with reward 0. Renormalising here would make a dying action look as good as a
+  living one.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ class Indices(NamedTuple):
     bank_absorbed: Tensor
 
 
-def draw(data: Data, draws: Draws, seeds: Sequence[int], block: int, num_steps: int) -> tuple[Indices, dict[str, Tensor]]:
+def draw(
+    data: Data, draws: Draws, seeds: Sequence[int], block: int, num_steps: int
+) -> tuple[Indices, dict[str, Tensor]]:
     """Indices and noise for the `num_steps` steps of `block`: a pure function of (seeds, block), member by member.
 
     Returns:
@@ -163,8 +166,10 @@ def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch:
         return source.index_select(0, index.flatten()).unflatten(0, index.shape)
 
     bank_source = data.examples if draws.examples else data.observation
-    bank_reward = rows(data.arrival_reward, indices.bank_row) if draws.bank else indices.bank_row.new_ones(
-        indices.bank_row.shape, dtype=torch.float32
+    bank_reward = (
+        rows(data.arrival_reward, indices.bank_row)
+        if draws.bank
+        else indices.bank_row.new_ones(indices.bank_row.shape, dtype=torch.float32)
     )
     return OccupancyBatch(
         observation=rows(data.observation, indices.row),

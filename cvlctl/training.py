@@ -1,8 +1,8 @@
 """The fast training step, in one place: matmul setting, fused Adam, whole-step compile, CUDA graphs.
 
-A learner's `step(config, state, batch, noise) -> (state, metrics)` is a function of its arguments alone; the state passed
-in is *consumed* (updated in place, as with donated buffers), which spares a copy of every weight and moment on each step and
-is what a CUDA graph needs.
+A learner's `step(config, state, batch, noise) -> (state, metrics)` is a function of its arguments alone; the state
+passed in is *consumed* (updated in place, as with donated buffers), which spares a copy of every weight and moment on
+each step and is what a CUDA graph needs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def resolve_settings(
 
 
 def _medium_is_float32(settings: Settings) -> bool:
-    """Whether matmul precision "medium" still gives true float32 here: it does on CPUs without AMX, where it merely picks
+    """Whether matmul precision "medium" is still true float32 here. It is on CPUs without AMX, where it merely picks
     oneDNN, up to twice as fast as MKL on AMD. With AMX or on a GPU the same word means bf16 or TF32."""
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(1, 256, 256, generator=g), torch.randn(1, 256, 256, generator=g)
@@ -99,7 +99,7 @@ def configure(settings: Settings) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed. Else every temporary above some MB is mapped and faulted in anew, page by page, at each
+    """Tell glibc to keep what is freed. Else temporaries of some MB are mapped and faulted in, page by page, at each
     operation of each step: a third of an eager step at batch 1024. Other C libraries have no mallopt, or ignore it."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -111,7 +111,7 @@ def _keep_freed_memory() -> None:
 def value_and_grad(
     loss: Callable[[State], tuple[Tensor, Metrics]], state: State, names: Iterable[str]
 ) -> tuple[State, Metrics]:
-    """Gradients of `loss(parameters)` in the tensors `names` of `state`, and the metrics that the loss gives beside it."""
+    """Gradients of `loss(parameters)` in the tensors `names` of `state`, and the metrics that it gives beside."""
     parameters = {name: state[name] for name in names}
     if torch.compiler.is_compiling():
         grads, (_, metrics) = torch.func.grad_and_value(loss, has_aux=True)(parameters)
@@ -174,7 +174,7 @@ Program = Callable[[State, Any, Any], tuple[State, Metrics]]
 
 
 def whole_step(step: Program, settings: Settings) -> Program:
-    """`step(state, batch, noise)` as one program: eager, compiled as a whole, or on a GPU compiled and captured in a CUDA graph."""
+    """`step(state, batch, noise)` as one program: eager, compiled as a whole, or on a GPU captured in a CUDA graph."""
     if not settings.compile:
         return torch.no_grad()(step)
     warnings.filterwarnings("ignore", module=r"torch\._inductor")  # its own deprecations are no news to our users

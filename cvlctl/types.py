@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a policy sees and does: observation shape, number of action dimensions (each in [-1, 1]), longest episode."""
+    """What a policy sees and does: observation shape, action dimensions (each in [-1, 1]), longest episode."""
 
     observation_shape: tuple[int, ...]
     action_dim: int
@@ -68,7 +68,9 @@ class Episode:
             )
         low, high = float(actions.min()), float(actions.max())
         if low < -1.0 or high > 1.0:
-            raise CvlctlError(f"actions lie in [{low:.4g}, {high:.4g}], outside [-1, 1]", "scale the actions to [-1, 1]")
+            raise CvlctlError(
+                f"actions lie in [{low:.4g}, {high:.4g}], outside [-1, 1]", "scale the actions to [-1, 1]"
+            )
         object.__setattr__(self, "observations", observations)
         object.__setattr__(self, "actions", actions)
         for name in ("rewards", "successes"):
@@ -107,7 +109,7 @@ class TransitionBatch(NamedTuple):
 
 
 class OccupancyBatch(NamedTuple):
-    """State-action pairs with one future each, and a bank of futures with rewards (empty, (E, 0, ...), where not asked for)."""
+    """State-action pairs with one future each, and a bank of futures with rewards; (E, 0, ...) where not asked for."""
 
     observation: Tensor  # (E, B, O)
     action: Tensor  # (E, B, A)

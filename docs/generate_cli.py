@@ -1,6 +1,6 @@
 """Write docs/cli.md from the command line itself; with --check, fail where it is out of date.
 
-    python docs/generate_cli.py [--check]
+python docs/generate_cli.py [--check]
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class MDP:
-    """transition (S, A, S), behaviour policy (S, A), reward on arrival (S,), terminal (S,) bool, embeddings of states and actions."""
+    """transition (S, A, S), behaviour policy (S, A), reward on arrival (S,), terminal (S,), and embeddings."""
 
     name: str
     transition: Array
@@ -51,9 +51,12 @@ class MDP:
                 ended = bool(self.terminal[visited[-1]])
             found.append(
                 Episode(
-                    observations=self.states[visited], actions=self.actions[chosen], rewards=self.reward[visited[1:]],
-                    successes=self.reward[visited[1:]] >= self.reward.max(), terminated=ended,
-                )  # fmt: skip
+                    observations=self.states[visited],
+                    actions=self.actions[chosen],
+                    rewards=self.reward[visited[1:]],
+                    successes=self.reward[visited[1:]] >= self.reward.max(),
+                    terminated=ended,
+                )
             )
         return found
 
@@ -69,7 +72,9 @@ def _embed(num_states: int, num_actions: int, rng: np.random.Generator) -> tuple
     return states, np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
 
 
-def _make(name: str, moves: Array, slip: float, reward: Array, gamma: float, seed: int, terminal: Array | None = None) -> MDP:
+def _make(
+    name: str, moves: Array, slip: float, reward: Array, gamma: float, seed: int, terminal: Array | None = None
+) -> MDP:
     """moves (S, A): where each action leads; with probability `slip` one of the others' targets instead."""
     num_states, num_actions = moves.shape
     transition = np.zeros((num_states, num_actions, num_states))

@@ -145,7 +145,7 @@ def test_sampled_log_prob_is_that_of_the_sampled_action() -> None:
 
 
 def test_behaviour_cloning_by_hand() -> None:
-    """Standard normal before the tanh, action 0: -log N(0) for one dimension; gradient of the mean is -(u - mean) = 0.5."""
+    """Standard normal before the tanh, action 0: -log N(0). The gradient of the mean is mean - u."""
     mean = torch.tensor([[0.0]], requires_grad=True)
     log_std = torch.tensor([[0.0]], requires_grad=True)
     loss = policy.behaviour_cloning(policy.log_prob_tanh(mean, log_std, torch.tensor([[0.0]])))

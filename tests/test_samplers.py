@@ -48,7 +48,9 @@ def test_rounding_never_leaves_the_episode() -> None:
 
 def test_gamma_zero_is_the_next_state() -> None:
     u = torch.rand(10, dtype=torch.float64)
-    assert samplers.geometric_offset(u, torch.full((10,), 5), torch.zeros(10, dtype=torch.bool), 0.0).tolist() == [1] * 10
+    assert (
+        samplers.geometric_offset(u, torch.full((10,), 5), torch.zeros(10, dtype=torch.bool), 0.0).tolist() == [1] * 10
+    )
 
 
 def test_layout_by_hand() -> None:
@@ -106,5 +108,6 @@ def test_examples_fill_the_bank() -> None:
     draws = samplers.Draws(4, examples=200)
     indices, _ = samplers.draw(d, draws, [0, 1], 0, 2)
     batch = samplers.gather(d, samplers.Indices(*(x[0] for x in indices)), draws)
-    assert batch.bank_observation.squeeze(-1).tolist() == [[100.0, 200.0]] * 2  # all of them, as there are fewer than 200
+    # all of them, as there are fewer than 200
+    assert batch.bank_observation.squeeze(-1).tolist() == [[100.0, 200.0]] * 2
     assert batch.bank_reward.tolist() == [[1.0, 1.0]] * 2

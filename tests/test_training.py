@@ -66,7 +66,8 @@ def recipe_of(name: str, store: Path, out: Path, *overrides: str) -> Any:
         "bc": "{name: bc, hidden: [32]}",
         "laeo": f"{{name: laeo, hidden: [32], critic: {CRITIC}}}",
         "cvl": f"{{name: cvl, hidden: [32], bank_size: 64, num_actions: 2, critic: {CRITIC}}}",
-        "cvl-fourier": f"{{name: cvl, readout: fourier, num_features: 64, xi_ema_rate: 0.5, hidden: [32], critic: {CRITIC}}}",
+        "cvl-fourier": "{name: cvl, readout: fourier, num_features: 64, xi_ema_rate: 0.5, hidden: [32], "
+        f"critic: {CRITIC}}}",
     }[name]
     examples = f", success_examples: {{from: '{store}'}}" if name == "laeo" else ""
     return load("finetune", store, out, f"steps: 100, algorithm: {algorithm}{examples}", *overrides)
@@ -112,7 +113,7 @@ def test_a_resumed_run_ends_with_the_same_bits(name: str, store: Path, tmp_path:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_killed_from_outside(end: signal.Signals, store: Path, tmp_path: Path) -> None:
-    """kill -9 loses at most what the clock had not saved, Ctrl-C nothing; the same command then goes on to the same bits."""
+    """kill -9 loses what the clock had not saved, Ctrl-C nothing; the same command goes on to the same bits."""
     settings = ["steps=3000", "checkpoint_seconds=0.05"]
     run("occupancy", store, tmp_path / "whole", *settings)
     recipe_of("occupancy", store, tmp_path / "cut", *settings)

@@ -44,7 +44,7 @@ def improve(
 
     Args:
         noise: (E, num_actions, B, A) standard normal.
-        q: *normalised* observations (E, num_actions * B, O) and actions (E, num_actions * B, A) -> (E, num_actions * B).
+        q: *normalised* observations (E, N, O) and actions (E, N, A) -> (E, N), for N = num_actions * B.
     """
     observation = networks.normalise(state, batch.observation)
     num_actions, batch_size = noise.shape[1:3]

@@ -75,7 +75,7 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
 def readout(config: Config, state: State, batch: OccupancyBatch) -> Callable[[Tensor], Tensor]:
     """A function phi (E, N, latent) -> Q (E, N), from this step's bank of futures, in units of the reward's spread.
 
-    Self-normalised, Q is centred: (Q - mean) / std, the same argmax. Eq. 11 as written is not (see DESIGN: raw rewards).
+    Self-normalised, Q is centred: (Q - mean) / std, the same argmax. Eq. 11 as written is not centred.
     """
     rewards = batch.bank_reward / state["reward_std"]
     if config.normaliser == "self":

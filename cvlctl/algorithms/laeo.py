@@ -1,9 +1,10 @@
-"""Learning to Achieve Examples Offline (L4DC 2023): a policy from success examples, without rewards. Algorithm 1 of the paper.
+"""Learning to Achieve Examples Offline (L4DC 2023): a policy from success examples, without rewards. Its Algorithm 1.
 
-Q(s,a) = mean over examples of e^f (Eq. 7). Averaged over states as it is (Eq. 8), the few that have all but succeeded hold most of
-the sum: a tenth of a real replay's states held 79 % of it, and the others were left to behaviour cloning. The default
-maximises Q / (1 + Q) instead, which is increasing in Q, so that it prefers the same action in every state, and bounded: the posterior of
-Eq. 5's classifier that a success was drawn from this pair's future rather than from the marginal.
+Q(s,a) = mean over examples of e^f (Eq. 7). Averaged over states as it is (Eq. 8), the few that have all but succeeded
+hold most of the sum: on a real replay a tenth of the states held 79 % of it, and the others were left to behaviour
+cloning. The default maximises Q / (1 + Q) instead: increasing in Q, so that the best action of every state stays the
+best, and bounded. It is the posterior of Eq. 5's classifier that a success was drawn from this pair's future rather
+than from the marginal. `readout: ratio` is the paper's form.
 """
 
 from __future__ import annotations
@@ -79,5 +80,3 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
         learning_rate=config.learning_rate,
     )  # fmt: skip
     return state, metrics
-
-

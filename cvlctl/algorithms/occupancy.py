@@ -1,8 +1,9 @@
 """The occupancy critic f(s, a, s+) = phi(s, a) . psi(s+): CVL Eq. 6, 9, 10; LAEO Eq. 5. Learned without rewards.
 
-At its optimum f = log p(s+ | s, a) / p(s+), where p(s+ | s, a) is the discounted state occupancy of the policy that collected
-the data. psi sees the final observation for the absorbing state, with no flag: arriving at a terminal state and staying there have
-the same ratio (their probabilities differ by the constant gamma / (1 - gamma) both given (s, a) and in the marginal).
+At its optimum f = log p(s+ | s, a) / p(s+), where p(s+ | s, a) is the discounted state occupancy of the policy that
+collected the data. psi sees the final observation for the absorbing state, with no flag: arriving at a terminal state
+and staying there have the same ratio (their probabilities differ by the constant gamma / (1 - gamma), both given (s, a)
+and in the marginal).
 """
 
 from __future__ import annotations

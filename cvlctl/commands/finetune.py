@@ -1,4 +1,4 @@
-"""`cvlctl finetune`: a policy from reward labels or success examples, from scratch or on a pretrained occupancy critic."""
+"""`cvlctl finetune`: a policy from reward labels or success examples, from scratch or on a pretrained critic."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     return train.train(
         recipe, module, config, lambda: train.join(stores, uses, examples), spec,
         Run(recipe.out, {**resolved(recipe), "mode": getattr(config, "mode", "scratch")}, inputs),
-        algorithm=recipe.algorithm_name, task=task, critic=getattr(config, "critic", None), initial=initial, force=force,
+        algorithm=recipe.algorithm_name, task=task, critic=getattr(config, "critic", None), initial=initial,
+        force=force,
     )  # fmt: skip
 
 
@@ -69,7 +70,9 @@ def _resolve_mode(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any,
     if (tuple(before["observation_shape"]), before["action_dim"]) != (spec.observation_shape, spec.action_dim):
         raise CvlctlError(
             f"init_from: {recipe.init_from} was trained on observations {tuple(before['observation_shape'])} and "
-            f"{before['action_dim']} action dimensions; the stores here have {spec.observation_shape} and {spec.action_dim}"
+            f"{before['action_dim']} action dimensions; the stores here have {spec.observation_shape} and "
+            f"{spec.action_dim}",
+            "pretrain on stores of the same robot",
         )
     members = torch.tensor([metadata["seeds"].index(seed) for seed in recipe.seeds])
     initial = {name: value[members] if value.dim() else value for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""The training loop behind `pretrain` and `finetune`: data into memory, blocks of batches, checkpoints by the clock, exact resume."""
+"""The loop behind `pretrain` and `finetune`: data into memory, batches, checkpoints by the clock, exact resume."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def open_stores(uses: Sequence[StoreUse]) -> list[Store]:
         first = stores[0].spec
         if (store.spec.observation_shape, store.spec.action_dim) != (first.observation_shape, first.action_dim):
             raise CvlctlError(
-                f"{use.path}: observations {store.spec.observation_shape} and {store.spec.action_dim} action dimensions, "
-                f"but {uses[0].path} has {first.observation_shape} and {first.action_dim}",
+                f"{use.path}: observations {store.spec.observation_shape} and {store.spec.action_dim} action "
+                f"dimensions, but {uses[0].path} has {first.observation_shape} and {first.action_dim}",
                 "train on stores of one robot",
             )
         if store.spec.pixels or len(store.spec.observation_shape) != 1:
@@ -47,7 +47,7 @@ def open_stores(uses: Sequence[StoreUse]) -> list[Store]:
 def join(stores: Sequence[Store], uses: Sequence[StoreUse] | None, examples: np.ndarray | None) -> Data:
     """The stores in memory, row axes joined. `uses` None: reward-free, and no label of any store is opened.
 
-    Of a store with fraction < 1 the first episodes of a fixed permutation count as labelled: the same ones for every seed.
+    Of a store with fraction < 1 the first episodes of a fixed permutation count as labelled, the same for every seed.
     """
     observation = np.concatenate([store.observations() for store in stores])
     action = np.concatenate([store.actions() for store in stores])
@@ -87,14 +87,18 @@ def success_examples(source: SuccessExamples, spec: Spec) -> np.ndarray:
         observations, ends = store.observations(), store.episode_ends()
         if source.rule == "last":
             rows = np.concatenate(
-                [np.arange(max(start + 1, end - source.k), end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+                [
+                    np.arange(max(start + 1, end - source.k), end)
+                    for start, end in zip([0, *ends[:-1]], ends, strict=True)
+                ]
             )
         else:
             # a success at row t is that of arriving at row t + 1
             rows = np.flatnonzero(store.successes(source.label)) + 1
             if len(rows) == 0:
                 raise CvlctlError(
-                    f"{source.from_}: no step is labelled a success", "take rule: last, or examples from another store or file"
+                    f"{source.from_}: no step is labelled a success",
+                    "take rule: last, or examples from another store or file",
                 )
         found = observations[rows]
     if found.shape[1:] != tuple(spec.observation_shape):
@@ -110,7 +114,8 @@ def _examples_file(path: Path) -> np.ndarray:
         array = np.asarray(array, dtype=np.float32)
     except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
         raise CvlctlError(
-            f"{path}: cannot read success examples: {error}", "give a .npy of shape (X, O), or a .npz with `observations`"
+            f"{path}: cannot read success examples: {error}",
+            "give a .npy of shape (X, O), or a .npz with `observations`",
         ) from error
     if array.ndim != 2 or len(array) == 0 or not np.isfinite(array).all():
         raise CvlctlError(f"{path}: success examples must be finite and of shape (X, O), X >= 1; got {array.shape}")

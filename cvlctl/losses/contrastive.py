@@ -1,4 +1,4 @@
-"""Contrastive losses of the occupancy critic. Logits f are (..., B, N): row i is a state-action pair, column j a future;
+"""Contrastive losses of the occupancy critic. Logits f are (..., B, N): row i is a pair (s, a), column j a future;
 the positives are on the diagonal (N = B). Every function returns one value a row, (..., B)."""
 
 from __future__ import annotations

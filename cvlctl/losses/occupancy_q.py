@@ -1,5 +1,6 @@
-"""Q-values read out of an occupancy critic. f is (..., N, M): N state-action pairs against a bank of M futures drawn from
-the marginal p(s+), with the rewards (..., M) received on arriving there. All return (..., N), without the constant 1/(1-gamma)."""
+"""Q-values read out of an occupancy critic. f is (..., N, M): N state-action pairs against a bank of M futures drawn
+from the marginal p(s+), with the rewards (..., M) received on arriving there. All return (..., N), without the constant
+1/(1-gamma)."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def log_q_examples(logits: Tensor) -> Tensor:
 
 
 def fourier_features(x: Tensor, frequencies: Tensor, phases: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Random Fourier features F(x) (..., N, D') and log-scales |x|^2/2 (..., N): exp(x.y) ~ e^(|x|^2/2 + |y|^2/2) F(x).F(y).
+    """exp(x.y) ~ e^(|x|^2/2 + |y|^2/2) F(x).F(y): random features F(x) (..., N, D') and log-scales |x|^2/2 (..., N).
 
     CVL Lemma 1, freed from unit norms. Features from `encode` are divided by sqrt(temperature) already, so W ~ N(0, I).
 

@@ -30,7 +30,7 @@ def _log_prob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def boltzmann_kl(q: Tensor, log_prob: Tensor, temperature: float) -> Tensor:
-    """KL(pi || exp(Q/tau)/Z) up to log Z, by samples of pi: mean_i(tau log pi(a_i|s) - Q(s,a_i)) (CVL Eq. 13, times tau).
+    """tau KL(pi || exp(Q/tau)/Z) up to log Z, by samples: mean_i(tau log pi(a_i|s) - Q(s,a_i)) (CVL Eq. 13).
 
     Args:
         q, log_prob: (num_actions, ..., B) of reparameterised samples.
