@@ -181,7 +181,7 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": [round(x, 2) for x in os.getloadavg()],
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "versions": versions(),
     }
 
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     state, settings = found["machine"], found["settings"]
     print(f"{state['cpu']}, {state['cpus']} CPUs, load {state['load_average'][0]} before and "
           f"{found['load_average_after'][0]} after; torch {state['versions']['torch']}, threads {settings['threads']}, "
-          f"precision {settings['precision']}, OMP_WAIT_POLICY {state['omp_wait_policy']}")  # fmt: skip
+          f"precision {settings['precision']}, GOMP_SPINCOUNT {state['gomp_spincount']}")  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

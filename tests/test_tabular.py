@@ -132,14 +132,18 @@ def test_living_is_ranked_above_dying(loss: str, train) -> None:
 @pytest.mark.parametrize("form", ["paired", "phase"])
 def test_fourier_readout_agrees_with_the_exact_one(temperature: float, form: str, train) -> None:
     t = train(tabular.grid_dense, loss="info_nce", features="unit", temperature=temperature)
-    phi, psi = t.critic._phi(*t.pairs)[0], t.critic._psi(t.futures)
+    # at temperature 0.3 the kernel peaks at e^3.3, and the error is about peak / sqrt(features): 2^16 of them for 0.99
+    futures, values = t.futures[:1000], t.rewards[:1000]
+    phi, psi = t.critic._phi(*t.pairs)[0], t.critic._psi(futures)
     g = torch.Generator().manual_seed(0)
-    frequencies = torch.randn(16_384, phi.shape[1], generator=g)
-    phases = 2 * torch.pi * torch.rand(16_384, generator=g) if form == "phase" else None
-    rewards = torch.from_numpy(t.rewards - t.rewards.mean())
+    frequencies = torch.randn(65_536, phi.shape[1], generator=g)
+    phases = 2 * torch.pi * torch.rand(65_536, generator=g) if form == "phase" else None
+    rewards = torch.from_numpy(values - values.mean())
     sums, factor = occupancy_q.fourier_sums(*occupancy_q.fourier_features(psi, frequencies, phases), rewards)
     q = occupancy_q.q_fourier(*occupancy_q.fourier_features(phi, frequencies, phases), sums, factor)
-    assert t.correlation(q.numpy().reshape(t.mdp.policy.shape), t.q()) >= 0.99
+    exact = t.critic.q(*t.pairs, futures, values)
+    fast, slow = (x.reshape(t.mdp.policy.shape) for x in (q.numpy(), exact))
+    assert t.correlation(fast, slow) >= 0.99
 
 
 def test_exact_answers_of_the_tabular_mdps_by_simulation() -> None:
