@@ -33,10 +33,10 @@ from cvlctl import samplers, training
 from cvlctl.algorithms import cvl, occupancy
 from cvlctl.commands.train import batches
 from cvlctl.networks import State
-from cvlctl.runs import versions
 from cvlctl.samplers import Data
 from cvlctl.training import Settings
 from cvlctl.types import Spec
+from cvlctl.version import versions
 
 SPEC = Spec((39,), 4, 500)  # Metaworld's
 CRITIC = occupancy.Config()  # InfoNCE, 512x512->64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from cvlctl.errors import CvlctlError
+from cvlctl.files import write_atomically
 
 FORMAT = 1
 KEY = "cvlctl"
@@ -21,25 +21,7 @@ KEY = "cvlctl"
 def save(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write `state` and `metadata` to `path`: a reader sees the old file or the new one, whole."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    data = to_bytes(tensors, metadata={KEY: json.dumps({"format": FORMAT, **metadata})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CvlctlError(
-            f"{path}: cannot write: {error.strerror or error}", "free disk space or choose another out"
-        ) from error
+    write_atomically(path, to_bytes(tensors, metadata={KEY: json.dumps({"format": FORMAT, **metadata})}))
 
 
 def load(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,7 +6,6 @@ Exit code 0: done; 1: `data verify` found faults; 2: something a user can mend; 
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import json
 import os
@@ -15,18 +14,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cvlctl.errors import CvlctlError
+from cvlctl.files import HINTS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = ("interrupted", "run the same command again: it goes on from where it was saved last", 130)
-_HINTS = {
-    errno.ENOSPC: "free some space; what was written before is sound",
-    errno.EDQUOT: "free some space; what was written before is sound",
-    errno.EACCES: "choose another place, or change its permissions",
-    errno.EPERM: "choose another place, or change its permissions",
-    errno.EROFS: "choose another place",
-}
 
 
 def present(work: Callable[[], Any], show: Callable[[Any], None], as_json: bool, quiet: bool = False) -> Any:
@@ -68,10 +61,10 @@ def execute(app: Callable[..., Any], args: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it exits
         return 1
     except OSError as error:
-        if error.errno not in _HINTS:
+        if error.errno not in HINTS:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        return _fail(args, f"{place}{error.strerror}", _HINTS[error.errno])
+        return _fail(args, f"{place}{error.strerror}", HINTS[error.errno])
     except Exception as error:
         # usage errors of Typer's: of which class they are depends on its version
         if type(error).__name__ == "Abort":

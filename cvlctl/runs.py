@@ -8,22 +8,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import platform
 import shutil
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 import yaml
 
-from cvlctl.checkpoints import write_atomically
 from cvlctl.errors import CvlctlError
+from cvlctl.files import lock, write_atomically
+from cvlctl.version import versions
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -31,17 +29,6 @@ PLAIN_LINE_SECONDS = 10.0
 def say(line: str) -> None:
     """One plain line for people, on stderr."""
     print(line, file=sys.stderr, flush=True)
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide what a run computes."""
-    found = {"python": platform.python_version()}
-    for package in ("cvlctl", "torch", "numpy", "zarr", "mujoco", "metaworld", "gymnasium"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 class Run:
@@ -77,7 +64,7 @@ class Run:
                 raise CvlctlError(
                     f"{self.out} holds another run: {changed}", "choose another out, or --force to start it over"
                 )
-        self._take()
+        self._lock = lock(self.out / ".lock")
         if force:
             for entry in self.out.iterdir():
                 if entry.is_dir():
@@ -94,19 +81,6 @@ class Run:
         write_atomically(self.out / "recipe.yaml", yaml.safe_dump(self.recipe, sort_keys=False).encode())
         (self.out / "metrics.jsonl").unlink(missing_ok=True)
         return "fresh"
-
-    def _take(self) -> None:
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.out / ".lock", "w")  # noqa: SIM115 (held until close)
-        except OSError as error:
-            raise CvlctlError(f"{self.out}: cannot write: {error.strerror}", "choose another out") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CvlctlError(
-                f"{self.out} is in use by another process", "wait for it, or choose another out"
-            ) from error
 
     def _write(self, status: str, more: dict[str, Any]) -> None:
         record = {"status": status, **more, "inputs": self.inputs, "versions": versions(), "recipe": self.recipe}

@@ -21,6 +21,7 @@ import numpy as np
 from scipy import stats
 
 from cvlctl.errors import CvlctlError
+from cvlctl.files import write_atomically
 from cvlctl.types import EpisodeResult
 
 METRICS = ("return", "success", "normalised")
@@ -45,17 +46,14 @@ class Confidence(TypedDict, total=False):
 
 def write_rows(path: str | os.PathLike[str], rows: Rows) -> None:
     """Write one JSON line an episode, atomically. CvlctlError on a return that is not finite."""
-    path, lines = Path(path), []
+    lines = []
     for row in rows:
         if not math.isfinite(row.episode_return):
             where = f"episode {row.episode} of {row.algorithm} seed {row.seed} on {row.task}"
             raise CvlctlError(f"{where} has return {row.episode_return}", "the policy or the simulation diverged")
         values = {name: getattr(row, name) for name in _KINDS}  # converted below, since numpy's scalars are not JSON
         lines.append(json.dumps({k: None if v is None else _KINDS[k][0](v) for k, v in values.items()}) + "\n")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(Path(path), "".join(lines).encode())
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[EpisodeResult]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
@@ -15,22 +14,21 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cache
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from cvlctl import store
+from cvlctl import files, store
 from cvlctl.errors import CvlctlError
 from cvlctl.store import Store
 from cvlctl.types import Episode
+from cvlctl.version import versions
 
 CHUNK_ROWS = 100_000  # 500k rows load in tens of ms; chunks of 1k rows take ten times as long
 CHUNK_BYTES = 2**26  # pixels get fewer rows a chunk
-PACKAGES = ("cvlctl", "numpy", "torch", "zarr", "mujoco", "gymnasium", "metaworld")
 
 
 def write_store(
@@ -101,9 +99,9 @@ class StoreWriter:
         self._table: list[tuple[int, ...]] = []  # one row of store.META an episode
         self._tasks: list[str] = []
         self._chunk_rows, self._written = CHUNK_ROWS, 0  # rows of a chunk; rows that lie in full chunks
-        self._lock: int | None = _lock(self.partial)
+        self._lock: TextIO | None = files.lock(self.partial / "lock")
         try:
-            with _disk(self.partial):
+            with files.disk(self.partial):
                 self._restore(resume)
         except BaseException:
             self.close()
@@ -159,23 +157,20 @@ class StoreWriter:
         self._table.append(tuple(entry.tolist()))
         for name, value in rows.items():
             self._pending.setdefault(name, []).append(value)
-        with _disk(self.partial):
+        with files.disk(self.partial):
             self._write_full_chunks()
 
     def flush(self) -> None:
         """Make every episode so far durable: afterwards neither a kill nor a loss of power loses any of them."""
         self._require_open()
-        with _disk(self.partial):
+        with files.disk(self.partial):
             self._write_full_chunks()
-            _sync(self.partial)
+            self._sync()
             state = {**self._identity, "tasks": self._tasks, "chunk_rows": self._chunk_rows, "written": self._written}
             text, table = np.frombuffer(json.dumps(state).encode(), np.uint8), np.array(self._table, np.int64)
-            temporary = self.partial / "tail.tmp"
-            with temporary.open("wb") as file:
-                np.savez(file, allow_pickle=False, **self._rest(), state=text, episodes=table)
-            _sync_path(temporary)
-            os.replace(temporary, self.partial / "tail.npz")
-            _sync_path(self.partial)
+            tail = io.BytesIO()
+            np.savez(tail, allow_pickle=False, **self._rest(), state=text, episodes=table)
+            files.write_atomically(self.partial / "tail.npz", tail.getbuffer())
 
     def episodes(self) -> Iterator[Episode]:
         """The episodes so far, in order: what a collector needs to fill its replay buffer on resuming."""
@@ -197,7 +192,7 @@ class StoreWriter:
             raise CvlctlError(f"{self.path}: no episodes to write", "a store holds at least one episode")
         self._refuse_existing()
         self.flush()
-        with _disk(self.partial):
+        with files.disk(self.partial):
             columns = zip(store.META.items(), np.array(self._table, np.int64).T, strict=True)
             meta = {name: column.astype(dtype) for (name, dtype), column in columns}
             self._write(self._written, self._rest())
@@ -207,13 +202,13 @@ class StoreWriter:
             if clash := sorted(set(extra) & set(own)):
                 raise CvlctlError(f"the store's own attribute {clash[0]!r} cannot be given to finish()")
             zarr.open_group(self.partial, mode="r+", zarr_format=3).attrs.put({**extra, **own})
-            _sync(self.partial)
+            self._sync()
             old = store.beside(self.path, ".old")
             if self.path.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 os.rename(self.path, old)
             os.rename(self.partial, self.path)
-            _sync_path(self.path.parent)
+            files.sync(self.path.parent)
             shutil.rmtree(old, ignore_errors=True)
             for name in ("tail.npz", "lock"):  # only now: until the rename they were what a resume needs
                 (self.path / name).unlink(missing_ok=True)
@@ -226,7 +221,7 @@ class StoreWriter:
             return
         if discard or not (self.partial / "tail.npz").exists():  # nothing was ever flushed
             shutil.rmtree(self.partial, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.close()
         self._lock = None
 
     def __enter__(self) -> Self:
@@ -248,6 +243,8 @@ class StoreWriter:
 
     def _restore(self, resume: bool) -> None:
         """Take up what was flushed, and remove what was not."""
+        for cut_off in self.partial.glob(".*.tmp"):
+            cut_off.unlink()
         if (self.partial / "tail.npz").exists():
             try:
                 self._read_tail(resume)
@@ -286,6 +283,11 @@ class StoreWriter:
 
     def _rest(self) -> dict[str, np.ndarray]:
         return {name: np.concatenate(parts) for name, parts in self._pending.items()}
+
+    def _sync(self) -> None:
+        for root, _, names in os.walk(self.partial):
+            for name in [*names, "."]:
+                files.sync(Path(root) / name)
 
     def _write_full_chunks(self) -> None:
         full = (self._num_rows - self._written) // self._chunk_rows * self._chunk_rows
@@ -336,55 +338,13 @@ def _checksum(path: Path, name: str) -> str:
 @cache
 def _environment() -> dict[str, Any]:
     """What wrote the store, found without importing any of it."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    found: dict[str, Any] = {"versions": versions, "platform": platform.platform()}
+    found: dict[str, Any] = {"versions": versions(), "platform": platform.platform()}
     root = Path(__file__).parent.parent
     if (root / ".git").exists():  # else this may be a copy that lies in somebody else's repository
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
             found["git_commit"] = subprocess.check_output(command, text=True, timeout=5).strip()
     return found
-
-
-def _lock(partial: Path) -> int:
-    """Take the partial store for this process alone; the lock dies with the process, however it dies."""
-    with _disk(partial):
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    with contextlib.suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(handle), os.stat(partial / "lock")):
-            return handle  # else a writer finished in between and took the file along
-    os.close(handle)
-    raise CvlctlError(f"another process is writing {partial}", "wait until it is done, or choose another path")
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        hint = "check that the path is a directory that you may write to"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "free some space and run the same command again: nothing that was flushed is lost"
-        raise CvlctlError(f"cannot write {path}: {error.strerror or error}", hint) from error
-
-
-def _sync(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
-        for name in [*files, "."]:
-            _sync_path(Path(root) / name)
-
-
-def _sync_path(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _jsonable(what: str, value: dict[str, Any]) -> dict[str, Any]:

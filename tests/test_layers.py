@@ -15,6 +15,7 @@ LAYERS = [
     ["store", "writer", "networks"],
     ["losses", "samplers"],
     ["types"],
+    ["files"],
     ["errors", "version"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

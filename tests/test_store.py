@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import stats
 
+from cvlctl import files
 from cvlctl import writer as writer_module
 from cvlctl.errors import CvlctlError
 from cvlctl.store import Store, open_store, verify_store
@@ -69,7 +70,7 @@ def assert_same(found: Iterator[Episode] | list[Episode], wanted: list[Episode],
 def no_fsync() -> Iterator[None]:
     """No power is lost in this process, and fsync is most of the time. The writers that are killed do call it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer_module, "_sync_path", lambda _: None)
+        patch.setattr(files, "sync", lambda _: None)
         yield
 
 

@@ -11,7 +11,6 @@ interruption, or when a glob finds another run, only what is missing runs.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from cvlctl import envs, report, scores
-from cvlctl.checkpoints import KEY, write_atomically
+from cvlctl.checkpoints import KEY
 from cvlctl.errors import CvlctlError
+from cvlctl.files import sha256, write_atomically
 from cvlctl.recipefile import nearest
 from cvlctl.recipes import EvaluateRecipe, resolved
 from cvlctl.rollout import PolicyJob, run_episodes, run_lockstep
-from cvlctl.runs import Progress, say, versions
+from cvlctl.runs import Progress, say
 from cvlctl.types import EpisodeResult
+from cvlctl.version import versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,7 +73,7 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
         for checkpoint in found
         for seed in checkpoint.seeds
     ]
-    digests = {checkpoint.file: _sha256(checkpoint.file) for checkpoint in found}
+    digests = {checkpoint.file: sha256(checkpoint.file) for checkpoint in found}
     record = {
         "format": FORMAT,
         "recipe": resolved(recipe),
@@ -197,11 +198,6 @@ def _baseline(recipe: EvaluateRecipe, labels: dict[Path, str]) -> str:
     return recipe.baseline or "bc"
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
-
-
 def _open(recipe: EvaluateRecipe, force: bool) -> dict[str, Any] | None:
     if not force:
         return read_evaluation(recipe)
@@ -261,7 +257,6 @@ def _relabelled(job: PolicyJob, rows: Sequence[EpisodeResult]) -> list[EpisodeRe
 
 
 def _save(out: Path, record: dict[str, Any], jobs: Sequence[PolicyJob], rows: dict[Any, Any], status: str) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     scores.write_rows(out / "rows.jsonl", [row for job in jobs if job in rows for row in rows[job]])
     whole = {**record, "status": status, "versions": versions()}
     write_atomically(out / "evaluation.json", (json.dumps(whole, indent=1) + "\n").encode())

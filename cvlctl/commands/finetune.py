@@ -13,6 +13,7 @@ from cvlctl.algorithms import ALGORITHMS
 from cvlctl.commands import train
 from cvlctl.critics import critic_config
 from cvlctl.errors import CvlctlError
+from cvlctl.files import sha256
 from cvlctl.networks import State
 from cvlctl.recipes import FinetuneRecipe, resolved
 from cvlctl.runs import Run
@@ -39,7 +40,7 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     if hasattr(config, "mode"):
         config, initial = _resolve_mode(config, recipe, spec)
         if recipe.init_from is not None:
-            inputs[f"init_from:{recipe.init_from}"] = train.file_digest(_pretrained(recipe.init_from))
+            inputs[f"init_from:{recipe.init_from}"] = sha256(_pretrained(recipe.init_from))
     elif recipe.init_from is not None:
         raise CvlctlError(f"init_from: {recipe.algorithm_name} has no critic to start from a pretrained one")
     task = next((s.task for u, s in zip(recipe.stores, stores, strict=True) if u.rewards != "none"), stores[0].task)

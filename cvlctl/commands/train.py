@@ -122,15 +122,6 @@ def _examples_file(path: Path) -> np.ndarray:
     return array
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CvlctlError(f"{path}: {error.strerror}") from error
-
-
 def array_digest(array: np.ndarray) -> str:
     """sha256 of an array's bytes."""
     return hashlib.sha256(array.tobytes()).hexdigest()
