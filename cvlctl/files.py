@@ -1,0 +1,88 @@
+"""Files that survive a kill: replaced whole or not at all, one writer at a time, and the disk's errors in words."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from cvlctl.errors import CvlctlError
+
+_SPACE = "free some space and run the same command again: nothing that was flushed is lost"
+_PERMISSION = "choose another place, or change its permissions"
+HINTS = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: _SPACE,
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EROFS: "choose another place",
+}
+
+
+@contextlib.contextmanager
+def disk(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while writing `path` into a CvlctlError."""
+    try:
+        yield
+    except OSError as error:
+        hint = HINTS.get(error.errno or 0, "check that the path is a directory that you may write to")
+        raise CvlctlError(f"cannot write {path}: {error.strerror or error}", hint) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Replace `path` by `data`, durably: a reader sees the old file or the new one, whole. Makes the folder it needs.
+
+    Raises:
+        CvlctlError: the disk refuses; the old file is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def lock(file: Path) -> TextIO:
+    """Lock `file` for this process alone, until what is returned is closed or the process ends, however it ends.
+
+    Raises:
+        CvlctlError: another process has it, or the file cannot be made.
+    """
+    with disk(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(file, "a")  # noqa: SIM115 (held until closed)
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle.fileno()), os.stat(file)):
+            return handle  # else its last owner finished in between and took the file along
+    handle.close()
+    raise CvlctlError(f"another process is writing {file.parent}", "wait until it is done, or choose another path")
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file's content."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CvlctlError(f"{path}: {error.strerror}") from error
