@@ -31,7 +31,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
 
 def test_a_lock_has_one_owner_until_it_is_closed(tmp_path: Path) -> None:
     owner = files.lock(tmp_path / "run" / ".lock")
-    with pytest.raises(CvlctlError, match="another process is writing .*run"):
+    with pytest.raises(CvlctlError, match=r"another process is writing .*run"):
         files.lock(tmp_path / "run" / ".lock")
     owner.close()
     files.lock(tmp_path / "run" / ".lock").close()
