@@ -26,6 +26,7 @@ from cvlctl.workers import share_out
 EVALUATION_SEED = 1_000_003  # environment seed = this + seed: apart from the seeds 0, 1, ... of collection and training
 
 Progress = Callable[[int, int], None]  # (episodes done, episodes in all)
+Outcome = tuple[float, bool | None]  # return and success; None where the task has no notion of it
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,20 @@ def collect_episode(env: Env, act: Act, episode: int, *, collected_at: int = 0) 
         collected_at=collected_at,
         seed=env.seed,
     )
+
+
+def outcome(episode: Episode) -> Outcome:
+    """What an episode with rewards came to."""
+    assert episode.rewards is not None
+    success = None if episode.successes is None else bool(episode.successes.any())
+    return float(episode.rewards.sum(dtype=np.float64)), success
+
+
+def in_words(latest: Iterable[Outcome]) -> str:
+    """The latest episodes, for a progress bar."""
+    returns, successes = zip(*latest, strict=True)
+    rate = "" if successes[0] is None else f", success {np.mean(successes):.0%}"
+    return f"return {np.mean(returns):.4g}{rate} (last {len(returns)} episodes)"
 
 
 def _roll(env: Env, act: Act, episode: int) -> tuple[list, list, list, list, bool]:

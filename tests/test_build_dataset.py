@@ -13,7 +13,8 @@ import torch
 from cvlctl import checkpoints, envs, networks
 from cvlctl.algorithms import sac
 from cvlctl.commands import build_dataset
-from cvlctl.commands.build_dataset import acting, build, policies_dir
+from cvlctl.commands.build_dataset import build
+from cvlctl.commands.collect_sac import acting, policies_dir
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import load_policy
 from cvlctl.recipes import BuildRecipe, resolved

@@ -1,0 +1,243 @@
+"""SAC's replay buffer as a store: the collector behind `cvlctl build-dataset` with `source: {name: sac}`.
+
+Beside the store lies a run directory (data/x.zarr: data/x.policies/): policies along the way, and what a killed
+collection resumes from. The rule that keeps the two together: at an episode's end the learner's state is written first,
+under the number of episodes that it has seen; then the store is flushed; then the older state goes. At whatever instant
+a kill comes, the state that belongs to the episodes in the store is there, and the resumed collection goes on as the
+uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cvlctl import checkpoints, envs, networks, training
+from cvlctl.algorithms import sac
+from cvlctl.errors import CvlctlError
+from cvlctl.networks import State
+from cvlctl.policies import NumpyPolicy
+from cvlctl.recipes import BuildRecipe, SacSource, resolved
+from cvlctl.rollout import Outcome, in_words, outcome
+from cvlctl.runs import Progress, Run, read_run, say
+from cvlctl.store import Store
+from cvlctl.training import Settings
+from cvlctl.types import Episode, Spec
+from cvlctl.writer import StoreWriter
+
+
+def policies_dir(out: Path) -> Path:
+    """Where the policies of a SAC collection into `out` are kept."""
+    return out.with_name(out.name.removesuffix(".zarr") + ".policies")
+
+
+def collect(
+    recipe: BuildRecipe, source: SacSource, env: envs.Env, open_writer: Callable[..., StoreWriter], force: bool
+) -> Store:
+    """Collect the store of `recipe`, or resume it. `open_writer` takes `force` and `resume`, as StoreWriter does."""
+    run = Run(policies_dir(recipe.out), resolved(recipe), {})
+    _take(run, force)
+    try:
+        writer = open_writer()
+        saved = _saved(run, writer.num_episodes) if writer.num_episodes else None
+        if writer.num_episodes and saved is None:
+            writer.close()
+            say(f"{writer.partial}: the learner's state for it is lost; starting over")
+            writer = open_writer(force=True, resume=False)
+        with writer:
+            collector = _Collector(recipe, source, env, run, writer, saved)
+            collector.collect()
+            settings = collector.settings.as_dict()
+            store = writer.finish(collector={"sac": asdict(collector.config), "settings": settings})
+        run.finish(algorithm="sac", task=recipe.task, seeds=[recipe.seed], steps=source.steps, settings=settings)
+        for file in run.checkpoints.glob("episodes-*.safetensors"):
+            file.unlink()
+    finally:
+        run.close()
+    return store
+
+
+def _take(run: Run, force: bool) -> None:
+    """Take the run directory; what a killed collection of the same recipe left there stays, also with `force`."""
+    try:
+        status = run.open()
+    except CvlctlError:
+        if not force:
+            raise
+        status = "finished"  # another recipe's
+    if status == "finished":  # or of this one, and its store was deleted or is to be replaced
+        run.open(force=True)
+
+
+def finish_run(recipe: BuildRecipe, source: SacSource) -> None:
+    """The store is finished: mark the run beside it as finished too, where a kill came between the two."""
+    run = Run(policies_dir(recipe.out), resolved(recipe), {})
+    if (run.out / "run.json").exists() and read_run(run.out)["status"] != "finished":
+        run.open()
+        run.finish(algorithm="sac", task=recipe.task, seeds=[recipe.seed], steps=source.steps)
+
+
+def _state_file(run: Run, episodes: int) -> Path:
+    return run.checkpoints / f"episodes-{episodes:09d}.safetensors"
+
+
+def _saved(run: Run, episodes: int) -> tuple[State, dict[str, Any]] | None:
+    """The learner's state after `episodes` episodes, or None where it is lost or damaged."""
+    try:
+        return checkpoints.load(_state_file(run, episodes))
+    except CvlctlError as error:
+        say(error.what)
+        return None
+
+
+class _Collector:
+    """One SAC collection: environment, learner, replay and store, from the first frame or a resumed one to the last."""
+
+    def __init__(
+        self,
+        recipe: BuildRecipe,
+        source: SacSource,
+        env: envs.Env,
+        run: Run,
+        writer: StoreWriter,
+        saved: tuple[State, dict[str, Any]] | None,
+    ) -> None:
+        self.recipe, self.source, self.env, self.run, self.writer = recipe, source, env, run, writer
+        self.config = sac.Config(
+            gamma=source.gamma, hidden=source.hidden, learning_rate=source.learning_rate, batch_size=source.batch_size
+        )
+        self.frame, self.block = writer.num_transitions, -1
+        self.latest: list[Outcome] = []
+        self.replay = sac.Replay(source.steps, env.spec)
+        if saved is not None:
+            state, metadata = saved
+            self.settings = Settings(**metadata["settings"])
+            for episode in writer.episodes():
+                self._remember(episode)
+            run.cut_metrics(self.frame)
+            say(f"{recipe.out}: resuming at frame {self.frame}, episode {writer.num_episodes}")
+        else:
+            state = sac.init(self.config, env.spec, [recipe.seed])
+            self.settings = training.resolve_settings(
+                device=recipe.device, threads=recipe.threads, precision=recipe.precision, compile=recipe.compile,
+                steps=source.steps - source.learning_starts, say=say,
+            )  # fmt: skip
+        training.configure(self.settings)
+        self.state = {name: value.to(self.settings.device) for name, value in state.items()}
+        self.metadata = {
+            "algorithm": "sac", "task": recipe.task, "spec": asdict(env.spec), "seeds": [recipe.seed],
+            "recipe": run.recipe, "settings": self.settings.as_dict(),
+        }  # fmt: skip
+
+    def collect(self) -> None:
+        source, what = self.source, f"sac on {self.recipe.task}"
+        every = source.policy_every_steps or max(1, source.steps // 10)
+        program = training.whole_step(lambda s, b, n: sac.step(self.config, s, b, n), self.settings)
+        act, saved_at = acting(self.state, self.env.spec), time.monotonic()
+        if self.settings.compile:
+            say(f"{what}: compiling the training step (10-40 s, once)")
+        with Progress(what, source.steps, "frames", self.frame) as progress:
+            while self.frame < source.steps:
+                self._episode(act, program, every, progress)
+                done = self.frame == source.steps
+                if done or time.monotonic() - saved_at >= self.recipe.checkpoint_seconds:
+                    self._checkpoint()
+                    saved_at = time.monotonic()
+
+    def _episode(
+        self, act: Callable[..., np.ndarray], program: training.Program, every: int, progress: Progress
+    ) -> None:
+        """Collect one episode and learn from it, one update a frame."""
+        source, env, number = self.source, self.env, self.writer.num_episodes
+        begin, terminated, over = self.frame, False, False
+        metrics: training.Metrics = {}
+        observations, actions, rewards, successes = [env.reset(number)], [], [], []
+        while not over:
+            draws, i = self._draws()
+            observation, random = observations[-1], self.frame < source.learning_starts
+            action = draws.uniform_action[i] if random else act(observation, draws.exploration[i])
+            after, reward, terminated, truncated, success = env.step(action)
+            self.replay.add(observation, action, reward, terminated, after)
+            observations.append(after)
+            actions.append(action)
+            rewards.append(reward)
+            successes.append(success)
+            if not random:
+                batch, noise = draws.batch(i, self.replay, self.config.gamma, self.settings.device)
+                self.state, metrics = program(self.state, batch, noise)
+            self.frame += 1
+            over = terminated or truncated or self.frame == source.steps
+            if self.frame % every == 0:
+                self._keep_policy(f"step-{self.frame:09d}")
+            if self.frame % 50 == 0:
+                progress.update(self.frame, in_words(self.latest) if self.latest else "")
+        flags = None if successes[0] is None else np.array(successes, dtype=bool)
+        episode = Episode(
+            np.stack(observations), np.stack(actions), np.array(rewards, dtype=np.float32), flags, terminated,
+            task=self.recipe.task, collected_at=begin, seed=self.recipe.seed,
+        )  # fmt: skip
+        self.writer.append(episode)
+        total, succeeded = outcome(episode)
+        self.latest = [*self.latest[-9:], (total, succeeded)]
+        values = {name: float(value) for name, value in metrics.items()}
+        if not np.isfinite(list(values.values())).all():
+            raise CvlctlError(f"SAC diverged at frame {self.frame}: {values}", "lower learning_rate")
+        row = {"episode": number, "episode_return": total, "length": len(episode), "success": succeeded}
+        self.run.log(self.frame, row | values)
+
+    def _draws(self) -> tuple[sac.Draws, int]:
+        """The draws of this frame's block, and its place there."""
+        block, i = divmod(self.frame, sac.BLOCK)
+        if block != self.block:
+            self.block, self.draws = block, sac.draw(self.config, self.env.spec, [self.recipe.seed], block)
+        return self.draws, i
+
+    def _remember(self, episode: Episode) -> None:
+        assert episode.rewards is not None
+        for t in range(len(episode)):
+            ends = episode.terminated and t == len(episode) - 1
+            now, after = episode.observations[t : t + 2]
+            self.replay.add(now, episode.actions[t], float(episode.rewards[t]), ends, after)
+        self.latest = [*self.latest[-9:], outcome(episode)]
+
+    def _checkpoint(self) -> None:
+        """Learner first, store second: see the top of this file."""
+        file = _state_file(self.run, self.writer.num_episodes)
+        checkpoints.save(file, self.state, {**self.metadata, "step": self.frame})
+        self._keep_policy("last")
+        self.writer.flush()
+        for other in file.parent.glob("episodes-*.safetensors"):
+            if other != file:
+                other.unlink()
+
+    def _keep_policy(self, name: str) -> None:
+        kept = {k: v for k, v in self.state.items() if k.startswith(("actor.", "observation_"))}
+        checkpoints.save(self.run.checkpoints / f"{name}.safetensors", kept, {**self.metadata, "step": self.frame})
+
+
+def acting(state: State, spec: Spec) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """The policy of member 0: (observation (O,), noise (A,)) -> action (A,). It follows the weights as they change."""
+    depth = sum(name.startswith("actor.") for name in state) // 2
+    names = [(f"actor.{i}.weight", f"actor.{i}.bias") for i in range(depth)]
+    if state["actor.0.weight"].device.type == "cpu":  # numpy on the same memory: no copy
+        layers = [(state[w][0].numpy(), state[b][0, 0].numpy()) for w, b in names]
+        return NumpyPolicy(layers, state["observation_mean"][0].numpy(), state["observation_std"][0].numpy(), spec)
+
+    @torch.inference_mode()
+    def act(observation: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        given = _on(state, observation)
+        mean, log_std = networks.actor(state, networks.normalise(state, given))
+        return torch.tanh(mean + log_std.exp() * _on(state, noise))[0, 0].cpu().numpy()
+
+    return act
+
+
+def _on(state: State, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array).to(state["actor.0.weight"].device)[None, None]
