@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,11 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
             sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace `path` by a JSON document, as `write_atomically` does."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def lock(file: Path) -> TextIO:

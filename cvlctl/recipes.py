@@ -99,7 +99,7 @@ Compile = Annotated[Literal["auto", "true", "false"], BeforeValidator(_bool_as_t
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 # --- build-dataset
@@ -226,7 +226,7 @@ class AlgorithmUse(_Strict):
 
     @property
     def config(self) -> Any:
-        """The algorithm's own Config."""
+        """The algorithm's own Config; with `init_from` its critic is the default, and the pretrained one counts."""
         config = ALGORITHMS[self.name].Config
         return config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(config)})
 
@@ -276,18 +276,9 @@ class FinetuneRecipe(_TrainRecipe):
     success_examples: SuccessExamples | None = None
     batch_size: Annotated[Count, Field(ge=2)] = 256
 
-    @property
-    def algorithm_name(self) -> str:
-        return self.algorithm.name
-
-    @property
-    def config(self) -> Any:
-        """The algorithm's Config; with `init_from` its critic is the default, and the pretrained one counts."""
-        return self.algorithm.config
-
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:
-        config, name = self.config, self.algorithm.name
+        config, name = self.algorithm.config, self.algorithm.name
         if name == "laeo" and self.success_examples is None:
             raise ValueError("algorithm laeo learns from success examples: add success_examples: {from: STORE}")
         if name == "cvl" and all(store.rewards == "none" for store in self.stores):

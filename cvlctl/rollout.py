@@ -148,7 +148,7 @@ def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:
 
     def play(job: PolicyJob, episode: int) -> EpisodeResult:
         env, policy = env_of(job.task), policy_of(job.checkpoint, job.seed)
-        _check_fit(job, env, policy)
+        check_fit(job.checkpoint, policy, env)
         _, _, rewards, successes, _ = _roll(env, lambda observation, step: policy(observation), episode)
         return _row(job, episode, sum(rewards), len(rewards), successes)
 
@@ -159,14 +159,13 @@ def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:
 _worker_player = lru_cache(maxsize=1)(_player)
 
 
-def _check_fit(job: PolicyJob, env: Env, policy: NumpyPolicy) -> None:
+def check_fit(checkpoint: Path, policy: NumpyPolicy, env: Env) -> None:
+    """Refuse a policy that sees or does something else than the environment has."""
     sees, does = policy.spec.observation_shape, policy.spec.action_dim
     if (sees, does) != (env.spec.observation_shape, env.spec.action_dim):
-        raise CvlctlError(
-            f"{job.checkpoint} sees {sees} and emits {does} actions; {job.task} has {env.spec.observation_shape} "
-            f"and {env.spec.action_dim}",
-            "evaluate it on the task that it was trained for",
-        )
+        what = f"{checkpoint} sees {sees} and emits {does} actions"
+        has = f"{env.task} has {env.spec.observation_shape} and {env.spec.action_dim}"
+        raise CvlctlError(f"{what}; {has}", "use a policy on the task that it was trained for")
 
 
 def _row(job: PolicyJob, episode: int, total: float, length: int, successes: Iterable[bool | None]) -> EpisodeResult:
@@ -197,7 +196,7 @@ def run_lockstep(
             each = max(1, min(episodes, num_envs // len(part)))
             envs += [make(task, EVALUATION_SEED + seed) for _ in range(each * len(part) - len(envs))]
             for index in part:
-                _check_fit(jobs[index], envs[0], policies[index])
+                check_fit(jobs[index].checkpoint, policies[index], envs[0])
             act = _stacked([policies[index] for index in part], device)
             for place, row in _lockstep([jobs[index] for index in part], act, envs, each, episodes):
                 rows[part[place], row.episode] = row

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import yaml
 
 from cvlctl.errors import CvlctlError
-from cvlctl.files import lock, write_atomically
+from cvlctl.files import lock, write_atomically, write_json
 from cvlctl.version import versions
 
 PLAIN_LINE_SECONDS = 10.0
@@ -84,7 +84,7 @@ class Run:
 
     def _write(self, status: str, more: dict[str, Any]) -> None:
         record = {"status": status, **more, "inputs": self.inputs, "versions": versions(), "recipe": self.recipe}
-        write_atomically(self.out / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+        write_json(self.out / "run.json", record)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -186,7 +186,7 @@ class Progress:
         elif now - self._said >= PLAIN_LINE_SECONDS:
             self._said = now
             left = (self.total - done) / max(rate, 1e-9)
-            say(f"{self.what}: {done}/{self.total} {self.unit}, {rate:.0f}/s, {_clock(left)} left{text and '  '}{text}")
+            say(f"{self.what}: {done}/{self.total} {self.unit}, {rate:.0f}/s, {clock(left)} left{text and '  '}{text}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -195,6 +195,7 @@ class Progress:
             self._bar.stop()
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration, as 2m03s."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -66,15 +66,15 @@ def test_a_resolved_recipe_reads_back_as_itself(path: Path, tmp_path: Path) -> N
 def test_an_algorithm_without_keys_has_its_own_defaults(name: str, tmp_path: Path) -> None:
     text = f"stores: [a.zarr]\nalgorithm: {name}\nsteps: 5\nout: x\nsuccess_examples: {{from: a.zarr}}\n"
     recipe = recipes.load(write(tmp_path, text), kind="finetune")
-    assert recipe.algorithm_name == name
-    assert recipe.config == ALGORITHMS[name].Config()
+    assert recipe.algorithm.name == name
+    assert recipe.algorithm.config == ALGORITHMS[name].Config()
 
 
 def test_a_critic_given_in_part_keeps_the_rest_of_its_algorithm(tmp_path: Path) -> None:
     text = "stores: [a.zarr]\nalgorithm: {name: laeo, critic: {latent_dim: 7}}\nsteps: 5\nout: x\n"
     recipe = recipes.load(write(tmp_path, text + "success_examples: {file: e.npy}\n"))
-    assert recipe.config.critic.latent_dim == 7
-    assert recipe.config.critic.loss == "binary_nce"
+    assert recipe.algorithm.config.critic.latent_dim == 7
+    assert recipe.algorithm.config.critic.loss == "binary_nce"
 
 
 def test_numbers_paths_and_short_forms(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_numbers_paths_and_short_forms(tmp_path: Path) -> None:
     recipe = recipes.load(write(tmp_path, text), ["algorithm.learning_rate=1e-4", "batch_size=1_000", "threads=2"])
     assert recipe.steps == 10_000
     assert isinstance(recipe.steps, int)
-    assert recipe.config.learning_rate == 1e-4
+    assert recipe.algorithm.config.learning_rate == 1e-4
     assert recipe.batch_size == 1000
     assert recipe.compile == "true"
     assert recipe.threads == 2
@@ -96,7 +96,7 @@ def test_overrides_win_and_make_what_is_not_there(tmp_path: Path) -> None:
     path = write(tmp_path, FINETUNE)
     overrides = ["algorithm.critic.latent_dim=3", "stores.1.rewards=given", "steps=3", "steps=4", "device=cpu"]
     recipe = recipes.load(path, overrides)
-    assert (recipe.config.critic.latent_dim, recipe.stores[1].rewards, recipe.steps) == (3, "given", 4)
+    assert (recipe.algorithm.config.critic.latent_dim, recipe.stores[1].rewards, recipe.steps) == (3, "given", 4)
 
 
 UNKNOWN = [
@@ -290,7 +290,7 @@ def test_a_stage_runs_once_for_each_combination_that_it_mentions(tmp_path: Path)
         ("train", "gym/Hopper-v5 bc"),
         ("scores", ""),
     ]
-    assert jobs[2].recipe.config.bc_coefficient == 0.5
+    assert jobs[2].recipe.algorithm.config.bc_coefficient == 0.5
     assert jobs[5].recipe.out == Path("runs/e/gym/Hopper-v5/bc")
     assert jobs[5].recipe.stores[0].path == jobs[1].recipe.out
 
@@ -299,7 +299,7 @@ def test_overrides_reach_matrix_and_stages(tmp_path: Path) -> None:
     overrides = ["matrix.task=[gym/Pendulum-v1]", "stages.train.steps=9", "matrix.algorithm.0.bc_coefficient=0.1"]
     jobs = recipes.load(experiment(tmp_path), overrides, "run").jobs
     assert [job.recipe.steps for job in jobs[1:3]] == [9, 9]
-    assert jobs[1].recipe.config.bc_coefficient == 0.1
+    assert jobs[1].recipe.algorithm.config.bc_coefficient == 0.1
 
 
 STAGES = [

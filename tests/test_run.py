@@ -117,7 +117,7 @@ def test_stages_run_in_order_with_force_and_stop_at_the_first_fault(
     def function(command: str) -> Any:
         def work(recipe: Any, *, force: bool) -> dict[str, Any]:
             seen.append((command, force))
-            if command == "finetune" and recipe.algorithm_name == "laeo":
+            if command == "finetune" and recipe.algorithm.name == "laeo":
                 raise CvlctlError("no step is labelled a success", "take rule: last")
             return {"status": "trained"}
 
@@ -146,7 +146,7 @@ def test_the_plan_has_sizes_and_estimates_that_grow(experiment: Path, capsys: py
     overrides = ["stages.pretrain.steps=100000", "stages.data.source={name: sac, steps: 500000}"]
     large = run_experiment(experiment, overrides, dry_run=True)
     assert large["stages"][0]["size"] == "500,000 steps of SAC"
-    # FACTS of two cores: about 230 to 290 frames a second end to end
+    # measured on two cores: about 230 to 290 frames a second end to end
     assert 1000 < large["stages"][0]["estimate_seconds"] < 4000
     assert large["stages"][1]["estimate_seconds"] > 30 > small["stages"][1]["estimate_seconds"]
     wide = [*overrides, "stages.pretrain.critic.hidden=[512,512]", "stages.pretrain.batch_size=1024"]

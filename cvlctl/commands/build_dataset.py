@@ -14,7 +14,7 @@ from cvlctl.commands import collect_sac
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import RandomPolicy, load_policy
 from cvlctl.recipes import BuildRecipe, PolicySource, RandomSource, SacSource, ScriptedSource, resolved
-from cvlctl.rollout import Outcome, collect_episode, in_words, outcome
+from cvlctl.rollout import Outcome, check_fit, collect_episode, in_words, outcome
 from cvlctl.runs import Progress, say
 from cvlctl.store import Store, open_store
 from cvlctl.types import Spec
@@ -98,12 +98,7 @@ def _actors(
         return lambda number: _noisy(expert, source.noise, _normal(spec, seed, number, 0)), source.episodes
     policies = [load_policy(path, source.seed) for path in source.checkpoints]
     for path, policy in zip(source.checkpoints, policies, strict=True):
-        sees, does = policy.spec.observation_shape, policy.spec.action_dim
-        if (sees, does) != (spec.observation_shape, spec.action_dim):
-            what = f"{path} sees {sees} and emits {does} actions"
-            raise CvlctlError(
-                f"{what}; {env.task} has {spec.observation_shape} and {spec.action_dim}", "use a policy of this task"
-            )
+        check_fit(path, policy, env)
 
     def act_of(number: int) -> envs.Act:
         policy, exploration = policies[number // source.episodes], _normal(spec, seed, number, 1)

@@ -14,7 +14,7 @@ import glob
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from cvlctl import envs, report, scores
 from cvlctl.checkpoints import KEY
 from cvlctl.errors import CvlctlError
-from cvlctl.files import sha256, write_atomically
+from cvlctl.files import sha256, write_atomically, write_json
 from cvlctl.recipefile import nearest
 from cvlctl.recipes import EvaluateRecipe, resolved
 from cvlctl.rollout import PolicyJob, run_episodes, run_lockstep
@@ -92,8 +92,8 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
 
     have = _reusable(recipe, before)
     keys = {job: (digests[job.checkpoint], job.task, job.seed) for job in jobs}
-    rows = {job: _relabelled(job, have.get(keys[job], ())) for job in jobs}
-    rows = {job: done for job, done in rows.items() if len(done) == recipe.episodes}
+    rows = {job: have[keys[job]] for job in jobs if len(have.get(keys[job], ())) == recipe.episodes}
+    rows = {job: [replace(row, algorithm=job.algorithm) for row in done] for job, done in rows.items()}  # called anew
     _save(recipe.out, record, jobs, rows, "started")  # rows first: what they are of was true of the old record too
     missing = [job for job in jobs if job not in rows]
     if before and rows and missing:
@@ -110,7 +110,7 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
     tables = _tables(everything, recipe, baseline)
     plots = _write_tables(recipe, everything, tables)
     result = {"episodes": len(everything), "plots": plots, **tables}
-    write_atomically(recipe.out / "table.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_json(recipe.out / "table.json", result)
     _save(recipe.out, record, jobs, rows, "finished")
     return {"status": "evaluated", **paths, **result}
 
@@ -249,17 +249,9 @@ def _reusable(recipe: EvaluateRecipe, before: dict[str, Any] | None) -> _Rows:
     }
 
 
-def _relabelled(job: PolicyJob, rows: Sequence[EpisodeResult]) -> list[EpisodeResult]:
-    return [
-        EpisodeResult(job.algorithm, job.task, job.seed, job.step, r.episode, r.episode_return, r.length, r.success)
-        for r in rows
-    ]
-
-
 def _save(out: Path, record: dict[str, Any], jobs: Sequence[PolicyJob], rows: dict[Any, Any], status: str) -> None:
     scores.write_rows(out / "rows.jsonl", [row for job in jobs if job in rows for row in rows[job]])
-    whole = {**record, "status": status, "versions": versions()}
-    write_atomically(out / "evaluation.json", (json.dumps(whole, indent=1) + "\n").encode())
+    write_json(out / "evaluation.json", {**record, "status": status, "versions": versions()})
 
 
 def _parts(jobs: Sequence[PolicyJob], episodes: int) -> Iterator[Sequence[PolicyJob]]:

@@ -22,17 +22,16 @@ from cvlctl.types import Spec
 
 def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     """Train, resume, or find the run finished."""
-    module = ALGORITHMS[recipe.algorithm_name]
-    config = recipe.config
+    algorithm, config = recipe.algorithm.name, recipe.algorithm.config
     stores = train.open_stores(recipe.stores)
     spec = stores[0].spec
-    uses = recipe.stores if recipe.algorithm_name == "cvl" else None
+    uses = recipe.stores if algorithm == "cvl" else None
     inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
     for use, store in zip(recipe.stores, stores, strict=True):
         if uses and use.rewards != "none":
             inputs[f"{use.path}:{use.rewards}"] = store.label_digest(use.rewards)
     examples = None
-    if recipe.success_examples is not None and recipe.algorithm_name == "laeo":
+    if recipe.success_examples is not None and algorithm == "laeo":
         examples = train.success_examples(recipe.success_examples, spec)
         source = recipe.success_examples.file or recipe.success_examples.from_
         inputs[f"examples:{source}"] = train.array_digest(examples)
@@ -41,13 +40,11 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
         config, initial = _resolve_mode(config, recipe, spec)
         if recipe.init_from is not None:
             inputs[f"init_from:{recipe.init_from}"] = sha256(_pretrained(recipe.init_from))
-    elif recipe.init_from is not None:
-        raise CvlctlError(f"init_from: {recipe.algorithm_name} has no critic to start from a pretrained one")
     task = next((s.task for u, s in zip(recipe.stores, stores, strict=True) if u.rewards != "none"), stores[0].task)
     return train.train(
-        recipe, module, config, lambda: train.join(stores, uses, examples), spec,
+        recipe, ALGORITHMS[algorithm], config, lambda: train.join(stores, uses, examples), spec,
         Run(recipe.out, {**resolved(recipe), "mode": getattr(config, "mode", "scratch")}, inputs),
-        algorithm=recipe.algorithm_name, task=task, critic=getattr(config, "critic", None), initial=initial,
+        algorithm=algorithm, task=task, critic=getattr(config, "critic", None), initial=initial,
         force=force,
     )  # fmt: skip
 

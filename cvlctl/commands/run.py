@@ -19,7 +19,7 @@ from cvlctl import recipes
 from cvlctl.commands import function
 from cvlctl.errors import CvlctlError
 from cvlctl.recipes import ExperimentRecipe, Job
-from cvlctl.runs import read_run, say
+from cvlctl.runs import clock, read_run, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,9 +52,10 @@ def run_experiment(
             stage["result"] = function(job.command)(job.recipe, force=force)
         except CvlctlError as error:
             raise CvlctlError(f"stage {title(job)}: {error.what}", error.hint) from error
-        stage["seconds"] = round(time.monotonic() - begin, 1)
+        seconds = time.monotonic() - begin
+        stage["seconds"] = round(seconds, 1)
         again = stage["result"]["status"] == "finished already"
-        say(f"{number}/{len(stages)} {title(job)}: " + ("finished already" if again else f"done in {clock(begin)}"))
+        say(f"{number}/{len(stages)} {title(job)}: " + ("finished already" if again else f"done in {clock(seconds)}"))
         stage["state"] = "finished"
     results = [stage["result"] for stage in stages]
     fresh = any(result["status"] != "finished already" for result in results)
@@ -69,12 +70,6 @@ def run_experiment(
 def title(job: Job) -> str:
     """A job in words: "train: finetune metaworld/drawer-close-v3 cvl"."""
     return f"{job.stage}: {job.command} {job.label}".strip()
-
-
-def clock(begin: float) -> str:
-    """The time since `begin`, as 2m03s."""
-    minutes, seconds = divmod(round(time.monotonic() - begin), 60)
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 # --- the plan
@@ -144,7 +139,7 @@ def _size(job: Job, experiment: ExperimentRecipe) -> tuple[str, float]:
         more = ", every checkpoint" if recipe.checkpoints == "all" else ""
         seconds = max(seeds, 1) * recipe.episodes * EPISODE_STEPS / SIMULATED_WITH_WORKERS
         return f"{policies} x {_count(recipe.episodes, 'episode')}{more}", seconds
-    config = recipe.critic if job.command == "pretrain" else recipe.config
+    config = recipe.critic if job.command == "pretrain" else recipe.algorithm.config
     critic = config if job.command == "pretrain" else getattr(config, "critic", None)
     for other in experiment.jobs:
         if job.command == "finetune" and other.command == "pretrain" and other.recipe.out == recipe.init_from:
