@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from cvlctl.errors import CvlctlError
 
@@ -66,6 +66,15 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 def write_json(path: Path, value: object) -> None:
     """Replace `path` by a JSON document, as `write_atomically` does."""
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def lock(file: Path) -> TextIO:

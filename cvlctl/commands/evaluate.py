@@ -10,20 +10,16 @@ interruption, or when a glob finds another run, only what is missing runs.
 
 from __future__ import annotations
 
-import glob
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from cvlctl import envs, report, scores
-from cvlctl.checkpoints import KEY
+from cvlctl.commands import find_runs
 from cvlctl.errors import CvlctlError
-from cvlctl.files import sha256, write_atomically, write_json
+from cvlctl.files import read_json, sha256, write_atomically, write_json
 from cvlctl.recipefile import nearest
 from cvlctl.recipes import EvaluateRecipe, resolved
 from cvlctl.rollout import PolicyJob, run_episodes, run_lockstep
@@ -43,18 +39,6 @@ _RowKey = tuple[str, str, int, int]  # algorithm, task, seed, step
 _Rows = dict[tuple[str, str, int], list[EpisodeResult]]  # (sha256 of the checkpoint, task, seed) -> rows
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """One checkpoint file of a run, and what its header says."""
-
-    run: Path
-    file: Path
-    algorithm: str
-    task: str
-    seeds: tuple[int, ...]
-    step: int
-
-
 def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
     """Run what is missing, and compute the tables.
 
@@ -65,8 +49,8 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
     Raises:
         CvlctlError: no such runs, no policies in them, or an `out` that holds something else (`force` replaces it).
     """
-    found = find_checkpoints(recipe)
-    labels = _labels(found)
+    found = find_runs.checkpoints(recipe)
+    labels = find_runs.labels(found)
     baseline = _baseline(recipe, labels)
     jobs = [
         PolicyJob(labels[checkpoint.run], checkpoint.task, seed, checkpoint.step, checkpoint.file)
@@ -86,7 +70,7 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
     before = _open(recipe, force)
     paths = {"out": str(recipe.out), "rows": str(recipe.out / "rows.jsonl")}
     if before and before["status"] == "finished" and all(before[name] == record[name] for name in record):
-        saved = _read_json(recipe.out / "table.json")
+        saved = read_json(recipe.out / "table.json")
         if saved is not None:
             return {"status": "finished already", **paths, **saved}
 
@@ -115,82 +99,6 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
     return {"status": "evaluated", **paths, **result}
 
 
-def find_checkpoints(recipe: EvaluateRecipe) -> list[Checkpoint]:
-    """The checkpoints with policies of the runs that the recipe names, in the order of its patterns and of names."""
-    found: list[Checkpoint] = []
-    for pattern in recipe.runs:
-        exact = not glob.has_magic(pattern)
-        places = [pattern] if exact else sorted(glob.glob(pattern, recursive=True))
-        runs = [Path(place) for place in places if exact or Path(place, "checkpoints").is_dir()]
-        of_pattern = [checkpoint for run in runs for checkpoint in _of_run(run, recipe, exact)]
-        if not of_pattern:
-            hint = "patterns are relative to the current directory, and name run directories, such as runs/finetune/*"
-            raise CvlctlError(f"runs: no run with a policy matches {pattern!r}", hint)
-        found += of_pattern
-    return list({checkpoint.file.resolve(): checkpoint for checkpoint in found}.values())
-
-
-def _of_run(run: Path, recipe: EvaluateRecipe, exact: bool) -> Iterator[Checkpoint]:
-    folder = run / "checkpoints"
-    if not folder.is_dir() and exact:
-        raise CvlctlError(f"no run at {run}", "train it first: cvlctl finetune RECIPE")
-    last = folder / "last.safetensors"
-    if not last.is_file():
-        if exact:
-            raise CvlctlError(f"{run} has no checkpoint yet", "wait for its training, or start it again")
-        say(f"{run}: no checkpoint yet, left out")
-        return
-    final = _header(run, last)
-    if final is None:
-        if exact:
-            raise CvlctlError(f"{run} holds no policy", "it is of a pretrained critic: finetune it to get a policy")
-        return  # a glob may well meet the pretrained critics
-    total = (_read_json(run / "run.json") or {}).get("recipe", {}).get("steps")
-    if isinstance(total, int) and final.step < total:
-        say(f"{run}: not finished, evaluated at step {final.step} of {total}")
-    if recipe.checkpoints == "all":
-        numbered = [_header(run, file) for file in sorted(folder.glob("step-*.safetensors"))]
-        yield from (checkpoint for checkpoint in numbered if checkpoint and checkpoint.step != final.step)
-    yield final
-
-
-def _header(run: Path, file: Path) -> Checkpoint | None:
-    """The checkpoint, or None where it holds no actor."""
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            header = json.loads((tensors.metadata() or {})[KEY])
-            has_actor = any(name.startswith("actor.") for name in tensors.keys())  # noqa: SIM118 (not a dict)
-        algorithm, task, seeds, step = (header[name] for name in ("algorithm", "task", "seeds", "step"))
-        if not (isinstance(algorithm, str) and isinstance(task, str) and isinstance(step, int)) or not seeds:
-            raise ValueError("algorithm, task, seeds or step is of the wrong type")
-        seeds = tuple(map(int, seeds))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"{file} cannot be read as a checkpoint: {type(error).__name__}: {error}"
-        raise CvlctlError(what, "it is damaged, or not of cvlctl: train it again, or leave its run out") from error
-    if has_actor:
-        envs.check_task(task)
-    return Checkpoint(run, file, algorithm, task, seeds, step) if has_actor else None
-
-
-def _labels(found: Sequence[Checkpoint]) -> dict[Path, str]:
-    """What each run is called in the tables: its algorithm; where a task has several runs of one, its directory too."""
-    groups: dict[tuple[str, str], dict[Path, None]] = defaultdict(dict)
-    for checkpoint in found:
-        groups[checkpoint.task, checkpoint.algorithm][checkpoint.run] = None
-    labels: dict[Path, str] = {}
-    for (_, algorithm), runs in groups.items():
-        if len(runs) == 1:
-            labels |= dict.fromkeys(runs, algorithm)
-            continue
-        depth, names = 1, [run.name for run in runs]
-        while len(set(names)) < len(names):
-            depth += 1
-            names = ["/".join(run.absolute().parts[-depth:]) for run in runs]
-        for run, name in zip(runs, names, strict=True):
-            labels[run] = name if name.startswith(algorithm) else f"{algorithm}/{name}"
-    return labels
-
-
 def _baseline(recipe: EvaluateRecipe, labels: dict[Path, str]) -> str:
     names = list(dict.fromkeys(labels.values()))
     if recipe.baseline is not None and recipe.baseline not in names:
@@ -215,7 +123,7 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
     out = recipe.out
     if not out.exists() or not any(out.iterdir()):
         return None
-    before = _read_json(out / "evaluation.json")
+    before = read_json(out / "evaluation.json")
     if not before or before.get("format") != FORMAT or not {"status", "recipe", "jobs"} <= before.keys():
         raise CvlctlError(f"{out} is not empty, and no evaluation", "choose another out, or --force to replace it")
     now = resolved(recipe)
@@ -224,15 +132,6 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
             what = f"{out} holds another evaluation: {name} was {before['recipe'].get(name)}, now {now[name]}"
             raise CvlctlError(what, "choose another out, or --force to replace it")
     return before
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is none."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _reusable(recipe: EvaluateRecipe, before: dict[str, Any] | None) -> _Rows:
