@@ -4,29 +4,11 @@
 default filled in, plain JSON values. A kind is the command that eats the recipe: build-dataset, pretrain, finetune,
 evaluate, run. Relative paths are relative to the current directory. `key.sub=value` overrides win over the file. YAML
 is read as version 1.2 reads numbers (`3e-4` is one); a key given twice is an error, and a number that is not finite.
-
-**Experiments** (kind "run") chain stages and multiply them by a matrix:
-
-    out: runs/demo
-    matrix: {task: [metaworld/drawer-close-v3], algorithm: [{name: cvl, bc_coefficient: 0.1}, bc]}
-    stages:
-      data:  {command: build-dataset, task: "${task}", source: {...}, out: "${out}/${task}.zarr"}
-      train: {command: finetune, algorithm: "${algorithm}", stores: ["${out}/${task}.zarr"], ...,
-              out: "${out}/${task}/${algorithm}"}
-
-* A stage is `command` and that command's recipe; stages run in the order of the file.
-* `${key}` stands for one value of the matrix key, `${key.sub}` for a part of a value that is a mapping, `${out}` for
-  the experiment's `out`. Where it is the whole of a scalar, the value itself takes its place, mappings included; inside
-  longer text its text does (a mapping's is its `name`; `.name` of a plain value is the value).
-* A stage runs once for each combination of the matrix keys that it mentions: the one above builds its data once a task.
-  A placeholder that names no matrix key is an error, and so are two jobs with the same `out`.
-* Every job's recipe is checked before the first one starts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,10 +29,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from cvlctl import envs, recipefile
+from cvlctl import envs, experiments, recipefile
 from cvlctl.algorithms import ALGORITHMS, occupancy
 from cvlctl.errors import CvlctlError
-from cvlctl.recipefile import Key, Source, nearest, shown
+from cvlctl.experiments import text_of
+from cvlctl.recipefile import Key, Source
 
 # --- types of single values
 
@@ -339,10 +322,9 @@ class Job(NamedTuple):
 
 
 class ExperimentRecipe(_Strict):
-    """`cvlctl run`: stages, multiplied by a matrix. The rules are in this module's docstring."""
+    """`cvlctl run`: stages, multiplied by a matrix. The rules are in `experiments`."""
 
     out: Out
-    name: str | None = None
     matrix: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     stages: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     _jobs: tuple[Job, ...] = PrivateAttr(())
@@ -397,7 +379,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: str | None = Non
         raise CvlctlError(f"{path}: not a recipe of any kind", f"one of these keys tells which: {', '.join(_TELLING)}")
     recipe = _validate(kind or str(told), data, source)
     if isinstance(recipe, ExperimentRecipe):
-        recipe._jobs = tuple(_expand(recipe, source))
+        recipe._jobs = tuple(_jobs(recipe, source))
     return recipe
 
 
@@ -412,6 +394,23 @@ def _validate(kind: str, data: Any, source: Source, prefix: Key = ()) -> Any:
         raise recipefile.explain(invalid, KINDS[kind], data, source, prefix) from None
 
 
+def _jobs(experiment: ExperimentRecipe, source: Source) -> Iterator[Job]:
+    """Every job of the experiment, its recipe checked."""
+    taken: dict[str, str] = {}
+    commands = [kind for kind in KINDS if kind != "run"]
+    stages = experiments.expand(str(experiment.out), experiment.matrix, experiment.stages, commands, source)
+    for stage, command, combination, body in stages:
+        at: Key = ("stages", stage)
+        job = Job(stage, command, combination, _validate(command, body, source, at))
+        place, title = os.path.normpath(job.recipe.out), f"{stage} {job.label}".strip()
+        if place in taken:
+            what = f"{title} and {taken[place]} have the same out, {job.recipe.out}"
+            hint = "mention in it what tells them apart, such as ${algorithm.name}"
+            raise CvlctlError(f"{source.where((*at, 'out'))}: {what}", hint)
+        taken[place] = title
+        yield job
+
+
 def kind_of(data: Any) -> str | None:
     """The kind of recipe that a mapping's keys tell, or None."""
     return next((kind for key, kind in _TELLING.items() if isinstance(data, Mapping) and key in data), None)
@@ -423,77 +422,3 @@ def resolved(recipe: BaseModel) -> dict[str, Any]:
     if isinstance(recipe, FinetuneRecipe) and recipe.init_from is not None:
         plain["algorithm"].pop("critic", None)  # the pretrained run's count
     return plain
-
-
-# --- experiments: stages times matrix
-
-_PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
-
-
-def _expand(experiment: ExperimentRecipe, source: Source) -> Iterator[Job]:
-    taken: dict[str, str] = {}
-    for stage, body in experiment.stages.items():
-        at: Key = ("stages", stage)
-        command = body.get("command")
-        if command not in KINDS or command == "run":
-            legal = [kind for kind in KINDS if kind != "run"]
-            where = source.where((*at, "command"))
-            what = f"{where}: stages.{stage}.command is {shown(command)}"
-            raise CvlctlError(what, nearest(command, legal, "commands"))
-        body = {name: value for name, value in body.items() if name != "command"}
-        mentioned: set[str] = set()
-        for key, text in _texts(body, at):
-            for name in _PLACEHOLDER.findall(text):
-                if name.split(".")[0] not in (*experiment.matrix, "out"):
-                    what = f"{source.where(key)}: ${{{name}}} names no matrix key"
-                    raise CvlctlError(what, nearest(name, [*experiment.matrix, "out"], "names"))
-                mentioned.add(name.split(".")[0])
-        keys = [key for key in experiment.matrix if key in mentioned]
-        for values in itertools.product(*(experiment.matrix[key] for key in keys)):
-            combination = dict(zip(keys, values, strict=True))
-            filled = _fill(body, {**combination, "out": str(experiment.out)}, source, at)
-            recipe = _validate(str(command), filled, source, at)
-            job = Job(stage, str(command), combination, recipe)
-            place, title = os.path.normpath(recipe.out), f"{stage} {job.label}".strip()
-            if place in taken:
-                raise CvlctlError(
-                    f"{source.where((*at, 'out'))}: {title} and {taken[place]} have the same out, {recipe.out}",
-                    "mention in it what tells them apart, such as ${algorithm.name}",
-                )
-            taken[place] = title
-            yield job
-
-
-def _texts(value: Any, key: Key) -> Iterator[tuple[Key, str]]:
-    if isinstance(value, str):
-        yield key, value
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, item in items:
-        yield from _texts(item, (*key, name))
-
-
-def _fill(value: Any, values: Mapping[str, Any], source: Source, key: Key) -> Any:
-    if isinstance(value, dict):
-        return {name: _fill(item, values, source, (*key, name)) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_fill(item, values, source, (*key, place)) for place, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-
-    def look_up(name: str) -> Any:
-        first, *rest = name.split(".")
-        found = values[first]
-        for part in rest:
-            if isinstance(found, Mapping) and part in found:
-                found = found[part]
-            elif isinstance(found, Mapping) or part != "name":
-                raise CvlctlError(f"{source.where(key)}: ${{{name}}}: {text_of(found)} has no {part}")
-        return found
-
-    whole = _PLACEHOLDER.fullmatch(value)
-    return look_up(whole[1]) if whole else _PLACEHOLDER.sub(lambda match: text_of(look_up(match[1])), value)
-
-
-def text_of(value: Any) -> str:
-    """The value of a matrix key in words."""
-    return str(value.get("name", value)) if isinstance(value, Mapping) else str(value)

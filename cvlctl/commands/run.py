@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cvlctl import recipes
 from cvlctl.commands import function
 from cvlctl.errors import CvlctlError
+from cvlctl.experiments import text_of
 from cvlctl.recipes import ExperimentRecipe, Job
 from cvlctl.runs import clock, read_run, say
 
@@ -196,7 +197,7 @@ def render(result: dict[str, Any], console: Console) -> None:
         table.add_column(heading, overflow="fold")
     table.add_column("about", justify="right", no_wrap=True)
     for stage in result["stages"]:
-        of = " ".join(recipes.text_of(value).split("/")[-1] for value in stage["combination"].values())
+        of = " ".join(text_of(value).split("/")[-1] for value in stage["combination"].values())
         out = stage["out"].removeprefix(result["out"].rstrip("/") + "/")
         about = "" if stage["state"] == "finished" else rough(stage["estimate_seconds"])
         cells = (f"{stage['stage']}: {stage['command']}", of, out, stage["state"], stage["size"], about)
