@@ -96,6 +96,7 @@ class SacSource(_Strict):
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (256, 256)
     batch_size: Annotated[Count, Field(ge=2)] = 256
     learning_starts: Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] = 1000  # random actions until here
+    random_repeat: Annotated[Count, Field(le=64)] = 1  # frames that each of them is held: pushes instead of trembling
     learning_rate: Rate = 3e-4
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.99
     policy_every_steps: Count | None = None  # policy checkpoints kept along the way; None: ten of them

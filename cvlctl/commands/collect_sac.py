@@ -162,7 +162,9 @@ class _Collector:
         while not over:
             draws, i = self._draws()
             observation, random = observations[-1], self.frame < source.learning_starts
-            action = draws.uniform_action[i] if random else act(observation, draws.exploration[i])
+            action = (
+                draws.uniform_action[i - i % source.random_repeat] if random else act(observation, draws.exploration[i])
+            )
             after, reward, terminated, truncated, success = env.step(action)
             self.replay.add(observation, action, reward, terminated, after)
             observations.append(after)
