@@ -2,7 +2,7 @@
 
     python benchmarks/mountain_car.py [--out runs/mountain-car] [--set steps=5000 ...] [--json mountain-car.json]
 
-1. Replay: `recipes/build/mountain-car.yaml` (its checkpoints are written here), or `--store PATH` of another collector.
+1. Replay: SAC's, by `recipes/build/mountain-car.yaml`, or `--store PATH` of another collector.
 2. Critic: `recipes/pretrain/mountain-car.yaml`, without rewards, on 80 % of the episodes.
 3. Q: read out from futures of those episodes and their rewards (Eq. 11), at state-action pairs of the other 20 %.
 4. Truth: the discounted return that the data really collected from the held-out step on. Only steps are used whose
@@ -10,8 +10,8 @@
    unseen (K >= 390 at gamma .99).
 
 Printed: Spearman's and Pearson's correlation over the pairs, with 95 % intervals by resampling whole episodes. A single
-return is a noisy sample of Q (which of the policies acts cannot be seen in the state, and in an episode that fails it
-is action costs alone), so no estimator reaches 1. Hence a yardstick that sees the reward of every training step, the
+return is a noisy sample of Q (which stage of the learner acts cannot be seen in the state, and in an episode that fails
+it is action costs alone), so no estimator reaches 1. Hence a yardstick that sees the reward of every training step, the
 mean return of the nearest training pairs; and Spearman's correlation over cells of position and velocity, of the mean
 return and the mean Q of each cell that holds ten pairs. Written: a PNG of both over position and velocity.
 """
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +28,10 @@ import cvlctl
 
 # isort: split
 import numpy as np
-import torch
 from scipy.spatial import cKDTree
 from scipy.stats import pearsonr, spearmanr
 
-from cvlctl import checkpoints, envs, recipes
+from cvlctl import recipes
 from cvlctl.commands.build_dataset import build
 from cvlctl.commands.pretrain import pretrain
 from cvlctl.errors import CvlctlError
@@ -55,25 +53,6 @@ class Pairs(NamedTuple):
     actions: np.ndarray  # (N, A)
     returns: np.ndarray  # (N,): discounted, from the pair's own reward on
     episode: np.ndarray  # (N,) int64: which episode each comes from
-
-
-def write_policies(files: Sequence[Path]) -> None:
-    """Policies tanh(gain * velocity + noise), as `gain-<gain>.safetensors`: they pump energy into the car's swing."""
-    env = envs.make("gym/MountainCarContinuous-v0", 0)
-    spec = asdict(env.spec)
-    env.close()
-    for file in files:
-        if file.exists():
-            continue
-        gain = float(file.stem.removeprefix("gain-"))
-        state = {
-            "actor.0.weight": torch.tensor([[[0.0, 0.0], [gain, 0.0]]]),  # of position, velocity: mean, log std
-            "actor.0.bias": torch.zeros(1, 1, 2),  # log std 0
-            "observation_mean": torch.zeros(1, 2),
-            "observation_std": torch.ones(1, 2),
-        }
-        metadata = {"algorithm": "pump", "task": env.task, "spec": spec, "seeds": [0], "step": 0}
-        checkpoints.save(file, state, metadata)
 
 
 def discounted_returns(rewards: np.ndarray, gamma: float) -> np.ndarray:
@@ -193,9 +172,7 @@ def compare(
         resamples: of the episodes; force: train the critic again.
     """
     if store is None:
-        recipe = recipes.load(BUILD, kind="build-dataset")
-        write_policies(recipe.source.checkpoints)
-        store = Path(build(recipe)["path"])
+        store = Path(build(recipes.load(BUILD, kind="build-dataset"))["path"])
     replay = cvlctl.open_store(store)
     episodes = list(replay.episodes())
     order = np.random.default_rng(0).permutation(len(episodes))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,11 +73,6 @@ def to_csv(records: Sequence[Record]) -> str:
     for record in records:
         writer.writerow({k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in record.items()})
     return file.getvalue()
-
-
-def to_json(records: Sequence[Record]) -> str:
-    """The records as one JSON array."""
-    return json.dumps(list(records), indent=2, allow_nan=False) + "\n"
 
 
 def _columns(records: Sequence[Record]) -> list[tuple[str, str, list[str]]]:

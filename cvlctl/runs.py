@@ -2,7 +2,7 @@
 
 <out>/run.json              what it is, of which inputs, how it computes, and how far it is
 <out>/recipe.yaml           the resolved recipe
-<out>/metrics.jsonl         one line every `log_every_steps` updates
+<out>/metrics.jsonl         one line every `log_every_steps` updates; metrics.png once finished
 <out>/checkpoints/          last.safetensors, and step-000005000.safetensors where asked for
 """
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cvlctl import checkpoints, samplers, training
+from cvlctl import checkpoints, report, samplers, training
 from cvlctl.errors import CvlctlError
 from cvlctl.networks import State
 from cvlctl.recipes import FinetuneRecipe, PretrainRecipe, StoreUse, SuccessExamples
-from cvlctl.runs import Progress, Run, say
+from cvlctl.runs import Progress, Run, read_metrics, say
 from cvlctl.samplers import Data, Indices
 from cvlctl.store import Store, open_store
 from cvlctl.training import Settings
@@ -180,6 +180,7 @@ def train(
             "settings": settings.as_dict(),
         }
         seconds = _loop(recipe, module, config, memory, spec, run, state, settings, metadata, start)
+        report.plot_metrics(read_metrics(run.out), run.out / "metrics.png")
         run.finish(algorithm=algorithm, task=task, seeds=seeds, steps=recipe.steps, settings=settings.as_dict())
     finally:
         run.close()
