@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -23,6 +24,10 @@ HINTS = {
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
     errno.EROFS: "choose another place",
+    errno.ENOTDIR: "a file is where a directory should be: choose another path",
+    errno.EISDIR: "a directory is where a file should be: choose another path",
+    errno.EEXIST: "something else is there already: choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
 }
 
 
@@ -92,6 +97,38 @@ def lock(file: Path) -> TextIO:
             return handle  # else its last owner finished in between and took the file along
     handle.close()
     raise CvlctlError(f"another process is writing {file.parent}", "wait until it is done, or choose another path")
+
+
+def checkpoint_file(path: Path, checkpoint: str | int = "last") -> Path:
+    """The checkpoint file of a run directory: "last", or a step such as 5000. A file stands for itself.
+
+    Raises:
+        CvlctlError: there is no such run or checkpoint.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        runs = [folder.parent.name for folder in path.parent.glob("*/checkpoints")]
+        near = difflib.get_close_matches(path.name, runs, n=1)
+        hint = "train it first: cvlctl pretrain RECIPE, or cvlctl finetune RECIPE"
+        raise CvlctlError(f"no run or checkpoint at {path}", f"did you mean {path.parent / near[0]}?" if near else hint)
+    name = f"step-{int(checkpoint):09d}" if str(checkpoint).isdecimal() else str(checkpoint)
+    file = path / "checkpoints" / f"{name}.safetensors"
+    if not file.is_file():
+        there = sorted(p.stem for p in (path / "checkpoints").glob("*.safetensors"))
+        hint = f"it has: {', '.join(there)}" if there else "it is no run, or its training has not saved anything yet"
+        raise CvlctlError(f"{path} has no checkpoint {name!r}", hint)
+    return file
+
+
+def entries(folder: Path) -> list[str]:
+    """The names in a directory; none where there is no such directory. CvlctlError where a file is in its place."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError as error:
+        raise CvlctlError(f"{folder} is not a directory: a file is in the way", HINTS[errno.ENOTDIR]) from error
 
 
 def sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, Union, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -195,6 +195,18 @@ class _TrainRecipe(_Computed):
     log_every_steps: Count = 100
     out: Out
 
+    @model_validator(mode="after")
+    def _out_is_apart(self) -> Self:
+        out = self.out.resolve()
+        for path in self._inputs():
+            there = path.resolve()
+            if out.is_relative_to(there) or there.is_relative_to(out):
+                raise ValueError(f"out: {self.out} is, holds or lies in {path}, which it reads: choose a place apart")
+        return self
+
+    def _inputs(self) -> list[Path]:
+        return [store.path for store in self.stores]
+
 
 class PretrainRecipe(_TrainRecipe):
     """`cvlctl pretrain`: a reward-free occupancy critic."""
@@ -259,6 +271,11 @@ class FinetuneRecipe(_TrainRecipe):
     init_from: Path | None = None  # a pretrained run: seed k starts from its seed k
     success_examples: SuccessExamples | None = None
     batch_size: Annotated[Count, Field(ge=2)] = 256
+
+    def _inputs(self) -> list[Path]:
+        examples = self.success_examples
+        more = [self.init_from, *([examples.from_, examples.file] if examples else [])]
+        return [*super()._inputs(), *(path for path in more if path is not None)]
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, TextIO
 import yaml
 
 from cvlctl.errors import CvlctlError
-from cvlctl.files import lock, write_atomically, write_json
+from cvlctl.files import entries, lock, write_atomically, write_json
 from cvlctl.version import versions
 
 PLAIN_LINE_SECONDS = 10.0
@@ -52,27 +51,31 @@ class Run:
     def open(self, *, force: bool = False) -> str:
         """Take the directory. Returns "fresh", "resume" or "finished".
 
+        Another recipe than that of a run without any checkpoint yet just starts: there is nothing to lose.
+
+        Args:
+            force: start a run over that is there: what runs write is deleted, and nothing else.
+
         Raises:
-            CvlctlError: where another recipe, other inputs or another process has it (`force` starts it over).
+            CvlctlError: where another recipe, other inputs or another process has it, or it is no run's (also with
+                `force`: what is in it may be anything).
         """
-        before = read_run(self.out) if (self.out / "run.json").exists() else None
-        if before is None and self.out.exists() and any(self.out.iterdir()) and not force:
-            raise CvlctlError(f"{self.out} is not empty and not a run", "choose another out, or --force to replace it")
-        if before is not None and not force:
-            changed = _difference(before.get("recipe", {}), self.recipe) or _difference(before["inputs"], self.inputs)
+        is_run = (self.out / "run.json").exists()
+        if not is_run and set(entries(self.out)) - {".lock"}:
+            raise CvlctlError(f"{self.out} is not empty and not a run", "choose another out: nothing in it was touched")
+        before = read_run(self.out) if is_run and not force else None
+        if before is not None and (before["status"] == "finished" or self._has_checkpoints()):
+            # a directory that was moved or copied is still the same run
+            then, now = ({**recipe, "out": None} for recipe in (before.get("recipe", {}), self.recipe))
+            changed = _difference(then, now) or _difference(before["inputs"], self.inputs)
             if changed:
                 raise CvlctlError(
                     f"{self.out} holds another run: {changed}", "choose another out, or --force to start it over"
                 )
         self._lock = lock(self.out / ".lock")
-        if force:
-            for entry in self.out.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.name != ".lock":
-                    entry.unlink()
-            before = None
-        if before is not None and before.get("status") == "finished":
+        if is_run and force:
+            self._clear()
+        if before is not None and before["status"] == "finished":
             self.close()
             return "finished"
         if before is not None and self.last.exists():
@@ -81,6 +84,15 @@ class Run:
         write_atomically(self.out / "recipe.yaml", yaml.safe_dump(self.recipe, sort_keys=False).encode())
         (self.out / "metrics.jsonl").unlink(missing_ok=True)
         return "fresh"
+
+    def _has_checkpoints(self) -> bool:
+        return any(self.checkpoints.glob("*.safetensors"))
+
+    def _clear(self) -> None:
+        # first of all it becomes a run like no other: a kill in here leaves nothing that could be taken for ours
+        write_json(self.out / "run.json", {"status": "replaced", "inputs": {}, "recipe": {}})
+        for file in [*self.checkpoints.glob("*.safetensors"), self.out / "metrics.jsonl", self.out / "metrics.png"]:
+            file.unlink(missing_ok=True)
 
     def _write(self, status: str, more: dict[str, Any]) -> None:
         record = {"status": status, **more, "inputs": self.inputs, "versions": versions(), "recipe": self.recipe}

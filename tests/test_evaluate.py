@@ -156,8 +156,12 @@ def test_another_recipe_for_the_same_out_needs_force(tmp_path: Path, runs: Path)
     assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("x")
-    with pytest.raises(CvlctlError, match="is not empty, and no evaluation"):
-        evaluate(recipe(tmp_path, out=tmp_path / "other"))
+    for force in (False, True):
+        with pytest.raises(CvlctlError, match="is not empty, and no evaluation") as caught:
+            evaluate(recipe(tmp_path, out=tmp_path / "other"), force=force)
+        assert "--force" not in caught.value.hint
+        with pytest.raises(CvlctlError, match=r"mine\.txt is not a directory"):
+            evaluate(recipe(tmp_path, out=tmp_path / "other" / "mine.txt"), force=force)
 
 
 def test_two_runs_of_one_algorithm_are_told_apart(tmp_path: Path) -> None:

@@ -42,3 +42,14 @@ def test_sha256_of_a_file_and_of_none(tmp_path: Path) -> None:
     assert files.sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
     with pytest.raises(CvlctlError, match="No such file"):
         files.sha256(tmp_path / "b")
+
+
+def test_a_file_in_the_place_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    assert files.entries(tmp_path) == ["a"]
+    assert files.entries(tmp_path / "none") == []
+    with pytest.raises(CvlctlError, match="a is not a directory"):
+        files.entries(tmp_path / "a")
+    with pytest.raises(CvlctlError, match="cannot write") as caught:
+        files.write_atomically(tmp_path / "a" / "b", b"")
+    assert "choose another path" in caught.value.hint

@@ -182,6 +182,11 @@ TOGETHER = [
     (["algorithm=bc", "init_from=x"], "bc has no critic"),
     (["success_examples={}"], "needs exactly one of from"),
     (["success_examples={from: a, file: b}"], "needs exactly one of from"),
+    (["out=a.zarr"], "out: a.zarr is, holds or lies in a.zarr"),
+    (["out=./b.zarr/run"], "out: b.zarr/run is, holds or lies in b.zarr"),
+    (["stores=[runs/x/a.zarr]"], "is, holds or lies in runs/x/a.zarr"),
+    (["init_from=runs"], "is, holds or lies in runs,"),
+    (["success_examples={file: runs/x/goals.npy}"], "is, holds or lies in runs/x/goals.npy"),
 ]
 
 

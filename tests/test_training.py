@@ -21,7 +21,7 @@ from cvlctl.commands import train
 from cvlctl.commands.finetune import finetune
 from cvlctl.commands.pretrain import pretrain
 from cvlctl.errors import CvlctlError
-from cvlctl.runs import read_metrics, read_run
+from cvlctl.runs import Run, read_metrics, read_run
 
 COMMON = "batch_size: 32, compile: false, threads: 1, log_every_steps: 10"
 CRITIC = "{hidden: [32, 32], latent_dim: 8, gamma: 0.9}"
@@ -146,6 +146,37 @@ def test_finished_run_says_so_and_another_recipe_is_refused(store: Path, tmp_pat
     assert read_run(out)["steps"] == 50
 
 
+def test_force_deletes_a_runs_own_files_and_nothing_else(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run("bc", store, out)
+    (out / "mine").mkdir()
+    (out / "mine" / "notes.txt").write_text("kept")
+    assert finetune(recipe_of("bc", store, out, "steps=50"), force=True)["steps"] == 50
+    assert (out / "mine" / "notes.txt").read_text() == "kept"
+    (out / "run.json").write_text("{torn")
+    with pytest.raises(CvlctlError, match=r"damaged(.|\n)*--force"):
+        run("bc", store, out)
+    assert finetune(recipe_of("bc", store, out), force=True)["status"] == "trained"
+    for force in (False, True):
+        with pytest.raises(CvlctlError, match="mine is not empty and not a run") as caught:
+            finetune(recipe_of("bc", store, out / "mine"), force=force)
+        assert "--force" not in caught.value.hint
+        with pytest.raises(CvlctlError, match=r"notes\.txt is not a directory"):
+            finetune(recipe_of("bc", store, out / "mine" / "notes.txt"), force=force)
+    assert (out / "mine" / "notes.txt").read_text() == "kept"
+
+
+def test_a_moved_run_is_the_same_run(store: Path, tmp_path: Path) -> None:
+    run("bc", store, tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert run("bc", store, tmp_path / "moved")["status"] == "finished already"
+
+
+def test_a_run_that_has_no_checkpoint_yet_may_become_another(store: Path, tmp_path: Path) -> None:
+    assert Run(tmp_path / "run", {"steps": 7}, {}).open() == "fresh"
+    assert run("bc", store, tmp_path / "run")["status"] == "trained"
+
+
 def test_changed_data_are_another_run(tmp_path: Path) -> None:
     store = tmp_path / "s.zarr"
     cvlctl.write_store(store, episodes(), task="point")
@@ -234,6 +265,65 @@ def test_hostile_checkpoint_is_one_clear_error(content: bytes | None, store: Pat
         finetune(load("finetune", store, tmp_path / "fine", text))
     with pytest.raises(CvlctlError, match=r"last\.safetensors"):
         cvlctl.load_critic(tmp_path / "pre")
+
+
+def without(file: Path, *keys: str) -> None:
+    """Take keys out of a checkpoint's metadata."""
+    state, metadata = checkpoints.load(file)
+    checkpoints.save(file, state, {key: value for key, value in metadata.items() if key not in keys})
+
+
+def test_init_from_must_be_a_run_with_a_critic(store: Path, tmp_path: Path) -> None:
+    def start(name: str) -> None:
+        text = f"steps: 5, init_from: '{tmp_path / name}', algorithm: {{name: cvl, hidden: [32]}}"
+        finetune(load("finetune", store, tmp_path / "fine", text))
+
+    run("bc", store, tmp_path / "bc", "steps=1")
+    with pytest.raises(CvlctlError, match=r"init_from: .*/bc \(bc\) has no occupancy critic"):
+        start("bc")
+    run("occupancy", store, tmp_path / "pretrained", "steps=1")
+    with pytest.raises(CvlctlError, match=r"init_from: no run or checkpoint at .*/pretraned\n.*/pretrained\?"):
+        start("pretraned")
+    with pytest.raises(CvlctlError, match="cvlctl pretrain"):
+        start("elsewhere/run")
+    last = tmp_path / "pretrained" / "checkpoints" / "last.safetensors"
+    sound = last.read_bytes()
+    for key in ("seeds", "spec", "critic"):
+        without(last, key)
+        with pytest.raises(CvlctlError, match=rf"init_from: .*last\.safetensors .*KeyError: '{key}'"):
+            start("pretrained")
+        last.write_bytes(sound)
+    state, metadata = checkpoints.load(last)
+    checkpoints.save(last, state, {**metadata, "seeds": [0, 1]})
+    with pytest.raises(CvlctlError, match=r"expected \(2, 4, \.\.\.\)"):
+        start("pretrained")
+    assert not (tmp_path / "fine").exists()
+
+
+def test_damaged_metadata_cannot_be_resumed(store: Path, tmp_path: Path) -> None:
+    run("bc", store, tmp_path / "run", "steps=1")
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace("finished", "started"))
+    without(tmp_path / "run" / "checkpoints" / "last.safetensors", "settings")
+    with pytest.raises(CvlctlError, match=r"last\.safetensors: .*'settings'\n.*--force"):
+        run("bc", store, tmp_path / "run", "steps=1")
+
+
+def test_a_critic_loads_from_a_run_a_step_or_a_file(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run("occupancy", store, out, "steps=4", "checkpoint_every_steps=2")
+    x = np.ones((1, 4), np.float32)
+    found = [
+        cvlctl.load_critic(*arguments).log_ratio(x, x[:, :2], x).item()
+        for arguments in ((out,), (out, 0, 4), (out / "checkpoints/last.safetensors",), (out, 0, 2))
+    ]
+    assert found[0] == found[1] == found[2] != found[3]
+    with pytest.raises(CvlctlError, match=r"no checkpoint 'step-000000007'\n.*last, step-000000002"):
+        cvlctl.load_critic(out, checkpoint=7)
+    with pytest.raises(CvlctlError, match=r"no run or checkpoint at .*/rum\n.*/run\?"):
+        cvlctl.load_critic(tmp_path / "rum")
+    with pytest.raises(CvlctlError, match=r"no seed 5\n.*0"):
+        cvlctl.load_critic(out, 5)
 
 
 def test_divergence_is_an_error_and_not_a_score(store: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cvlctl import envs, report, scores
 from cvlctl.commands import find_runs
 from cvlctl.errors import CvlctlError
-from cvlctl.files import read_json, sha256, write_atomically, write_json
+from cvlctl.files import entries, read_json, sha256, write_atomically, write_json
 from cvlctl.recipefile import nearest
 from cvlctl.recipes import EvaluateRecipe, resolved
 from cvlctl.rollout import PolicyJob, run_episodes, run_lockstep
@@ -109,9 +109,15 @@ def _baseline(recipe: EvaluateRecipe, labels: dict[Path, str]) -> str:
 def _open(recipe: EvaluateRecipe, force: bool) -> dict[str, Any] | None:
     if not force:
         return read_evaluation(recipe)
+    if entries(recipe.out) and not (recipe.out / "evaluation.json").exists():
+        raise _no_evaluation(recipe.out)
     for name in FILES:  # and nothing that is not ours
         (recipe.out / name).unlink(missing_ok=True)
     return None
+
+
+def _no_evaluation(out: Path) -> CvlctlError:
+    return CvlctlError(f"{out} is not empty, and no evaluation", "choose another out: nothing in it was touched")
 
 
 def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
@@ -121,11 +127,13 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
         CvlctlError: where `out` holds something else, or rows of other runs, episodes or seeds.
     """
     out = recipe.out
-    if not out.exists() or not any(out.iterdir()):
+    if not entries(out):
         return None
+    if not (out / "evaluation.json").exists():
+        raise _no_evaluation(out)
     before = read_json(out / "evaluation.json")
     if not before or before.get("format") != FORMAT or not {"status", "recipe", "jobs"} <= before.keys():
-        raise CvlctlError(f"{out} is not empty, and no evaluation", "choose another out, or --force to replace it")
+        raise CvlctlError(f"{out}/evaluation.json is damaged", "choose another out, or --force to replace it")
     now = resolved(recipe)
     for name in ("runs", "checkpoints", "episodes", "seed"):
         if before["recipe"].get(name) != now[name]:

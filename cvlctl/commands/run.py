@@ -115,7 +115,8 @@ def _state(job: Job) -> str:
     except CvlctlError:
         return "another recipe"
     recorded = before["recipe"]
-    if job.command != "evaluate" and any(recorded.get(key) != value for key, value in plain.items()):
+    same = all(recorded.get(key) == value for key, value in plain.items() if key != "out")
+    if job.command != "evaluate" and not same:
         return "another recipe"
     return "finished" if before["status"] == "finished" else "partial"
 
