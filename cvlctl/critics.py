@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from cvlctl import checkpoints, networks
 from cvlctl.algorithms import occupancy
 from cvlctl.errors import CvlctlError
+from cvlctl.files import checkpoint_file
 from cvlctl.losses import occupancy_q
 from cvlctl.networks import State
+from cvlctl.types import Spec
 
 CHUNK = 4096  # state-action pairs against the whole bank at a time: bounds memory
 
@@ -90,25 +92,60 @@ class Critic:
         return torch.from_numpy(np.ascontiguousarray(array)).unsqueeze(0)
 
 
-def critic_config(metadata: dict[str, Any]) -> occupancy.Config:
-    """The critic's configuration in a checkpoint's metadata."""
-    values = dict(metadata["critic"] or {})
-    return occupancy.Config(**{**values, "hidden": tuple(values.get("hidden", ()))})
+class Trained(NamedTuple):
+    """What a checkpoint holds of occupancy critics."""
+
+    config: occupancy.Config
+    spec: Spec
+    seeds: list[int]
+    state: State  # all of the checkpoint: (E, ...), but for counts of updates
 
 
-def load_critic(run: str | Path, seed: int = 0, checkpoint: str = "last") -> Critic:
-    """The critic of `seed` in a pretrain or finetune run directory.
+def read_critics(run: Path, checkpoint: str | int = "last") -> Trained:
+    """The critics of all seeds, and what lies beside them in the checkpoint.
 
     Raises:
-        CvlctlError: where there is no such run, seed or critic.
+        CvlctlError: there is no such run or checkpoint, it is damaged, or has no critic.
     """
-    path = Path(run) / "checkpoints" / f"{checkpoint}.safetensors"
-    state, metadata = checkpoints.load(path)
-    if metadata.get("critic") is None:
-        raise CvlctlError(f"{path}: the run has no occupancy critic (algorithm: {metadata.get('algorithm')})")
-    if seed not in metadata["seeds"]:
-        raise CvlctlError(f"{path} has no seed {seed}", f"it has seeds {metadata['seeds']}")
-    member = metadata["seeds"].index(seed)
+    file = checkpoint_file(run, checkpoint)
+    state, metadata = checkpoints.load(file)
+    if "critic" in metadata and metadata["critic"] is None:
+        what = f"{run} ({metadata.get('algorithm')}) has no occupancy critic"
+        raise CvlctlError(what, "name a run of cvlctl pretrain, or one finetuned by cvl or laeo")
+    try:
+        values, raw = metadata["critic"], metadata["spec"]
+        config = occupancy.Config(**{**values, "hidden": tuple(values["hidden"])})
+        spec = Spec(tuple(raw["observation_shape"]), raw["action_dim"], raw["horizon"])
+        seeds = [int(seed) for seed in metadata["seeds"]]
+        (width,) = spec.observation_shape
+        wanted = {"observation_mean": width, "observation_std": width}
+        wanted |= {"phi.0.weight": width + spec.action_dim, "psi.0.weight": width}
+        for name, size in wanted.items():
+            if state[name].shape[:2] != (len(seeds), size):
+                raise ValueError(f"{name} has shape {tuple(state[name].shape)}; expected ({len(seeds)}, {size}, ...)")
+        if any(value.dim() and len(value) != len(seeds) for value in state.values()):
+            raise ValueError(f"not all tensors have {len(seeds)} members")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{file} is not the checkpoint of an occupancy critic ({type(error).__name__}: {error})"
+        raise CvlctlError(what, "it is damaged, or not of cvlctl: pretrain again") from error
+    return Trained(config, spec, seeds, state)
+
+
+def load_critic(run: str | Path, seed: int = 0, checkpoint: str | int = "last") -> Critic:
+    """The critic of one seed of a pretrained or finetuned run.
+
+    Args:
+        run: a run directory, or a checkpoint file (.safetensors).
+        seed: the training seed, as named in the recipe.
+        checkpoint: in a run directory: "last", or a step such as 5000.
+
+    Raises:
+        CvlctlError: no such run, checkpoint or seed; no critic in it; or a file that is damaged or not a checkpoint.
+    """
+    found = read_critics(Path(run), checkpoint)
+    if seed not in found.seeds:
+        raise CvlctlError(f"{run} has no seed {seed}", f"its seeds: {', '.join(map(str, found.seeds))}")
+    member = found.seeds.index(seed)
     keep = ("phi.", "psi.", "ema/", "observation_")
-    kept = {name: value[member : member + 1] for name, value in state.items() if name.startswith(keep)}
-    return Critic(critic_config(metadata), kept)
+    kept = {name: value[member : member + 1] for name, value in found.state.items() if name.startswith(keep)}
+    return Critic(found.config, kept)

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cvlctl.errors import CvlctlError
+from cvlctl.files import checkpoint_file
 from cvlctl.types import Spec
 
 FORMAT = 1
@@ -86,7 +87,7 @@ def load_policy(path: str | Path, seed: int = 0, checkpoint: str | int = "last")
     Raises:
         CvlctlError: no such run, checkpoint or seed; no actor in it; or a file that is damaged or not a checkpoint.
     """
-    file = _checkpoint_file(Path(path), checkpoint)
+    file = checkpoint_file(Path(path), checkpoint)
     try:
         with safe_open(file, framework="numpy") as tensors:
             header = _header(file, tensors.metadata())
@@ -106,20 +107,6 @@ def load_policy(path: str | Path, seed: int = 0, checkpoint: str | int = "last")
     depth = (len(names) - 2) // 2
     layers = [(arrays[f"actor.{i}.weight"], arrays[f"actor.{i}.bias"].reshape(-1)) for i in range(depth)]
     return NumpyPolicy(layers, arrays["observation_mean"], std, header["spec"])
-
-
-def _checkpoint_file(path: Path, checkpoint: str | int) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise CvlctlError(f"no run or checkpoint at {path}", "train it first: cvlctl finetune RECIPE")
-    name = f"step-{int(checkpoint):09d}" if str(checkpoint).isdecimal() else str(checkpoint)
-    file = path / "checkpoints" / f"{name}.safetensors"
-    if not file.is_file():
-        there = sorted(p.stem for p in (path / "checkpoints").glob("*.safetensors"))
-        hint = f"it has: {', '.join(there)}" if there else "it is no run, or its training has not saved anything yet"
-        raise CvlctlError(f"{path} has no checkpoint {name!r}", hint)
-    return file
 
 
 def _header(file: Path, metadata: dict[str, str] | None) -> dict[str, Any]:

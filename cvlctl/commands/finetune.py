@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cvlctl import checkpoints
 from cvlctl.algorithms import ALGORITHMS
 from cvlctl.commands import train
-from cvlctl.critics import critic_config
+from cvlctl.critics import read_critics
 from cvlctl.errors import CvlctlError
-from cvlctl.files import sha256
+from cvlctl.files import checkpoint_file, sha256
 from cvlctl.networks import State
 from cvlctl.recipes import FinetuneRecipe, resolved
 from cvlctl.runs import Run
@@ -39,7 +37,7 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     if hasattr(config, "mode"):
         config, initial = _resolve_mode(config, recipe, spec)
         if recipe.init_from is not None:
-            inputs[f"init_from:{recipe.init_from}"] = sha256(_pretrained(recipe.init_from))
+            inputs[f"init_from:{recipe.init_from}"] = sha256(checkpoint_file(recipe.init_from))
     task = next((s.task for u, s in zip(recipe.stores, stores, strict=True) if u.rewards != "none"), stores[0].task)
     return train.train(
         recipe, ALGORITHMS[algorithm], config, lambda: train.join(stores, uses, examples), spec,
@@ -49,30 +47,28 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def _pretrained(init_from: Path) -> Path:
-    return init_from / "checkpoints" / "last.safetensors"
-
-
 def _resolve_mode(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, State | None]:
     """The config with its mode decided and, from a pretrained run, that run's critic: seed k from seed k."""
     if recipe.init_from is None:
         return replace(config, mode="scratch"), None
-    state, metadata = checkpoints.load(_pretrained(recipe.init_from))
-    missing = [seed for seed in recipe.seeds if seed not in metadata["seeds"]]
+    try:
+        before = read_critics(recipe.init_from)
+    except CvlctlError as error:
+        raise CvlctlError(f"init_from: {error.what}", error.hint) from error
+    missing = [seed for seed in recipe.seeds if seed not in before.seeds]
     if missing:
         raise CvlctlError(
-            f"init_from: {recipe.init_from} has seeds {metadata['seeds']}, not {missing}",
+            f"init_from: {recipe.init_from} has seeds {before.seeds}, not {missing}",
             "seed k starts from seed k: pretrain these seeds, or finetune those",
         )
-    before = metadata["spec"]
-    if (tuple(before["observation_shape"]), before["action_dim"]) != (spec.observation_shape, spec.action_dim):
+    if (before.spec.observation_shape, before.spec.action_dim) != (spec.observation_shape, spec.action_dim):
         raise CvlctlError(
-            f"init_from: {recipe.init_from} was trained on observations {tuple(before['observation_shape'])} and "
-            f"{before['action_dim']} action dimensions; the stores here have {spec.observation_shape} and "
+            f"init_from: {recipe.init_from} was trained on observations {before.spec.observation_shape} and "
+            f"{before.spec.action_dim} action dimensions; the stores here have {spec.observation_shape} and "
             f"{spec.action_dim}",
             "pretrain on stores of the same robot",
         )
-    members = torch.tensor([metadata["seeds"].index(seed) for seed in recipe.seeds])
-    initial = {name: value[members] if value.dim() else value for name, value in state.items()}
+    members = torch.tensor([before.seeds.index(seed) for seed in recipe.seeds])
+    initial = {name: value[members] if value.dim() else value for name, value in before.state.items()}
     mode = "continue" if config.mode == "auto" else config.mode
-    return replace(config, mode=mode, critic=critic_config(metadata)), initial
+    return replace(config, mode=mode, critic=before.config), initial

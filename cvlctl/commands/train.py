@@ -156,7 +156,11 @@ def train(
         start, saved = 0, None
         if status == "resume":
             saved, metadata = checkpoints.load(run.last)
-            start, settings = metadata["step"], Settings(**metadata["settings"])
+            try:
+                start, settings = int(metadata["step"]), Settings(**metadata["settings"])
+            except (KeyError, TypeError, ValueError) as error:
+                what = f"{run.last}: step or settings are missing or garbled: {error}"
+                raise CvlctlError(what, "the file is damaged: --force starts the run over") from error
             run.cut_metrics(start)
             say(f"{run.out}: resuming at step {start}")
         else:
