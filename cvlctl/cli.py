@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -235,4 +236,7 @@ def _step(
 
 def main() -> NoReturn:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it lacks
     sys.exit(execute(app, sys.argv[1:]))

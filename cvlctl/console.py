@@ -1,6 +1,6 @@
 """What people and programs see of a command: results on stdout, progress and errors on stderr, exit codes.
 
-Exit code 0: done; 1: `data verify` found faults; 2: something a user can mend; 130: interrupted.
+Exit code 0: done; 1: `data verify` found faults; 2: something a user can mend; 70: a bug; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from cvlctl.files import HINTS
 if TYPE_CHECKING:
     from rich.console import Console
 
+MEMORY = ("out of memory", "lower batch_size, hidden, bank_size or the number of seeds")
 INTERRUPTED = ("interrupted", "run the same command again: it goes on from where it was saved last", 130)
 
 
@@ -42,7 +45,7 @@ def console() -> Console:
 
     made = Console(highlight=False)
     # into a file or a pipe, tables must not be squeezed to the 80 columns of a terminal that is not there
-    return made if made.is_terminal else Console(highlight=False, width=int(os.environ.get("COLUMNS", "110")))
+    return made if made.is_terminal else Console(highlight=False, width=shutil.get_terminal_size((110, 24)).columns)
 
 
 def execute(app: Callable[..., Any], args: Sequence[str]) -> int:
@@ -62,20 +65,37 @@ def execute(app: Callable[..., Any], args: Sequence[str]) -> int:
         return 1
     except OSError as error:
         if error.errno not in HINTS:
-            raise
+            return _bug(args, error)
         place = f"{error.filename}: " if error.filename else ""
         return _fail(args, f"{place}{error.strerror}", HINTS[error.errno])
     except Exception as error:
         # usage errors of Typer's: of which class they are depends on its version
         if type(error).__name__ == "Abort":
             return _fail(args, *INTERRUPTED)
+        if _is_memory(error):
+            return _fail(args, *MEMORY)
         if not hasattr(error, "format_message"):
-            raise
+            return _bug(args, error)
         if type(error).__name__ == "NoArgsIsHelpError":
             return 2  # `cvlctl data`: Typer has printed the help by now
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "cvlctl"
         return _fail(args, error.format_message(), f"see {path} --help")
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out: NumPy's MemoryError, or the RuntimeErrors that PyTorch makes of it on CPU and GPU."""
+    told = isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in ("can't allocate memory", "out of memory")
+    )
+    return told or isinstance(error, MemoryError)
+
+
+def _bug(args: Sequence[str], error: Exception) -> int:
+    """What nobody foresaw: the traceback on stderr, and for programs one JSON document all the same."""
+    traceback.print_exception(error)
+    what = f"internal error: {type(error).__name__}: {error}"
+    return _fail(args, what, "please report this, with the traceback on stderr", 70)
 
 
 def _fail(args: Sequence[str], what: str, hint: str, code: int = 2) -> int:

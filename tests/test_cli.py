@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -132,6 +133,9 @@ FAULTS = [
     (CvlctlError("the store is gone", "build it"), 2, "the store is gone", "build it"),
     (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2, "/x/y: No space left on device", "free some space"),
     (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x: Permission denied", "permissions"),
+    (MemoryError("Unable to allocate 9 TiB"), 2, "out of memory", "lower batch_size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "out of memory", "lower batch_size"),
+    (RuntimeError("CUDA out of memory. Tried to"), 2, "out of memory", "lower batch_size"),
     (KeyboardInterrupt(), 130, "interrupted", "run the same command again"),
 ]
 
@@ -159,13 +163,31 @@ def test_faults_become_two_lines(
     assert json.loads(capsys.readouterr().out)["error"] == what
 
 
-def test_a_bug_is_not_hidden(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_not_hidden(recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def work(loaded: Any, force: bool) -> dict[str, Any]:
-        raise ZeroDivisionError
+        raise ZeroDivisionError("division by zero")
 
     replace(monkeypatch, work)
-    with pytest.raises(ZeroDivisionError):
-        call("build-dataset", recipe)
+    assert call("build-dataset", recipe) == 70
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" in err
+    assert "error: internal error: ZeroDivisionError: division by zero\nhint: please report" in err
+    assert call("build-dataset", recipe, "--json", "--quiet") == 70
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"] == "internal error: ZeroDivisionError: division by zero"
+    assert "in work" in err
+
+
+def test_results_fit_any_terminal(tmp_path: Path) -> None:
+    (tmp_path / "\u00e9.yaml").write_text("runs: [x]\nout: y\n", encoding="utf-8")
+    for columns in ("abc", "0", "40"):
+        done = subprocess.run(
+            [sys.executable, "-m", "cvlctl", "recipes", "ls", str(tmp_path)],
+            capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": columns},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "?.yaml" in done.stdout.replace("\n", "")
 
 
 def test_a_broken_pipe_is_silent() -> None:
