@@ -104,6 +104,11 @@ class Store:
         """Whether label `name` has the array: "reward" or "success"."""
         return (self.path / "labels" / name / array / "zarr.json").is_file()
 
+    def require_label(self, name: str, array: str = "reward") -> None:
+        """Raise a CvlctlError that lists what there is, unless label `name` has the array."""
+        if not self.has_label(name, array):
+            raise self._no_label(name, f"a {array} array")
+
     def rewards(self, label: str = "given") -> np.ndarray:
         """(rows,) float32: row t of an episode holds the reward of its transition t; 0 in the final row."""
         return self._label(label, "reward")
@@ -165,8 +170,7 @@ class Store:
         return json_digest({**content, "spec": spec, "rows": self._rows, **extra})
 
     def _label(self, label: str, array: str) -> np.ndarray:
-        if not self.has_label(label, array):
-            raise self._no_label(label, f"a {array} array")
+        self.require_label(label, array)
         return self._array(f"labels/{label}/{array}")
 
     def _no_label(self, label: str, wanted: str) -> CvlctlError:
@@ -176,8 +180,33 @@ class Store:
 
     def _array(self, name: str) -> np.ndarray:
         if name not in self._cache:
-            self._cache[name] = read_array(self.path, name, self._open(name))
+            values = self._read(name)
+            if problem := self._problem(name, values):
+                raise _damaged(self.path, f"{name}: {problem}", self.path / name)
+            self._cache[name] = values
         return self._cache[name]
+
+    def _read(self, name: str) -> np.ndarray:
+        return read_array(self.path, name, self._open(name))
+
+    def _problem(self, name: str, values: np.ndarray) -> str:
+        """What is wrong with an array's values, "" if nothing: what would garble training, and costs next to nothing
+        to find. That they are those that were written is for `verify_store` to say."""
+        if values.dtype == np.float32 and values.size:
+            low, high = values.min(), values.max()  # NaN if any is NaN
+            if not np.isfinite([low, high]).all():
+                return "NaN or infinity"
+            if name == "data/action" and max(-low, high) > 1.0:
+                return "actions outside [-1, 1]"
+        elif name == "meta/episode_ends":
+            lengths = np.diff(values, prepend=0) - 1
+            if len(values) == 0 or (lengths < 1).any():
+                return f"episode {int(np.argmax(lengths < 1)) if len(values) else 0} has fewer than 2 rows"
+            if values[-1] != self._rows:
+                return f"the last episode ends at row {int(values[-1])} of {self._rows}"
+        elif name == "meta/task" and len(values) and (values.min() < 0 or values.max() >= len(self.task_names)):
+            return f"indices outside the {len(self.task_names)} task names"
+        return ""
 
     def _open(self, name: str) -> zarr.Array:
         """An array, of the type and shape that the attributes say."""
@@ -192,7 +221,7 @@ class Store:
         array = open_array(self.path, name)
         if array.dtype != dtype or array.shape != shape:
             what = f"{name}: is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
-            raise _damaged(what, self.path / name)
+            raise _damaged(self.path, what, self.path / name)
         return array
 
 
@@ -238,42 +267,39 @@ def verify_store(path: str | Path) -> list[str]:
     names = [*DATA, *(name for name in labels if name in store._checksums or (store.path / name).exists())]
     problems = [line for name in names for line in _verify_array(store, name)]
     try:
-        ends, lengths, tasks = store.episode_ends(), store.lengths(), store._array("meta/task")
+        for name in ("meta/episode_ends", "meta/task"):
+            if problem := store._problem(name, store._read(name)):
+                problems.append(f"{name}: {problem}")
+        lengths = store.lengths()
     except CvlctlError:  # said above
         return problems
-    if len(ends) == 0 or (lengths < 1).any():
-        at = int(np.argmax(lengths < 1)) if len(ends) else 0
-        problems.append(f"meta/episode_ends: episode {at} has fewer than 2 rows")
-    elif int(ends[-1]) != store._rows:
-        problems.append(f"meta/episode_ends: the last episode ends at row {int(ends[-1])} of {store._rows}")
-    elif int(lengths.sum()) != store.num_transitions:
+    if int(lengths.sum()) != store.num_transitions:
         problems.append(f"attributes: {store.num_transitions} transitions recorded, {int(lengths.sum())} found")
     elif int(lengths.max()) > store.spec.horizon:
         problems.append(f"attributes: horizon {store.spec.horizon}, but an episode has {int(lengths.max())} steps")
-    if len(tasks) and (tasks.min() < 0 or tasks.max() >= len(store.task_names)):
-        problems.append(f"meta/task: indices outside the {len(store.task_names)} task names")
     return problems
 
 
 def _verify_array(store: Store, name: str) -> Iterator[str]:
+    def bare(error: CvlctlError) -> str:
+        return error.what.removeprefix(f"{store.path}: ")
+
     try:
         array = store._open(name)
     except CvlctlError as error:
-        yield error.what
+        yield bare(error)
         return
     total, readable = hashlib.sha256(), True
     for chunk in chunks(store.path, name, array):
         try:
             rows = read_chunk(array, chunk)
         except CvlctlError as error:
-            yield error.what
+            yield bare(error)
             readable = False
             continue
         total.update(rows.tobytes())
-        if rows.dtype == np.float32 and not np.isfinite(rows).all():
-            yield f"{chunk.name}: NaN or infinity"
-        elif name == "data/action" and rows.size and np.abs(rows).max() > 1.0:
-            yield f"{chunk.name}: actions outside [-1, 1]"
+        if rows.dtype == np.float32 and (problem := store._problem(name, rows)):
+            yield f"{chunk.name}: {problem}"
     if readable and store._checksums.get(name) != total.hexdigest():
         yield f"{name}: the content is not what the recorded checksum says (each chunk reads well by itself)"
 
@@ -281,14 +307,15 @@ def _verify_array(store: Store, name: str) -> Iterator[str]:
 def open_array(path: Path, name: str) -> zarr.Array:
     """Array `name` of the store, finished or partial, at `path`."""
     if not (path / name / "zarr.json").is_file():
-        raise _damaged(f"{name}: the array is missing", path / name)
+        raise _damaged(path, f"{name}: the array is missing", path / name)
     try:
         return zarr.open_array(path / name, mode="r", zarr_format=3)
     except Exception as error:  # garbled metadata: zarr raises many kinds
-        raise _damaged(f"{name}: the array cannot be opened: {error}", path / name) from error
+        raise _damaged(path, f"{name}: the array cannot be opened: {error}", path / name) from error
 
 
 class Chunk(NamedTuple):
+    store: Path
     name: str  # for messages
     file: Path
     rows: slice
@@ -299,18 +326,19 @@ def chunks(path: Path, name: str, array: zarr.Array) -> Iterator[Chunk]:
     for i, start in enumerate(range(0, array.shape[0], size)):
         stop = min(start + size, array.shape[0])
         file = path / name / "/".join(["c", str(i), *["0"] * (array.ndim - 1)])
-        yield Chunk(f"{name} chunk {i} (rows {start}-{stop - 1})", file, slice(start, stop))
+        yield Chunk(path, f"{name} chunk {i} (rows {start}-{stop - 1})", file, slice(start, stop))
 
 
 def read_chunk(array: zarr.Array, chunk: Chunk) -> np.ndarray:
     """A chunk's rows; a damaged or missing one is named."""
     if not chunk.file.is_file():  # zarr would read a lost chunk as zeros
-        raise _damaged(f"{chunk.name}: the chunk {chunk.file} is missing", chunk.file)
+        raise _damaged(chunk.store, f"{chunk.name}: the chunk {chunk.file} is missing", chunk.file)
     try:
         return np.asarray(array[chunk.rows])
     except Exception as error:  # crc32c, zstd and the file system each raise their own
         said = " ".join(str(error).split())
-        raise _damaged(f"{chunk.name}: checksum/crc fails in {chunk.file}: {said}", chunk.file) from error
+        what = f"{chunk.name}: checksum/crc fails in {chunk.file}: {said}"
+        raise _damaged(chunk.store, what, chunk.file) from error
 
 
 def read_array(path: Path, name: str, array: zarr.Array) -> np.ndarray:
@@ -340,6 +368,8 @@ def json_digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _damaged(what: str, file: Path) -> CvlctlError:
-    hint = f"restore {file} from a copy, or write the store again; `cvlctl data verify` lists all that is damaged"
-    return CvlctlError(what, hint)
+def _damaged(path: Path, what: str, file: Path) -> CvlctlError:
+    hint = (
+        f"`cvlctl data verify {path}` lists all that is damaged; restore {file} from a copy, or write the store again"
+    )
+    return CvlctlError(f"{path}: {what}", hint)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from rich.console import Console
 
 from cvlctl.commands import data
@@ -54,6 +55,18 @@ def test_info(root: Path) -> None:
     text = printed(data.render_info, result)
     for word in ("gym/Toy-v0", "25.0 %", "0 / 0.75 / 2.5 / 6 / 12", "horizon 8", "seed [0]", "█" * data.BAR):
         assert word in text
+
+
+def test_a_store_with_bad_rewards_is_one_clear_error_and_does_not_hide_the_others(root: Path) -> None:
+    bad = root / "deep" / "bad.zarr"
+    rewards = write_store(bad, EPISODES, task="gym/Toy-v0").rewards().copy()
+    rewards[3] = np.nan
+    zarr.open_array(bad / "labels/given/reward", mode="r+")[:] = rewards
+    with pytest.raises(CvlctlError, match=f"{bad}: labels/given/reward: NaN or infinity") as caught:
+        data.info(bad)
+    assert f"cvlctl data verify {bad}" in caught.value.hint
+    good, other = data.ls(root)
+    assert good["problem"] is None and other["problem"] == "labels/given/reward: NaN or infinity"
 
 
 def test_info_of_equal_returns_and_of_no_labels(tmp_path: Path) -> None:

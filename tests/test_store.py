@@ -772,6 +772,33 @@ def test_verify_checks_the_episode_table(
     assert any(p.startswith(name) and message in p for p in verify_store(written))
 
 
+@pytest.mark.parametrize(
+    ("name", "row", "value", "message"),
+    [
+        ("data/observation", 30, np.nan, "NaN or infinity"),
+        ("data/action", 30, -np.inf, "NaN or infinity"),
+        ("data/action", 30, -1.5, r"actions outside \[-1, 1\]"),
+        ("labels/given/reward", 30, np.inf, "NaN or infinity"),
+        ("meta/episode_ends", 3, 1, "episode 3 has fewer than 2 rows"),
+        ("meta/episode_ends", 0, 1, "episode 0 has fewer than 2 rows"),
+        ("meta/episode_ends", 11, 10**6, "the last episode ends at row 1000000 of"),
+        ("meta/task", 2, -1, "indices outside the 1 task names"),
+    ],
+)
+def test_values_that_would_garble_training_are_refused_when_read(
+    written: Path, name: str, row: int, value: float, message: str
+) -> None:
+    values = open_store(written)._array(name).copy()
+    values[row] = value
+    replace_array(written, name, values)
+    store = open_store(written)
+    with pytest.raises(CvlctlError, match=f"{written}: {name}: {message}") as caught:
+        list(store.episodes())
+    assert f"cvlctl data verify {written}" in caught.value.hint
+    if not name.startswith("labels/"):
+        assert store.rewards().shape == (store._rows,)  # the others can still be read
+
+
 def test_verify_checks_shapes_counts_and_lost_labels(written: Path) -> None:
     keep = (written / "zarr.json").read_text()
     edit_root(written, counts={**open_store(written).attributes["counts"], "transitions": 5})

@@ -201,6 +201,26 @@ def test_pretraining_never_opens_a_label(store: Path, tmp_path: Path) -> None:
         run("cvl", bare, tmp_path / "cvl")
 
 
+def test_bad_data_are_named_before_training(store: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import zarr
+
+    bad = tmp_path / "bad.zarr"
+    shutil.copytree(store, bad)
+    zarr.open_array(bad / "data/observation", mode="r+")[7] = np.nan
+    for name in ("occupancy", "bc"):
+        with pytest.raises(CvlctlError, match=f"{bad}: data/observation: NaN or infinity"):
+            run(name, bad, tmp_path / name)
+
+
+def test_a_named_label_must_exist_even_if_it_is_not_read(store: Path, tmp_path: Path) -> None:
+    text = "steps: 1, algorithm: {name: bc, hidden: [32]}"
+    with pytest.raises(CvlctlError, match=f"{store}: no label 'fo' .*\n.*given/reward"):
+        finetune(load("finetune", store, tmp_path / "run", text, f"stores=[{{path: '{store}', rewards: fo}}]"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_seed_k_starts_from_seed_k(store: Path, tmp_path: Path) -> None:
     run("occupancy", store, tmp_path / "pre", "seeds=[0,1,2]")
     text = f"steps: 5, init_from: '{tmp_path / 'pre'}', algorithm: {{name: cvl, hidden: [32], mode: frozen}}"

@@ -150,7 +150,7 @@ def _row(path: Path) -> dict[str, Any]:
         if store.has_label(label, "success"):
             row["success_fraction"] = float(_episodes_solved(store, label).mean())
     except CvlctlError as error:  # one broken store must not hide the others
-        row["problem"] = error.what
+        row["problem"] = error.what.removeprefix(f"{path}: ")
     return row
 
 

@@ -26,6 +26,8 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     uses = recipe.stores if algorithm == "cvl" else None
     inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
     for use, store in zip(recipe.stores, stores, strict=True):
+        if use.rewards != "none" and (uses or use.rewards != "given"):  # one that is named must be there
+            store.require_label(use.rewards)
         if uses and use.rewards != "none":
             inputs[f"{use.path}:{use.rewards}"] = store.label_digest(use.rewards)
     examples = None
