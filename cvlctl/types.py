@@ -90,7 +90,8 @@ class Episode:
 
 def _floats(name: str, value: object) -> np.ndarray:
     try:
-        array = np.asarray(value, dtype=np.float32)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and said below
+            array = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise CvlctlError(f"an episode's {name} are not numbers: {error}") from error
     if not np.isfinite(array).all():

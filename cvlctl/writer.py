@@ -50,6 +50,9 @@ def write_store(
         label: name under which rewards and successes are kept.
         force: replace a store that is already there, once the new one is complete.
     """
+    if not isinstance(episodes, Iterable):
+        what = f"episodes is of type {type(episodes).__name__}, not a list or another iterable of episodes"
+        raise CvlctlError(what, "a single episode goes into a list: [episode]")
     writer = StoreWriter(
         path, task=task, horizon=horizon, provenance=provenance, label=label, force=force, resume=False
     )
@@ -89,6 +92,8 @@ class StoreWriter:
         self._label_arrays = [f"labels/{label}/{array}" for array in store.LABEL_ARRAYS]
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", label):
             raise CvlctlError(f"label {label!r} is not a plain name", "use letters, digits, '_', '-' and '.'")
+        if not isinstance(task, str) or not task.strip():
+            raise CvlctlError(f"task {task!r} is not the name of a task", "give a name such as metaworld/reach-v3")
         given = _jsonable("provenance", provenance or {})
         recipe = store.json_digest(given.get("recipe"))
         created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -237,7 +242,7 @@ class StoreWriter:
     def _refuse_existing(self) -> None:
         if self.path.exists():
             if not self._force:
-                hint = "choose another path, or --force to replace it when the new one is done"
+                hint = "choose another path; --force (in Python, force=True) replaces it when the new one is done"
                 raise CvlctlError(f"{self.path} exists", hint)
             store.read_attributes(self.path)  # --force replaces stores, never a folder of something else
 
@@ -259,7 +264,10 @@ class StoreWriter:
                 entry.unlink()
 
     def _read_tail(self, resume: bool) -> None:
-        tail, hint = self.partial / "tail.npz", f"delete {self.partial}, or use --force to discard it"
+        tail, hint = (
+            self.partial / "tail.npz",
+            f"delete {self.partial}, or discard it by --force (in Python, force=True)",
+        )
         try:
             with np.load(tail, allow_pickle=False) as file:
                 rows = {name: file[name] for name in file.files}

@@ -424,7 +424,7 @@ def test_existing_store_needs_force_and_stays_until_the_new_one_is_complete(writ
     before = open_store(written).digest()
     with pytest.raises(CvlctlError, match="exists") as caught:
         write_store(written, many(3), task="toy")
-    assert "--force" in caught.value.hint
+    assert "--force" in caught.value.hint and "force=True" in caught.value.hint
 
     def watched() -> Iterator[Episode]:
         for item in many(3):
@@ -487,6 +487,18 @@ def test_no_episodes_is_an_error(tmp_path: Path) -> None:
 def test_episodes_must_agree(tmp_path: Path, second: Episode, message: str) -> None:
     with pytest.raises(CvlctlError, match=message):
         write_store(tmp_path / "a.zarr", [episode(0), second], task="toy", horizon=20)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_users_hand_over_by_mistake(tmp_path: Path) -> None:
+    with pytest.raises(CvlctlError, match=r"episodes is of type Episode, not a list.*\n.*\[episode\]"):
+        write_store(tmp_path / "a.zarr", episode(0), task="toy")  # type: ignore[arg-type]
+    for task in ("", "  ", None):
+        with pytest.raises(CvlctlError, match="is not the name of a task"):
+            write_store(tmp_path / "a.zarr", many(1), task=task)  # type: ignore[arg-type]
+    with pytest.raises(CvlctlError, match="rewards hold NaN or infinity"):
+        Episode(np.zeros((2, 3)), np.zeros((1, 2)), np.array([1e300]))
     assert list(tmp_path.iterdir()) == []
 
 
