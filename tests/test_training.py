@@ -266,13 +266,35 @@ def test_success_examples_by_rule(store: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", found)
     again = train.success_examples(recipes.SuccessExamples(file=tmp_path / "x.npy"), spec)
     assert np.array_equal(np.sort(again, 0), np.sort(found, 0))
-    for bad in (np.zeros((3, 5)), np.full((3, 4), np.nan), np.zeros((0, 4))):
-        np.save(tmp_path / "bad.npy", bad)
-        with pytest.raises(CvlctlError):
-            train.success_examples(recipes.SuccessExamples(file=tmp_path / "bad.npy"), spec)
-    (tmp_path / "bad.npy").write_bytes(b"\x80\x04K\x01.")  # a pickle
-    with pytest.raises(CvlctlError, match=r"bad\.npy"):
-        train.success_examples(recipes.SuccessExamples(file=tmp_path / "bad.npy"), spec)
+
+
+BAD_EXAMPLES = {
+    r"has shape \(0, 4\)": np.zeros((0, 4)),
+    r"the examples have shape \(3, 5\); expected \(X, 4\)": np.zeros((3, 5)),
+    "NaN or infinity in 1 of 3 examples, first in 2": np.diag([1, 1, np.nan, 1])[:3, :],
+    "NaN or infinity in 3 of 3": np.full((3, 4), 1e300),
+    "holds complex128, not real numbers": np.zeros((3, 4), complex),
+    "holds <U1, not real numbers": np.full((3, 4), "1"),
+    "cannot be read: .*allow_pickle": np.full((3, 4), None),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("message", BAD_EXAMPLES)
+def test_bad_success_examples_are_named(message: str, store: Path, tmp_path: Path) -> None:
+    spec, source = cvlctl.open_store(store).spec, recipes.SuccessExamples(file=tmp_path / "bad.npy")
+    np.save(tmp_path / "bad.npy", BAD_EXAMPLES[message])
+    with pytest.raises(CvlctlError, match=rf"success_examples\.file: .*/bad\.npy: {message}"):
+        train.success_examples(source, spec)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"PK\x03\x04" + b"x" * 50, None])
+def test_files_that_hold_no_success_examples(content: bytes | None, store: Path, tmp_path: Path) -> None:
+    spec, source = cvlctl.open_store(store).spec, recipes.SuccessExamples(file=tmp_path / "bad.npz")
+    if content is not None:
+        (tmp_path / "bad.npz").write_bytes(content)
+    with pytest.raises(CvlctlError, match=r"no file at .*bad\.npz" if content is None else r"bad\.npz: cannot be read"):
+        train.success_examples(source, spec)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"garbage" * 100, None])
@@ -346,9 +368,25 @@ def test_a_critic_loads_from_a_run_a_step_or_a_file(store: Path, tmp_path: Path)
         cvlctl.load_critic(out, 5)
 
 
-def test_divergence_is_an_error_and_not_a_score(store: Path, tmp_path: Path) -> None:
-    with pytest.raises(CvlctlError, match="diverged"):
-        pretrain(load("pretrain", store, tmp_path / "run", f"steps: 300, critic: {CRITIC[:-1]}, learning_rate: 1e18}}"))
+@pytest.mark.parametrize(
+    ("seconds", "left"),
+    [
+        ("60", "no checkpoint was saved before"),
+        ("1e-9", r"the last checkpoint .*last.safetensors\) has diverged too"),
+    ],
+)
+def test_divergence_is_an_error_and_not_a_score(seconds: str, left: str, store: Path, tmp_path: Path) -> None:
+    text = f"steps: 300, critic: {CRITIC[:-1]}, learning_rate: 1e18}}, checkpoint_seconds: {seconds}"
+    recipe = load("pretrain", store, tmp_path / "run", text)
+    with pytest.raises(CvlctlError, match=f"diverged.*\n.*{left}"):
+        pretrain(recipe)
+
+
+def test_divergence_after_a_sound_checkpoint_says_so(store: Path, tmp_path: Path) -> None:
+    run("bc", store, tmp_path / "run", "steps=3")
+    last = tmp_path / "run" / "checkpoints" / "last.safetensors"
+    with pytest.raises(CvlctlError, match="the last checkpoint, of step 3, is sound"):
+        train._check_finite({"loss": [np.nan]}, 10, last)
 
 
 def test_auto_decides_by_length_and_by_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def join(stores: Sequence[Store], uses: Sequence[StoreUse] | None, examples: np.
 def success_examples(source: SuccessExamples, spec: Spec) -> np.ndarray:
     """Success examples (X, O), by rule from a store or from a file; a seeded choice of at most `num`."""
     if source.file is not None:
-        found = _examples_file(source.file)
+        found, where = _examples_file(source.file), f"success_examples.file: {source.file}"
     else:
         assert source.from_ is not None
         store = open_store(source.from_)
@@ -100,25 +100,32 @@ def success_examples(source: SuccessExamples, spec: Spec) -> np.ndarray:
                     f"{source.from_}: no step is labelled a success",
                     "take rule: last, or examples from another store or file",
                 )
-        found = observations[rows]
+        found, where = observations[rows], f"success_examples.from: {source.from_}"
     if found.shape[1:] != tuple(spec.observation_shape):
-        raise CvlctlError(f"success examples have shape {found.shape}; expected (X, {spec.observation_shape[0]})")
+        what = f"{where}: the examples have shape {found.shape}; expected (X, {spec.observation_shape[0]})"
+        raise CvlctlError(what, "take examples from the robot and task that the stores are of")
     keep = np.sort(np.random.default_rng(0).permutation(len(found))[: source.num])
     return np.ascontiguousarray(found[keep], dtype=np.float32)
 
 
 def _examples_file(path: Path) -> np.ndarray:
+    key, hint = f"success_examples.file: {path}", "give a .npy of shape (X, O), or a .npz with `observations`"
+    if not path.is_file():
+        raise CvlctlError(f"success_examples.file: no file at {path}", "check the path")
     try:
         loaded = np.load(path, allow_pickle=False)
-        array = loaded if isinstance(loaded, np.ndarray) else loaded["observations"]
-        array = np.asarray(array, dtype=np.float32)
-    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
-        raise CvlctlError(
-            f"{path}: cannot read success examples: {error}",
-            "give a .npy of shape (X, O), or a .npz with `observations`",
-        ) from error
-    if array.ndim != 2 or len(array) == 0 or not np.isfinite(array).all():
-        raise CvlctlError(f"{path}: success examples must be finite and of shape (X, O), X >= 1; got {array.shape}")
+        found = np.asarray(loaded if isinstance(loaded, np.ndarray) else loaded["observations"])
+    except Exception as error:  # zip, zlib and numpy each have their own
+        raise CvlctlError(f"{key}: cannot be read: {error}", hint) from error
+    if found.dtype.kind not in "fiub":
+        raise CvlctlError(f"{key}: holds {found.dtype}, not real numbers", hint)
+    if found.ndim != 2 or len(found) == 0:
+        raise CvlctlError(f"{key}: has shape {found.shape}; expected (X, O) with X >= 1", hint)
+    with np.errstate(over="ignore"):  # what does not fit is infinite, and said below
+        array = found.astype(np.float32)
+    bad = np.flatnonzero(~np.isfinite(array).all(1))
+    if len(bad):
+        raise CvlctlError(f"{key}: NaN or infinity in {len(bad)} of {len(array)} examples, first in {bad[0]}")
     return array
 
 
@@ -230,7 +237,7 @@ def _loop(
             done = step + 1
             if done % recipe.log_every_steps == 0 or done == recipe.steps:
                 values = {name: value.tolist() for name, value in metrics.items()}
-                _check_finite(values, done)
+                _check_finite(values, done, run.last)
                 run.log(done, values)
                 text = " ".join(f"{k.split('/')[-1]} {np.mean(v):.3g}" for k, v in list(values.items())[:3])
             progress.update(done, text)
@@ -258,13 +265,20 @@ def batches(
             yield step, (Indices(*(x[i] for x in indices)), {name: value[i] for name, value in noise.items()})
 
 
-def _check_finite(values: dict[str, list[float]], step: int) -> None:
+def _check_finite(values: dict[str, list[float]], step: int, last: Path) -> None:
     for name, value in values.items():
         if not np.isfinite(value).all():
-            raise CvlctlError(
-                f"training diverged: {name} is {value} at step {step}",
-                "lower learning_rate, use layer_norm or unit features; the last checkpoint is sound",
-            )
+            what = f"training diverged: {name} is {value} at step {step}"
+            raise CvlctlError(what, f"lower learning_rate, use layer_norm or unit features; {_what_is_left(last)}")
+
+
+def _what_is_left(last: Path) -> str:
+    if not last.exists():
+        return "no checkpoint was saved before"
+    try:
+        return f"the last checkpoint, of step {checkpoints.load(last)[1]['step']}, is sound"
+    except CvlctlError:  # losses are looked at every log_every_steps: one may be saved in between
+        return f"the last checkpoint ({last}) has diverged too"
 
 
 @contextmanager
