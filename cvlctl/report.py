@@ -98,7 +98,9 @@ def _cell(record: Record, key: str) -> str:
     shown = [round(100 * x if percent else x, digits) + 0.0 for x in (value, low, high) if x is not None]  # no -0
     text, *interval = (f"{x:.{digits}f}" for x in shown)
     text += "%" * percent
-    if interval:
+    if interval and not (
+        key == "probability_of_improvement" and interval[0] == interval[1]
+    ):  # nothing left to resample
         return f"{text} [{', '.join(interval)}]"
     return f"{text} (1 run)" if 1 in (record.get("runs"), record.get("baseline_runs")) else text
 
@@ -117,12 +119,22 @@ def _notes(records: Sequence[Record]) -> list[str]:
     if "seed" in records[0]:
         return [f"{level} over one policy's episodes (Wilson's for success); it says nothing of other seeds"]
     runs = [record[key] for record in records for key in ("runs", "baseline_runs") if key in record]
-    seeds = "bootstrap over seeds; each run's last checkpoint"
+    seeds = "bootstrap over seeds, which all meet the same starts; each run's last checkpoint"
     notes = [f"{level}, {seeds}" if max(runs, default=2) > 1 else "one seed: no intervals"]
     if any(1 < num < 5 for num in runs):
         notes.append("fewer than five seeds: the intervals are narrower than the truth")
+    notes += dict.fromkeys(_reference(r) for r in records if r.get("reference_min") is not None)
     notes += [f"{r['algorithm']} on {r['task']}: seeds end at unequal steps" for r in records if r.get("uneven_steps")]
     return notes + [f"{r['algorithm']}: too few runs on {', '.join(r['missing'])}" for r in records if r.get("missing")]
+
+
+def _reference(record: Record) -> str:
+    """What 0 and 100 of the normalised score are: a table without its floor can hide that random actions do as well."""
+    low, high = f"{record['reference_min']:.0f}", f"{record['reference_max']:.0f}"
+    if record["random_success"] is not None and record["scripted_success"] is not None:
+        low += f" (random actions, {record['random_success']:.0%} success)"
+        high += f" (scripted expert, {record['scripted_success']:.0%})"
+    return f"{record['task'].rsplit('/', 1)[-1]}: normalised 0 is return {low}, 100 is {high}"
 
 
 def _short_names(tasks: Sequence[str]) -> dict[str, str]:

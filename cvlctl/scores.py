@@ -221,6 +221,7 @@ def score_table(
 
     Keys: task, algorithm, runs, episodes, step (the least of the runs' last steps), uneven_steps; for each metric the
     estimates <metric>_mean, <metric>_<aggregate>, and the list <metric>_runs: all None where the task lacks the metric.
+    What the task's reference policies score stands beside: reference_min, _max, random_success, scripted_success.
     """
     records, names = [], dict.fromkeys(["mean", *aggregates])
     for (task, algorithm), runs in _final(rows).items():
@@ -231,6 +232,9 @@ def score_table(
             scores = _scores(runs.values(), metric, (references or {}).get(task))
             record |= _estimates(_aggregates(names, metric, f"{metric}_"), *scores, **confidence)
             record[f"{metric}_runs"] = scores[0][:, 0].tolist() if scores else None
+        reference = (references or {}).get(task) or {}
+        record |= {"reference_min": reference.get("min"), "reference_max": reference.get("max")}
+        record |= {key: reference.get(key) for key in ("random_success", "scripted_success")}
         records.append(record)
     return records
 

@@ -65,7 +65,8 @@ def test_rich_table_fits_a_hundred_columns_uncut() -> None:
     for r in records:  # every score on one line, with its interval
         cell = f"{r['return_mean']:.0f} [{r['return_mean_low']:.0f}, {r['return_mean_high']:.0f}]"
         assert sum(cell in line for line in lines) == 1
-    assert text.count("drawer-close-v3") == 1  # a task's name once, without its family
+    table = text.split("in brackets")[0]
+    assert table.count("drawer-close-v3") == 1  # a task's name once, without its family
     assert "95% interval" in text and "fewer than five seeds" in text
 
 
@@ -142,6 +143,15 @@ def test_every_kind_of_record_has_a_table() -> None:
     assert "IQM" in aggregate and "optimality gap" in aggregate and "normalised" in aggregate
     against = rendered(scores.pairwise(data))
     assert "P(better)" in against and "difference" in against and max(map(len, against.splitlines())) <= 100
+
+
+def test_references_stand_under_the_table() -> None:
+    """A table without its floor can hide that random actions do as well."""
+    known = {TASKS[0]: {"min": 1416.0, "max": 4249.0, "random_success": 0.42, "scripted_success": 1.0}}
+    text = rendered(scores.score_table(rows(), references=known))
+    floor = "normalised 0 is return 1416 (random actions, 42% success), 100 is 4249 (scripted expert, 100%)"
+    assert floor in " ".join(text.split())
+    assert "normalised 0" not in rendered(scores.score_table(rows()))
 
 
 def test_csv_holds_everything() -> None:
