@@ -25,7 +25,8 @@ from cvlctl.workers import share_out
 
 EVALUATION_SEED = 1_000_003  # environment seed = this + seed: apart from the seeds 0, 1, ... of collection and training
 
-Progress = Callable[[int, int], None]  # (episodes done, episodes in all)
+Progress = Callable[[int, int, EpisodeResult], None]  # (episodes done, episodes in all, the one just done)
+Episodes = int | Sequence[Sequence[int]]  # how many of each job, or for each job the numbers of those wanted
 Outcome = tuple[float, bool | None]  # return and success; None where the task has no notion of it
 
 
@@ -89,16 +90,18 @@ def _roll(env: Env, act: Act, episode: int) -> tuple[list, list, list, list, boo
 def run_episodes(
     jobs: Sequence[PolicyJob],
     *,
-    episodes: int,
+    episodes: Episodes,
     seed: int = 0,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[EpisodeResult]:
     """`episodes` greedy episodes of each job: rows in the order of (job, episode), the same for any number of workers.
 
-    Every job of a task meets the same episodes: those of environment seed EVALUATION_SEED + `seed`.
+    Every job of a task meets the same episodes: those of environment seed EVALUATION_SEED + `seed`. An episode depends
+    on nothing but its number, and not on which others are played.
 
     Args:
+        episodes: how many of each job, from number 0 on; or for each job the numbers of those wanted.
         workers: processes; None: one for each CPU that this process may use; 0 or 1: none, all in this process.
         progress: called in this process after every finished episode.
 
@@ -107,7 +110,8 @@ def run_episodes(
     """
     # by task: a worker keeps few environments, and building one takes longer than an episode
     order = sorted(range(len(jobs)), key=lambda index: (jobs[index].task, index))
-    items = [(index, episode) for index in order for episode in range(episodes)]
+    numbers = _numbers(jobs, episodes)
+    items = [(index, episode) for index in order for episode in numbers[index]]
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers, len(items))
@@ -116,8 +120,12 @@ def run_episodes(
         for place, row in answers:
             rows[items[place]] = row
             if progress:
-                progress(len(rows), len(items))
+                progress(len(rows), len(items), row)
     return [rows[item] for item in sorted(rows)]
+
+
+def _numbers(jobs: Sequence[PolicyJob], episodes: Episodes) -> Sequence[Sequence[int]]:
+    return [range(episodes)] * len(jobs) if isinstance(episodes, int) else episodes
 
 
 def _answers(
@@ -177,7 +185,7 @@ def _row(job: PolicyJob, episode: int, total: float, length: int, successes: Ite
 def run_lockstep(
     jobs: Sequence[PolicyJob],
     *,
-    episodes: int,
+    episodes: Episodes,
     seed: int = 0,
     device: str = "cuda",
     num_envs: int = 32,
@@ -186,6 +194,7 @@ def run_lockstep(
     """The rows of `run_episodes`, from one process: about `num_envs` environments step together, and the policies of
     all jobs answer in one batched product on `device`. For a GPU beside few CPU cores, or many large policies."""
     policies = [load_policy(job.checkpoint, job.seed) for job in jobs]
+    numbers = _numbers(jobs, episodes)
     groups: dict[Any, list[int]] = {}
     for index, (job, policy) in enumerate(zip(jobs, policies, strict=True)):
         groups.setdefault((job.task, tuple(weight.shape for weight, _ in policy.layers)), []).append(index)
@@ -193,24 +202,29 @@ def run_lockstep(
     for (task, _), indices in groups.items():
         envs: list[Env] = []
         for part in (indices[start : start + num_envs] for start in range(0, len(indices), num_envs)):
-            each = max(1, min(episodes, num_envs // len(part)))
+            each = max(1, min(max(len(numbers[index]) for index in part), num_envs // len(part)))
             envs += [make(task, EVALUATION_SEED + seed) for _ in range(each * len(part) - len(envs))]
             for index in part:
                 check_fit(jobs[index].checkpoint, policies[index], envs[0])
             act = _stacked([policies[index] for index in part], device)
-            for place, row in _lockstep([jobs[index] for index in part], act, envs, each, episodes):
+            some, theirs = [jobs[index] for index in part], [numbers[index] for index in part]
+            for place, row in _lockstep(some, act, envs, each, theirs):
                 rows[part[place], row.episode] = row
                 if progress:
-                    progress(len(rows), len(jobs) * episodes)
+                    progress(len(rows), sum(map(len, numbers)), row)
     return [rows[item] for item in sorted(rows)]
 
 
 def _lockstep(
-    jobs: Sequence[PolicyJob], act: Callable[[np.ndarray], np.ndarray], envs: Sequence[Env], each: int, episodes: int
+    jobs: Sequence[PolicyJob],
+    act: Callable[[np.ndarray], np.ndarray],
+    envs: Sequence[Env],
+    each: int,
+    numbers: Sequence[Sequence[int]],
 ) -> Iterator[tuple[int, EpisodeResult]]:
     """(place in `jobs`, row) of every episode as it ends; slot (j, i) is the i-th of `each` environments of job j."""
     observations = np.zeros((len(jobs), each, *envs[0].spec.observation_shape), dtype=np.float32)
-    waiting = [iter(range(episodes)) for _ in jobs]
+    waiting = [iter(wanted) for wanted in numbers]
     running: dict[tuple[int, ...], tuple[int, list[float], list[bool | None]]] = {}
 
     def begin(slot: tuple[int, ...]) -> None:

@@ -124,25 +124,67 @@ def test_only_what_is_missing_or_new_runs(tmp_path: Path, runs: Path, played: li
     assert [row.episode_return for row in second[:4]] != [row.episode_return for row in first[:4]]
 
 
+@pytest.mark.parametrize("every", [1e9, 0.0])
 def test_an_interrupted_evaluation_goes_on(
-    tmp_path: Path, runs: Path, played: list[Any], monkeypatch: pytest.MonkeyPatch
+    every: float, tmp_path: Path, runs: Path, played: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ctrl-C loses no episode that was over, and a kill only those since the last save."""
     whole = scores.read_rows(evaluate(recipe(tmp_path, out=tmp_path / "whole"))["rows"])
-    monkeypatch.setattr(module, "SAVE_EVERY", 2 * EPISODES)
-    go_on = module.run_episodes
+    play = module.run_episodes
+    lines: list[int] = []
 
-    def stop_at_cvl(jobs: list[PolicyJob], **options: Any) -> list[EpisodeResult]:
-        if jobs[0].algorithm == "cvl":
-            raise KeyboardInterrupt
-        return go_on(jobs, **options)
+    def interrupted(jobs: list[PolicyJob], *, progress: Any, **options: Any) -> list[EpisodeResult]:
+        def third(done: int, total: int, row: EpisodeResult) -> None:
+            progress(done, total, row)
+            lines.append(len(scores.read_rows(tmp_path / "out" / "rows.jsonl")))
+            if done == 3:
+                raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "run_episodes", stop_at_cvl)
+        return play(jobs, progress=third, **options)
+
+    monkeypatch.setattr(module, "run_episodes", interrupted)
+    monkeypatch.setattr(module, "SAVE_SECONDS", every)
     with pytest.raises(KeyboardInterrupt):
         evaluate(recipe(tmp_path))
-    monkeypatch.setattr(module, "run_episodes", go_on)
+    assert lines == ([1, 2, 3] if every == 0.0 else [0, 0, 0])
+    assert scores.read_rows(tmp_path / "out" / "rows.jsonl") == whole[:3]
+    monkeypatch.setattr(module, "run_episodes", play)
     played.clear()
     assert scores.read_rows(evaluate(recipe(tmp_path))["rows"]) == whole
-    assert {name for name, _, _ in played} == {"cvl"}
+    assert played == [("bc", 1, 30), ("cvl", 0, 30), ("cvl", 1, 30)]
+
+
+def test_a_damaged_line_is_one_episode_to_run_again(
+    tmp_path: Path, runs: Path, played: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(evaluate(recipe(tmp_path))["rows"])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    (tmp_path / "out" / "table.json").unlink()
+    played.clear()
+    evaluate(recipe(tmp_path))
+    assert path.read_bytes() == whole
+    assert played == [("cvl", 1, 30)]
+    assert "rows.jsonl: 1 damaged line dropped" in capsys.readouterr().err
+
+
+def test_more_episodes_run_only_those_that_are_missing(
+    tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate(recipe(tmp_path))
+    play = module.run_episodes
+    seen: list[Any] = []
+
+    def run_episodes(jobs: list[PolicyJob], *, episodes: Any, **options: Any) -> list[EpisodeResult]:
+        seen.append(episodes)
+        return play(jobs, episodes=episodes, **options)
+
+    monkeypatch.setattr(module, "run_episodes", run_episodes)
+    result = evaluate(recipe(tmp_path, episodes=3))
+    assert seen == [[[2]] * 4]
+    assert result["status"] == "evaluated"
+    fresh = evaluate(recipe(tmp_path, episodes=3, out=tmp_path / "fresh"))
+    assert scores.read_rows(result["rows"]) == scores.read_rows(fresh["rows"])
 
 
 def test_another_recipe_for_the_same_out_needs_force(tmp_path: Path, runs: Path) -> None:

@@ -21,6 +21,7 @@ from cvlctl.envs import make, scripted_policy
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import NumpyPolicy, RandomPolicy, load_policy
 from cvlctl.rollout import EVALUATION_SEED, PolicyJob, collect_episode, run_episodes, run_lockstep
+from cvlctl.types import EpisodeResult
 
 SHAPES = {
     "gym/Pendulum-v1": (3, 1, 200),
@@ -82,7 +83,7 @@ def test_rows_do_not_depend_on_workers_and_come_in_order(tmp_path: Path) -> None
     jobs = [*jobs_of(pendulum), PolicyJob("x", "gym/MountainCarContinuous-v0", 1, 9, car), jobs_of(pendulum)[0]]
     progress: list[tuple[int, int]] = []
     alone = run_episodes(jobs, episodes=3, seed=1, workers=0)
-    shared = run_episodes(jobs, episodes=3, seed=1, workers=3, progress=lambda *at: progress.append(at))
+    shared = run_episodes(jobs, episodes=3, seed=1, workers=3, progress=lambda *at: progress.append(at[:2]))
     assert shared == alone
     assert [(row.algorithm, row.seed, row.episode) for row in alone] == [
         *(("bc", seed, k) for seed in (0, 1) for k in range(3)),
@@ -93,6 +94,8 @@ def test_rows_do_not_depend_on_workers_and_come_in_order(tmp_path: Path) -> None
     assert progress == [(k, 12) for k in range(1, 13)]
     assert run_episodes(jobs[:1], episodes=3, seed=2, workers=0) != alone[:3]
     assert run_episodes([], episodes=3, workers=2) == []
+    some = run_episodes(jobs, episodes=[[2], [], [1, 0], [1]], seed=1, workers=2)
+    assert some == [alone[2], alone[6], alone[7], alone[10]]
 
 
 def test_workers_never_import_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +139,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
 
 
 def test_an_interrupt_ends_the_workers(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(done: int, total: int, row: EpisodeResult) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -151,7 +154,7 @@ def test_a_worker_that_dies_is_told(tmp_path: Path, started: list[subprocess.Pop
             jobs_of(checkpoint(tmp_path / "a.safetensors")),
             episodes=500,
             workers=2,
-            progress=lambda done, total: started[0].kill(),
+            progress=lambda done, total, row: started[0].kill(),
         )
     assert all(process.returncode is not None for process in started)
 
@@ -163,7 +166,7 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> N
     script = (
         "from cvlctl.rollout import *\n"
         f"job = PolicyJob('bc', 'gym/Pendulum-v1', 0, 7, {str(path)!r})\n"
-        "run_episodes([job], episodes=100_000, workers=2, progress=lambda done, total: print(done, flush=True))\n"
+        "run_episodes([job], episodes=100_000, workers=2, progress=lambda done, total, row: print(done, flush=True))\n"
     )
     # unguarded top-level code: what multiprocessing's spawn would trip over
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -236,9 +239,16 @@ def lockstep_agrees(tmp_path: Path, device: str) -> None:
     expected = run_episodes(jobs, episodes=3, seed=1, workers=0)
     for num_envs in (2, 12):
         rows = run_lockstep(
-            jobs, episodes=3, seed=1, device=device, num_envs=num_envs, progress=lambda *at: progress.append(at)
+            jobs, episodes=3, seed=1, device=device, num_envs=num_envs, progress=lambda *at: progress.append(at[:2])
         )
         assert progress.pop() == (15, 15)
+        some = run_lockstep(
+            jobs, episodes=[[2], [], [0, 1], [], []], seed=1, device=device, num_envs=num_envs,
+            progress=lambda *at: progress.append(at[:2]),
+        )  # fmt: skip
+        assert progress.pop() == (3, 3)
+        wanted_returns = [rows[at].episode_return for at in (2, 6, 7)]
+        assert [row.episode_return for row in some] == pytest.approx(wanted_returns, rel=1e-3)
         for row, wanted in zip(rows, expected, strict=True):
             assert (row.algorithm, row.task, row.seed, row.step, row.episode, row.length, row.success) == (
                 (wanted.algorithm, wanted.task, wanted.seed, wanted.step, wanted.episode, wanted.length, wanted.success)

@@ -4,14 +4,16 @@
     <out>/evaluation.json     the recipe, and which checkpoint (by its sha256) each row is of
     <out>/table.csv, table.md, table.json, scores.png, and curves.png with `checkpoints: all`
 
-Rows are saved every few hundred episodes, and reused wherever the checkpoint is still the same file: after an
-interruption, or when a glob finds another run, only what is missing runs.
+Rows are saved every half minute and at Ctrl-C, and reused wherever the checkpoint is still the same file: after an
+interruption, for more episodes, or when a glob finds another run, only what is missing runs.
 """
 
 from __future__ import annotations
 
+import json
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,8 @@ from cvlctl.errors import CvlctlError
 from cvlctl.files import entries, read_json, sha256, write_atomically, write_json
 from cvlctl.recipefile import nearest
 from cvlctl.recipes import EvaluateRecipe, resolved
-from cvlctl.rollout import PolicyJob, run_episodes, run_lockstep
+from cvlctl.rollout import Episodes, PolicyJob, run_episodes, run_lockstep
+from cvlctl.rollout import Progress as OnEpisode
 from cvlctl.runs import Progress, say
 from cvlctl.types import EpisodeResult
 from cvlctl.version import versions
@@ -31,12 +34,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FORMAT = 1
-SAVE_EVERY = 400  # episodes between two saves: starting workers anew costs seconds, losing this much a minute or two
+SAVE_SECONDS = 30.0  # between two saves: what a kill may cost
 TABLES = {"table": "scores", "aggregate": "over all tasks", "pairwise": "against the baseline", "runs": "single runs"}
 FILES = ("evaluation.json", "rows.jsonl", "table.csv", "table.md", "table.json", "scores.png", "curves.png")
 
 _RowKey = tuple[str, str, int, int]  # algorithm, task, seed, step
-_Rows = dict[tuple[str, str, int], list[EpisodeResult]]  # (sha256 of the checkpoint, task, seed) -> rows
+_Rows = dict[tuple[str, str, int], dict[int, EpisodeResult]]  # (sha256 of the checkpoint, task, seed) -> episodes
+_JobRows = dict[PolicyJob, dict[int, EpisodeResult]]
 
 
 def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
@@ -75,28 +79,51 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
             return {"status": "finished already", **paths, **saved}
 
     have = _reusable(recipe, before)
-    keys = {job: (digests[job.checkpoint], job.task, job.seed) for job in jobs}
-    rows = {job: have[keys[job]] for job in jobs if len(have.get(keys[job], ())) == recipe.episodes}
-    rows = {job: [replace(row, algorithm=job.algorithm) for row in done] for job, done in rows.items()}  # called anew
-    _save(recipe.out, record, jobs, rows, "started")  # rows first: what they are of was true of the old record too
-    missing = [job for job in jobs if job not in rows]
-    if before and rows and missing:
-        say(f"{recipe.out}: {len(rows)} of {len(jobs)} policies are evaluated already")
-    with Progress("evaluate", len(jobs) * recipe.episodes, "episodes", len(rows) * recipe.episodes) as progress:
-        player = _player(recipe)
-        for part in _parts(missing, recipe.episodes):
-            start = len(rows) * recipe.episodes
-            played = player(part, lambda done, _, start=start: progress.update(start + done))
-            for place, job in enumerate(part):
-                rows[job] = played[place * recipe.episodes : (place + 1) * recipe.episodes]
-            _save(recipe.out, record, jobs, rows, "started")
-    everything = [row for job in jobs for row in rows[job]]
+    rows: _JobRows = {}
+    for job in jobs:  # what it is called may have changed since, how many episodes are wanted too
+        known = have.get((digests[job.checkpoint], job.task, job.seed), {})
+        rows[job] = {
+            at: replace(row, algorithm=job.algorithm) for at, row in known.items() if at in range(recipe.episodes)
+        }
+    if before is None:
+        _write_record(recipe.out, record, "started")
+    _save(recipe.out, record, rows, "started")  # rows first: what they are of was true of the old record too
+    _play(recipe, record, rows)
+    everything = [row for job in jobs for _, row in sorted(rows[job].items())]
     tables = _tables(everything, recipe, baseline)
     plots = _write_tables(recipe, everything, tables)
     result = {"episodes": len(everything), "plots": plots, **tables}
     write_json(recipe.out / "table.json", result)
-    _save(recipe.out, record, jobs, rows, "finished")
+    _save(recipe.out, record, rows, "finished")
     return {"status": "evaluated", **paths, **result}
+
+
+def _play(recipe: EvaluateRecipe, record: dict[str, Any], rows: _JobRows) -> None:
+    """Run the episodes that `rows` lacks, into it; saved now and then, and however it ends."""
+    wanted = {job: [at for at in range(recipe.episodes) if at not in done] for job, done in rows.items()}
+    missing = {job: numbers for job, numbers in wanted.items() if numbers}
+    total, start = len(rows) * recipe.episodes, sum(map(len, rows.values()))
+    if not missing:
+        return
+    if start:
+        say(f"{recipe.out}: {start} of {total} episodes are evaluated already")
+    job_of: dict[_RowKey, PolicyJob] = {(job.algorithm, job.task, job.seed, job.step): job for job in rows}
+    saved = time.monotonic()
+
+    def keep(played: int, _: int, row: EpisodeResult) -> None:
+        nonlocal saved
+        rows[job_of[row.algorithm, row.task, row.seed, row.step]][row.episode] = row
+        progress.update(start + played)
+        if time.monotonic() - saved >= SAVE_SECONDS:
+            _save(recipe.out, record, rows, "started")
+            saved = time.monotonic()
+
+    with Progress("evaluate", total, "episodes", start) as progress:
+        player = _player(recipe)
+        try:
+            player(list(missing), list(missing.values()), keep)
+        finally:
+            _save(recipe.out, record, rows, "started")
 
 
 def _baseline(recipe: EvaluateRecipe, labels: dict[Path, str]) -> str:
@@ -111,7 +138,7 @@ def _open(recipe: EvaluateRecipe, force: bool) -> dict[str, Any] | None:
         return read_evaluation(recipe)
     if entries(recipe.out) and not (recipe.out / "evaluation.json").exists():
         raise _no_evaluation(recipe.out)
-    for name in FILES:  # and nothing that is not ours
+    for name in reversed(FILES):  # and nothing that is not ours; the record last, or a kill leaves files of nobody
         (recipe.out / name).unlink(missing_ok=True)
     return None
 
@@ -136,8 +163,12 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
         raise CvlctlError(f"{out}/evaluation.json is damaged", "choose another out, or --force to replace it")
     now = resolved(recipe)
     for name in ("runs", "checkpoints", "episodes", "seed"):
-        if before["recipe"].get(name) != now[name]:
-            what = f"{out} holds another evaluation: {name} was {before['recipe'].get(name)}, now {now[name]}"
+        then = before["recipe"].get(name)
+        more = (
+            name == "episodes" and isinstance(then, int) and then < now[name]
+        )  # those that are there stay what they are
+        if then != now[name] and not more:
+            what = f"{out} holds another evaluation: {name} was {then}, now {now[name]}"
             raise CvlctlError(what, "choose another out, or --force to replace it")
     return before
 
@@ -147,27 +178,38 @@ def _reusable(recipe: EvaluateRecipe, before: dict[str, Any] | None) -> _Rows:
     path = recipe.out / "rows.jsonl"
     if before is None or not path.is_file():
         return {}
-    by_key: dict[_RowKey, list[EpisodeResult]] = defaultdict(list)
-    for row in scores.read_rows(path):
-        by_key[row.algorithm, row.task, row.seed, row.step].append(row)
+    by_key: dict[_RowKey, dict[int, EpisodeResult]] = defaultdict(dict)
+    for row in _sound_rows(path):
+        by_key[row.algorithm, row.task, row.seed, row.step][row.episode] = row
     return {
         (job["sha256"], job["task"], job["seed"]): by_key[job["algorithm"], job["task"], job["seed"], job["step"]]
         for job in before["jobs"]
     }
 
 
-def _save(out: Path, record: dict[str, Any], jobs: Sequence[PolicyJob], rows: dict[Any, Any], status: str) -> None:
-    scores.write_rows(out / "rows.jsonl", [row for job in jobs if job in rows for row in rows[job]])
+def _sound_rows(path: Path) -> list[EpisodeResult]:
+    """The rows in a file, less damaged lines: their episodes can be played again."""
+    rows, broken = [], 0
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            rows += [EpisodeResult(**scores._checked(json.loads(line)))] if line.strip() else []
+        except (ValueError, TypeError, LookupError, RecursionError):
+            broken += 1
+    if broken:
+        say(f"{path}: {broken} damaged {'line' if broken == 1 else 'lines'} dropped; what they held runs again")
+    return rows
+
+
+def _save(out: Path, record: dict[str, Any], rows: _JobRows, status: str) -> None:
+    scores.write_rows(out / "rows.jsonl", [row for done in rows.values() for _, row in sorted(done.items())])
+    _write_record(out, record, status)
+
+
+def _write_record(out: Path, record: dict[str, Any], status: str) -> None:
     write_json(out / "evaluation.json", {**record, "status": status, "versions": versions()})
 
 
-def _parts(jobs: Sequence[PolicyJob], episodes: int) -> Iterator[Sequence[PolicyJob]]:
-    size = max(1, -(-SAVE_EVERY // episodes))
-    for start in range(0, len(jobs), size):
-        yield jobs[start : start + size]
-
-
-def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Callable[..., None]], list[EpisodeResult]]:
+def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Episodes, OnEpisode], list[EpisodeResult]]:
     device = recipe.device
     if device != "cpu":
         import torch
@@ -175,11 +217,14 @@ def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Callable[.
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise CvlctlError(f"device: {device}, but PyTorch sees no GPU", "use device: cpu")
         device = "cuda" if device == "auto" and torch.cuda.is_available() else device
-    common = {"episodes": recipe.episodes, "seed": recipe.seed}
     if device.startswith("cuda"):
-        return lambda jobs, progress: run_lockstep(jobs, device=device, progress=progress, **common)
+        return lambda jobs, episodes, progress: run_lockstep(
+            jobs, episodes=episodes, seed=recipe.seed, device=device, progress=progress
+        )
     workers = None if recipe.workers == "auto" else recipe.workers
-    return lambda jobs, progress: run_episodes(jobs, workers=workers, progress=progress, **common)
+    return lambda jobs, episodes, progress: run_episodes(
+        jobs, episodes=episodes, seed=recipe.seed, workers=workers, progress=progress
+    )
 
 
 def _tables(rows: list[EpisodeResult], recipe: EvaluateRecipe, baseline: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _state(job: Job) -> str:
             found = read_evaluation(job.recipe)
             if found is None:
                 return "to do"
-            before = found
+            before = found if found["recipe"]["episodes"] == job.recipe.episodes else {**found, "status": "started"}
         elif not (out / "run.json").exists():
             return "to do"
         else:
