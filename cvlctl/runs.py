@@ -178,12 +178,25 @@ class Progress:
     def __enter__(self) -> Progress:
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
+            from rich.table import Column
+            from rich.text import Text
 
+            class Rest(TextColumn):
+                """Text that gets the room that is left: cut short, never wrapped."""
+
+                def render(self, task: Task) -> Text:
+                    text = super().render(task)
+                    text.no_wrap, text.overflow = True, "ellipsis"
+                    return text
+
+            # on a narrow terminal the bar and the text shrink: count, rate and time left are what people look for
             self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(), TextColumn("{task.fields[text]}"), console=Console(stderr=True), transient=True,
+                TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                Rest("{task.fields[text]}", markup=False, table_column=Column()),
+                console=Console(stderr=True), transient=True,
             )  # fmt: skip
             self._bar.start()
             self._task = self._bar.add_task(self.what, total=self.total, completed=self.start, rate="", text="")
