@@ -217,7 +217,9 @@ def explain(
         return CvlctlError(f"{where}: {name + ': ' if name else ''}{message}", str(context.get("hint", "")))
     same = [other for other in faults if _data_key(data, other) == key]
     expected = " or ".join(dict.fromkeys(map(_expected, same)))
-    return CvlctlError(f"{where}: {name}: expected {expected}, given {shown(given)}")
+    alone = expected == "a list" and isinstance(given, str | int | float)
+    hint = f"for a list of one, write [{shown(given).strip(chr(39))}]" if alone else ""
+    return CvlctlError(f"{where}: {name}: expected {expected}, given {shown(given)}", hint)
 
 
 def nearest(name: object, legal: Sequence[str], what: str) -> str:

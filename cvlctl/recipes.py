@@ -76,7 +76,8 @@ Noise = Annotated[float, BeforeValidator(_not_bool), Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
 Out = Annotated[Path, AfterValidator(_own_place)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-Threads = Literal["auto"] | Count
+Steps = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=10**12)]
+Threads = Literal["auto"] | Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=1024)]
 Precision = Literal["auto", "float32", "medium"]
 Compile = Annotated[Literal["auto", "true", "false"], BeforeValidator(_bool_as_text)]
 
@@ -92,7 +93,7 @@ class SacSource(_Strict):
     """Soft actor-critic; its replay buffer is the dataset. `steps` are environment steps, with one update each."""
 
     name: Literal["sac"]
-    steps: Count
+    steps: Steps
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (256, 256)
     batch_size: Annotated[Count, Field(ge=2)] = 256
     learning_starts: Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] = 1000  # random actions until here
@@ -189,7 +190,7 @@ class SuccessExamples(_Strict):
 
 class _TrainRecipe(_Computed):
     stores: Annotated[tuple[StoreUse, ...], Field(min_length=1)]
-    steps: Count
+    steps: Steps
     seeds: Seeds = (0,)
     checkpoint_every_steps: Count | None = None  # numbered checkpoints are kept: learning curves; None: the last alone
     log_every_steps: Count = 100

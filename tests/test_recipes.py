@@ -139,6 +139,8 @@ WRONG = [
     ("threads=many", "threads: expected 'auto' or a whole number, given 'many'"),
     ("device=gpu", "device: expected auto, cpu, cuda or cuda:N, given 'gpu'"),
     ("precision=half", "precision: expected 'auto', 'float32' or 'medium', given 'half'"),
+    ("steps=1e13", "steps: expected a number of at most 1000000000000"),
+    ("threads=2000", "threads: expected 'auto' or a number of at most 1024"),
     ("stores=[]", "stores: expected a list of at least 1"),
     ("stores.0.fraction=0", "stores.0 cannot|stores.0.fraction cannot be set: stores.0 is 'a.zarr'"),
     ("stores.1.fraction=0", "stores.1.fraction: expected a number above 0"),
@@ -161,6 +163,12 @@ def test_a_wrong_override_is_called_the_command_lines(override: str, what: str, 
     error = error_of(write(tmp_path, FINETUNE), override)
     assert error.what.startswith("command line")
     assert re.search(what, error.what), error.what
+
+
+@pytest.mark.parametrize(("override", "hint"), [("seeds=3", "write [3]"), ("stores=a.zarr", "write [a.zarr]")])
+def test_one_value_for_a_list(override: str, hint: str, tmp_path: Path) -> None:
+    assert hint in error_of(write(tmp_path, FINETUNE), override).hint
+    assert error_of(write(tmp_path, FINETUNE), "seeds={a: 1}").hint == ""
 
 
 def test_a_wrong_value_in_the_file_is_on_its_line(tmp_path: Path) -> None:
