@@ -65,19 +65,21 @@ def read_rows(path: str | os.PathLike[str]) -> list[EpisodeResult]:
         raise CvlctlError(f"cannot read the rows in {path}: {error.strerror}", "evaluate first") from error
     for number, line in enumerate(lines, start=1):
         try:
-            rows += [EpisodeResult(**_checked(json.loads(line)))] if line.strip() else []
+            rows += [parse_row(line)] if line.strip() else []
         except (ValueError, TypeError, LookupError) as error:  # JSON's and UTF-8's errors are ValueErrors
             fault = f"no {error}" if isinstance(error, KeyError) else error
             raise CvlctlError(f"{path}, line {number}: not an evaluated episode ({fault})", "evaluate again") from error
     return rows
 
 
-def _checked(values: Any) -> Record:
+def parse_row(line: bytes) -> EpisodeResult:
+    """The row in one line of JSON; ValueError, TypeError or LookupError where it is none."""
+    values = json.loads(line)
     for name, kinds in _KINDS.items():
         value = values[name]
         if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
             raise ValueError(f"{name} is {value!r}")
-    return {name: values[name] for name in _KINDS}
+    return EpisodeResult(**{name: values[name] for name in _KINDS})
 
 
 def normalised(rows: Sequence[EpisodeResult], reference: Reference) -> np.ndarray | None:

@@ -10,7 +10,6 @@ interruption, for more episodes, or when a glob finds another run, only what is 
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -192,7 +191,7 @@ def _sound_rows(path: Path) -> list[EpisodeResult]:
     rows, broken = [], 0
     for line in path.read_bytes().split(b"\n"):
         try:
-            rows += [EpisodeResult(**scores._checked(json.loads(line)))] if line.strip() else []
+            rows += [scores.parse_row(line)] if line.strip() else []
         except (ValueError, TypeError, LookupError, RecursionError):
             broken += 1
     if broken:
