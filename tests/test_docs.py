@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,3 +43,11 @@ def test_every_command_is_documented_with_an_example_and_every_option_explained(
         assert command.help
         assert command.epilog.startswith(f"Example: {path}")
         assert all(parameter.help for parameter in command.params), path
+
+
+def test_links_lead_somewhere_and_nothing_is_left_to_fill_in() -> None:
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")]:
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)#]+)", text):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
+        assert not re.search(r"^[A-Z]{6,}$", text, re.M), f"{page}: a placeholder"
