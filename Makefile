@@ -33,6 +33,7 @@ test: install lint
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy cvlctl
 
 # The quickstart in small. Far too short for success: LAEO takes the last states of episodes as examples.
