@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -72,19 +72,28 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     return state
 
 
-def readout(config: Config, state: State, batch: OccupancyBatch) -> Callable[[Tensor], Tensor]:
-    """A function phi (E, N, latent) -> Q (E, N), from this step's bank of futures, in units of the reward's spread.
+Readout = Callable[[Tensor], Tensor]  # phi (E, N, latent) -> Q (E, N)
+
+
+def bank(config: Config, state: State, batch: OccupancyBatch) -> tuple[Tensor, Tensor]:
+    """psi (E, M, latent) of this step's bank of futures, and their rewards (E, M) in units of the reward's spread.
 
     Self-normalised, Q is centred: (Q - mean) / std, the same argmax. Eq. 11 as written is not centred.
     """
     rewards = batch.bank_reward / state["reward_std"]
     if config.normaliser == "self":
         rewards = (batch.bank_reward - state["reward_mean"]) / state["reward_std"]
-    psi = occupancy.bank_psi(config.critic, state, batch.bank_observation)
-    if config.readout == "exact":
-        read = occupancy_q.q_self_normalised if config.normaliser == "self" else occupancy_q.q_raw
-        return lambda phi: read(phi @ psi.mT, rewards)
+    return occupancy.bank_psi(config.critic, state, batch.bank_observation), rewards
 
+
+def exact_readout(config: Config, psi: Tensor, rewards: Tensor) -> Readout:
+    """Q over the bank itself (Eq. 11)."""
+    read = occupancy_q.q_self_normalised if config.normaliser == "self" else occupancy_q.q_raw
+    return lambda phi: read(phi @ psi.mT, rewards)
+
+
+def fourier_readout(config: Config, state: State, psi: Tensor, rewards: Tensor) -> Readout:
+    """Q by random Fourier features of the bank, averaged over steps where `xi_ema_rate` is below 1 (Eq. 12)."""
     frequencies, phases = state["fourier_frequencies"], state.get("fourier_phases")
     sums, log_factor = occupancy_q.fourier_sums(*occupancy_q.fourier_features(psi, frequencies, phases), rewards)
     if config.xi_ema_rate < 1:
@@ -105,7 +114,9 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     metrics: Metrics = {}
     if config.mode != "frozen":
         state, metrics = occupancy.step(config.critic, state, batch, noise)
-    q_of_phi = readout(config, state, batch)
+    psi, rewards = bank(config, state, batch)
+    exact = exact_readout(config, psi, rewards)
+    q_of_phi = exact if config.readout == "exact" else fourier_readout(config, state, psi, rewards)
 
     def q(observation: Tensor, action: Tensor) -> Tensor:
         return q_of_phi(occupancy.phi(config.critic, state, observation, action))
@@ -115,14 +126,13 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
         q_coefficient=1.0, bc_coefficient=config.bc_coefficient, learning_rate=config.learning_rate,
     )  # fmt: skip
     if config.readout == "fourier":
-        metrics["fourier_agreement"] = _agreement(config, state, batch, q_of_phi)
+        metrics["fourier_agreement"] = _agreement(config, state, batch, q_of_phi, exact)
     return state, metrics
 
 
-def _agreement(config: Config, state: State, batch: OccupancyBatch, q_of_phi: Callable[[Tensor], Tensor]) -> Tensor:
+def _agreement(config: Config, state: State, batch: OccupancyBatch, fourier: Readout, exact: Readout) -> Tensor:
     """Pearson correlation (E,) of the Fourier readout with the exact one on the first 256 pairs of the batch."""
     observation = networks.normalise(state, batch.observation[:, :256])
     phi = occupancy.phi(config.critic, state, observation, batch.action[:, :256]).detach()
-    fast, exact = q_of_phi(phi), readout(replace(config, readout="exact"), state, batch)(phi)
-    fast, exact = fast - fast.mean(dim=1, keepdim=True), exact - exact.mean(dim=1, keepdim=True)
-    return (fast * exact).sum(dim=1) / (fast.norm(dim=1) * exact.norm(dim=1) + 1e-12)
+    fast, slow = (q - q.mean(dim=1, keepdim=True) for q in (fourier(phi), exact(phi)))
+    return (fast * slow).sum(dim=1) / (fast.norm(dim=1) * slow.norm(dim=1) + 1e-12)
