@@ -23,7 +23,8 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     algorithm, config = recipe.algorithm.name, recipe.algorithm.config
     stores = train.open_stores(recipe.stores)
     spec = stores[0].spec
-    uses = recipe.stores if algorithm == "cvl" else None
+    needs = ALGORITHMS[algorithm].draws(config, spec, recipe.batch_size)
+    uses = recipe.stores if needs.bank else None
     inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
     for use, store in zip(recipe.stores, stores, strict=True):
         if use.rewards != "none" and (uses or use.rewards != "given"):  # one that is named must be there
@@ -31,7 +32,7 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
         if uses and use.rewards != "none":
             inputs[f"{use.path}:{use.rewards}"] = store.label_digest(use.rewards)
     examples = None
-    if recipe.success_examples is not None and algorithm == "laeo":
+    if recipe.success_examples is not None and needs.examples:
         examples = train.success_examples(recipe.success_examples, spec)
         source = recipe.success_examples.file or recipe.success_examples.from_
         inputs[f"examples:{source}"] = train.array_digest(examples)
