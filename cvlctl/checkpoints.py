@@ -12,16 +12,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from cvlctl.errors import CvlctlError
-from cvlctl.files import write_atomically
-
-FORMAT = 1
-KEY = "cvlctl"
+from cvlctl.files import CHECKPOINT_FORMAT, CHECKPOINT_KEY, write_atomically
 
 
 def save(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write `state` and `metadata` to `path`: a reader sees the old file or the new one, whole."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_atomically(path, to_bytes(tensors, metadata={KEY: json.dumps({"format": FORMAT, **metadata})}))
+    header = json.dumps({"format": CHECKPOINT_FORMAT, **metadata})
+    write_atomically(path, to_bytes(tensors, metadata={CHECKPOINT_KEY: header}))
 
 
 def load(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -49,8 +47,8 @@ def load(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, 
 
 def _parse(path: Path, header: dict[str, str]) -> dict[str, Any]:
     try:
-        metadata = json.loads(header[KEY])
-        if metadata["format"] > FORMAT:
+        metadata = json.loads(header[CHECKPOINT_KEY])
+        if metadata["format"] > CHECKPOINT_FORMAT:
             raise CvlctlError(f"{path}: written by a newer version (format {metadata['format']})", "upgrade cvlctl")
     except (KeyError, TypeError, ValueError) as error:
         raise CvlctlError(f"{path}: a safetensors file, but not a cvlctl checkpoint") from error

@@ -15,6 +15,8 @@ from typing import Any, TextIO
 
 from cvlctl.errors import CvlctlError
 
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_KEY = "cvlctl"  # of the JSON in a safetensors header
 _SPACE = "free some space and run the same command again: nothing that was flushed is lost"
 _PERMISSION = "choose another place, or change its permissions"
 HINTS = {

@@ -18,10 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cvlctl.errors import CvlctlError
-from cvlctl.files import checkpoint_file
+from cvlctl.files import CHECKPOINT_FORMAT, CHECKPOINT_KEY, checkpoint_file
 from cvlctl.types import Spec
-
-FORMAT = 1
 
 
 class NumpyPolicy:
@@ -112,9 +110,9 @@ def load_policy(path: str | Path, seed: int = 0, checkpoint: str | int = "last")
 def _header(file: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     """The checkpoint's own JSON, checked as far as a policy needs it; `spec` as a Spec."""
     try:
-        header = json.loads((metadata or {})["cvlctl"])
-        if header["format"] != FORMAT:
-            raise CvlctlError(f"{file} has format {header['format']!r}; this cvlctl reads format {FORMAT}")
+        header = json.loads((metadata or {})[CHECKPOINT_KEY])
+        if header["format"] != CHECKPOINT_FORMAT:
+            raise CvlctlError(f"{file} has format {header['format']!r}; this cvlctl reads format {CHECKPOINT_FORMAT}")
         raw = header["spec"]
         shape, seeds = raw["observation_shape"], header["seeds"]
         spec = Spec(tuple(shape), raw["action_dim"], raw["horizon"], bool(raw.get("pixels", False)))

@@ -12,9 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from cvlctl import envs
-from cvlctl.checkpoints import KEY
 from cvlctl.errors import CvlctlError
-from cvlctl.files import read_json
+from cvlctl.files import CHECKPOINT_KEY, read_json
 from cvlctl.recipes import EvaluateRecipe
 from cvlctl.runs import say
 
@@ -74,7 +73,7 @@ def _header(run: Path, file: Path) -> Checkpoint | None:
     """The checkpoint, or None where it holds no actor."""
     try:
         with safe_open(file, framework="numpy") as tensors:
-            header = json.loads((tensors.metadata() or {})[KEY])
+            header = json.loads((tensors.metadata() or {})[CHECKPOINT_KEY])
             has_actor = any(name.startswith("actor.") for name in tensors.keys())  # noqa: SIM118 (not a dict)
         algorithm, task, seeds, step = (header[name] for name in ("algorithm", "task", "seeds", "step"))
         if not (isinstance(algorithm, str) and isinstance(task, str) and isinstance(step, int)) or not seeds:
