@@ -146,10 +146,10 @@ def theirs(data: Data, config: occupancy.Config, batch_size: int, settings: Sett
     return run
 
 
-def measure(contestants: dict[str, Contestant], rounds: int, updates: int) -> dict[str, list[float]]:
+def measure(contestants: dict[str, Contestant], rounds: int, updates: int, warm_up: int = 4) -> dict[str, list[float]]:
     """Updates a second of every contestant in every round, the contestants taking turns."""
     for run in contestants.values():
-        run(4)  # compiles, warms up
+        run(warm_up)  # compiles, too
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, run in contestants.items():

@@ -19,9 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
+
+# isort: split
 import gymnasium
 import numpy as np
 import torch
+from critic import measure
 
 from cvlctl import envs, training
 from cvlctl.algorithms import sac
@@ -135,14 +139,7 @@ def speed(threads: int, rounds: int, updates: int) -> dict[str, Any]:
     }
     if training.have_compiler():
         contestants["cvlctl, whole step compiled"] = ours(True, threads)
-    for run in contestants.values():
-        run(20)
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            begin = time.perf_counter()
-            run(updates)
-            rates[name].append(updates / (time.perf_counter() - begin))
+    rates = measure(contestants, rounds, updates, warm_up=20)
     base = np.array(rates["Stable-Baselines3, as shipped"])
     return {
         "threads": threads,
