@@ -56,9 +56,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias.flatten(0, 1), x, weight.flatten(0, 1)).unflatten(0, (members, copies))
 
 
-def mlp(params: State, name: str, x: Tensor) -> Tensor:
-    """ReLU network; the last layer is linear. (E, B, in) -> (E, B, out)."""
-    i = 0
+def mlp(params: State, name: str, x: Tensor, start: int = 0) -> Tensor:
+    """ReLU network from layer `start` on; the last layer is linear. (E, B, in) -> (E, B, out)."""
+    i = start
     while True:
         x = linear(x, params[f"{name}.{i}.weight"], params[f"{name}.{i}.bias"])
         if f"{name}.{i + 1}.weight" not in params:

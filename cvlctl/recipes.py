@@ -29,10 +29,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from cvlctl import envs, experiments, recipefile
+from cvlctl import envs, experiments, labellers, recipefile
 from cvlctl.algorithms import ALGORITHMS, occupancy
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments import text_of
+from cvlctl.labellers import LABELLERS
 from cvlctl.recipefile import Key, Source
 
 # --- types of single values
@@ -72,6 +73,7 @@ Count = Annotated[int, BeforeValidator(_not_bool), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
 Rate = Annotated[float, BeforeValidator(_not_bool), Field(gt=0)]
+Share = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1)]
 Noise = Annotated[float, BeforeValidator(_not_bool), Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
 Out = Annotated[Path, AfterValidator(_own_place)]
@@ -154,13 +156,26 @@ class BuildRecipe(_Computed):
 class StoreUse(_Strict):
     """A store and what is used of it; a plain path stands for {path: ...}.
 
-    `rewards`: the label to learn from ("given" is the environment's own) or "none". `fraction`: share of the episodes
-    that keep their label. Pretraining looks at neither.
+    `rewards`: the label to learn from ("given" is the environment's own); "zeros" (UDS); "oril" or "purl", learned from
+    success examples; or "none". Pretraining looks at none of them.
     """
 
     path: Path
     rewards: Name = "given"
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    fraction: Share = 1.0  # of the episodes, which keep their label
+    rest: Literal["none", "zeros"] = "none"  # what stands for the label of the others
+    top: Share = 1.0  # of the episodes, by return under the label: the others are left out altogether
+
+    @property
+    def from_store(self) -> bool:
+        """Whether the label is one that the store holds."""
+        return self.rewards not in ("none", "zeros", *LABELLERS)
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.top < 1 and not self.from_store:
+            raise ValueError(f"top: {self.top} ranks episodes by their return, and rewards: {self.rewards} has none")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -214,6 +229,12 @@ class PretrainRecipe(_TrainRecipe):
 
     critic: occupancy.Config = Field(default_factory=occupancy.Config)
     batch_size: Annotated[Count, Field(ge=2)] = 1024
+
+    @model_validator(mode="after")
+    def _opens_no_label(self) -> Self:
+        if any(store.top < 1 for store in self.stores):
+            raise ValueError("stores: top ranks episodes by their rewards, and pretraining never sees a reward")
+        return self
 
 
 class AlgorithmUse(_Strict):
@@ -271,6 +292,7 @@ class FinetuneRecipe(_TrainRecipe):
     algorithm: Algorithm
     init_from: Path | None = None  # a pretrained run: seed k starts from its seed k
     success_examples: SuccessExamples | None = None
+    labeller: labellers.Config = Field(default_factory=labellers.Config)  # of rewards: oril or purl
     batch_size: Annotated[Count, Field(ge=2)] = 256
 
     def _inputs(self) -> list[Path]:
@@ -281,10 +303,16 @@ class FinetuneRecipe(_TrainRecipe):
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:
         config, name = self.algorithm.config, self.algorithm.name
-        if name == "laeo" and self.success_examples is None:
-            raise ValueError("algorithm laeo learns from success examples: add success_examples: {from: STORE}")
-        if name == "cvl" and all(store.rewards == "none" for store in self.stores):
-            raise ValueError("algorithm cvl needs a store with rewards; all of stores have rewards: none")
+        learns_from, kinds = ALGORITHMS[name].LEARNS_FROM, {store.rewards for store in self.stores}
+        learned = sorted(kinds & set(LABELLERS))
+        if learns_from == "examples" and self.success_examples is None:
+            raise ValueError(f"algorithm {name} learns from success examples: add success_examples: {{from: STORE}}")
+        if learns_from == "rewards" and kinds == {"none"}:
+            raise ValueError(f"algorithm {name} needs a store with rewards; all of stores have rewards: none")
+        if learned and len(kinds) > 1:
+            raise ValueError(f"rewards: {learned[0]} is learned for all stores alike: give it to each of them")
+        if learned and self.success_examples is None:
+            raise ValueError(f"rewards: {learned[0]} is learned from success examples: add success_examples")
         mode = getattr(config, "mode", "auto")
         if mode in ("continue", "frozen") and self.init_from is None:
             raise ValueError(f"algorithm.mode: {mode} needs init_from, a pretrained run")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvlctl.types import OccupancyBatch
+from cvlctl.types import OccupancyBatch, TransitionBatch
 
 
 class Layout(NamedTuple):
@@ -92,7 +92,7 @@ class Data(NamedTuple):
 
     observation: Tensor  # (rows, O) float32
     action: Tensor  # (rows, A)
-    arrival_reward: Tensor  # (rows,): reward received on arriving at the row's observation; zeros without labels
+    arrival_reward: Tensor  # (1 or E, rows): reward on arriving at the row's observation; a row a member if learned
     layout: Layout
     labelled: Tensor  # (L,) int64: transitions of the episodes whose reward labels may be read
     examples: Tensor  # (X, O): success examples, or (0, O)
@@ -103,6 +103,7 @@ class Draws(NamedTuple):
 
     batch_size: int
     gamma: float = 0.0
+    transitions: bool = False  # (s, a, r, s') of the labelled episodes: a TransitionBatch
     futures: bool = False  # one future for each transition
     bank: int = 0  # futures drawn from the marginal p(s+) of the labelled episodes, with their rewards
     examples: int = 0  # success examples in the bank instead; all of them where there are fewer
@@ -113,6 +114,7 @@ class Indices(NamedTuple):
     """Row numbers for the batches of n steps, (n, E, B) and (n, E, M)."""
 
     row: Tensor
+    ends: Tensor  # the transition arrives at a terminal state; (n, E, 0) where transitions are not asked for
     future_row: Tensor
     bank_row: Tensor
     bank_absorbed: Tensor
@@ -130,8 +132,14 @@ def draw(
     columns: list[list[Tensor]] = []
     for seed in seeds:
         g = generator(seed, "batch", block, device)
-        transition = torch.randint(len(where.row), (num_steps, draws.batch_size), generator=g, device=device)
+        pool = len(data.labelled) if draws.transitions else len(where.row)
+        transition = torch.randint(pool, (num_steps, draws.batch_size), generator=g, device=device)
+        if draws.transitions:
+            transition = data.labelled[transition]
         row = where.row[transition]
+        ends = torch.zeros((num_steps, 0), dtype=torch.bool, device=device)
+        if draws.transitions:
+            ends = where.terminated[transition] & (row + 1 == where.last[transition])
         future_row = row[:, :0]
         if draws.futures:
             u = torch.rand(transition.shape, generator=g, device=device, dtype=torch.float64)
@@ -150,7 +158,7 @@ def draw(
             else:
                 bank_row = torch.arange(count, device=device).expand(num_steps, count)
             absorbed = torch.zeros_like(bank_row, dtype=torch.bool)
-        columns.append([row, future_row, bank_row, absorbed])
+        columns.append([row, ends, future_row, bank_row, absorbed])
     indices = Indices(*(torch.stack(parts, dim=1) for parts in zip(*columns, strict=True)))
     noise = {}
     for name, shape in draws.noise:
@@ -159,25 +167,41 @@ def draw(
     return indices, noise
 
 
-def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch:
+def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | TransitionBatch:
     """The batch of one step, from indices without the leading step axis."""
-
-    def rows(source: Tensor, index: Tensor) -> Tensor:
-        return source.index_select(0, index.flatten()).unflatten(0, index.shape)
-
-    bank_source = data.examples if draws.examples else data.observation
+    observation, action = _rows(data.observation, indices.row), _rows(data.action, indices.row)
+    if draws.transitions:
+        return TransitionBatch(
+            observation,
+            action,
+            reward=_rewards(data, indices.row + 1),
+            discount=torch.where(indices.ends, 0.0, draws.gamma),
+            next_observation=_rows(data.observation, indices.row + 1),
+        )
     bank_reward = (
-        rows(data.arrival_reward, indices.bank_row)
+        _rewards(data, indices.bank_row)
         if draws.bank
         else indices.bank_row.new_ones(indices.bank_row.shape, dtype=torch.float32)
     )
     return OccupancyBatch(
-        observation=rows(data.observation, indices.row),
-        action=rows(data.action, indices.row),
-        future_observation=rows(data.observation, indices.future_row),
-        bank_observation=rows(bank_source, indices.bank_row),
+        observation,
+        action,
+        future_observation=_rows(data.observation, indices.future_row),
+        bank_observation=_rows(data.examples if draws.examples else data.observation, indices.bank_row),
         bank_reward=torch.where(indices.bank_absorbed, 0.0, bank_reward),
     )
+
+
+def _rows(source: Tensor, index: Tensor) -> Tensor:
+    return source.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def _rewards(data: Data, row: Tensor) -> Tensor:
+    """Rewards of arriving at rows (E, N): each member's own where they are learned."""
+    table = data.arrival_reward
+    if len(table) > 1:
+        row = row + table.shape[1] * torch.arange(len(table), device=row.device).unsqueeze(1)
+    return _rows(table.flatten(), row)
 
 
 def observation_statistics(observation: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,12 +209,23 @@ def observation_statistics(observation: Tensor) -> tuple[Tensor, Tensor]:
     return observation.double().mean(dim=0).float(), observation.double().std(dim=0, unbiased=False).float()
 
 
-def reward_statistics(data: Data, gamma: float) -> tuple[float, float]:
-    """Mean and standard deviation of the reward at futures drawn from the marginal p(s+), by 65,536 draws."""
+def reward_statistics(data: Data, gamma: float) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1 or E, 1) of the reward at futures from the marginal p(s+), by 65,536 draws."""
     g = generator(0, "reward_statistics", 0, data.observation.device)
     device = data.observation.device
     pick = data.labelled[torch.randint(len(data.labelled), (65_536,), generator=g, device=device)]
     u = torch.rand(pick.shape, generator=g, device=device, dtype=torch.float64)
     drawn = future(data.layout, pick, u, gamma)
-    reward = torch.where(drawn.absorbed, 0.0, data.arrival_reward[drawn.row]).double()
-    return float(reward.mean()), max(float(reward.std()), 1e-6)
+    reward = torch.where(drawn.absorbed, 0.0, data.arrival_reward[:, drawn.row]).double()
+    mean, std = reward.mean(dim=1, keepdim=True), reward.std(dim=1, keepdim=True).clamp_min(1e-6)
+    return mean.float(), std.float()
+
+
+def return_range(data: Data) -> Tensor:
+    """Largest minus smallest undiscounted return of the labelled episodes, (1 or E, 1), at least 1e-6."""
+    last = data.layout.last[data.labelled]
+    episodes, episode = torch.unique(last, return_inverse=True)
+    arrived = data.arrival_reward[:, data.layout.row[data.labelled] + 1].double()
+    returns = torch.zeros(len(arrived), len(episodes), dtype=torch.float64, device=arrived.device)
+    returns.index_add_(1, episode, arrived)
+    return (returns.amax(dim=1, keepdim=True) - returns.amin(dim=1, keepdim=True)).clamp_min(1e-6).float()

@@ -72,7 +72,7 @@ def test_absorbed_futures_are_the_final_observation_without_reward() -> None:
 def data(num_rows: int = 50) -> samplers.Data:
     rows = torch.arange(float(num_rows)).unsqueeze(1)
     where = samplers.layout(np.array([num_rows // 2, num_rows]), np.array([False, True]))
-    return samplers.Data(rows, rows, rows.squeeze(1), where, torch.arange(len(where.row)), torch.zeros(0, 1))
+    return samplers.Data(rows, rows, rows.T, where, torch.arange(len(where.row)), torch.zeros(0, 1))
 
 
 def test_a_seed_sees_the_same_batches_alone_and_in_company() -> None:
@@ -95,8 +95,9 @@ def test_blocks_differ_and_repeat() -> None:
 def test_gather_by_hand() -> None:
     d = data()
     indices = samplers.Indices(
-        torch.tensor([[0, 1]]), torch.tensor([[4, 5]]), torch.tensor([[7, 8]]), torch.tensor([[False, True]])
-    )
+        torch.tensor([[0, 1]]), torch.zeros(1, 0, dtype=torch.bool), torch.tensor([[4, 5]]), torch.tensor([[7, 8]]),
+        torch.tensor([[False, True]]),
+    )  # fmt: skip
     batch = samplers.gather(d, indices, samplers.Draws(2, futures=True, bank=2))
     assert batch.observation.tolist() == [[[0.0], [1.0]]]
     assert batch.future_observation.tolist() == [[[4.0], [5.0]]]
@@ -111,3 +112,28 @@ def test_examples_fill_the_bank() -> None:
     # all of them, as there are fewer than 200
     assert batch.bank_observation.squeeze(-1).tolist() == [[100.0, 200.0]] * 2
     assert batch.bank_reward.tolist() == [[1.0, 1.0]] * 2
+
+
+def test_transitions_are_those_of_labelled_episodes_and_end_where_the_episode_terminated() -> None:
+    d = data()
+    labelled = torch.arange(len(d.layout.row))[2:]
+    rewards = torch.stack([d.arrival_reward[0], -d.arrival_reward[0]])  # learned labels: a row a member
+    d = d._replace(labelled=labelled, arrival_reward=rewards)
+    draws = samplers.Draws(500, gamma=0.9, transitions=True)
+    indices, _ = samplers.draw(d, draws, [0, 1], 0, 1)
+    batch = samplers.gather(d, samplers.Indices(*(x[0] for x in indices)), draws)
+    row = batch.observation.squeeze(-1).long()  # observations of this data are their own row numbers
+    assert set(row.flatten().tolist()) == set(d.layout.row[labelled].tolist())
+    assert torch.equal(batch.next_observation.squeeze(-1), (row + 1).float())
+    sign = torch.tensor([[1.0], [-1.0]])
+    assert torch.equal(batch.reward, sign * rewards[0][row + 1])
+    last = {int(end) - 2 for end, ended in zip([25, 50], [False, True], strict=True) if ended}
+    assert last
+    for r, discount in zip(row.flatten().tolist(), batch.discount.flatten().tolist(), strict=True):
+        assert discount == pytest.approx(0.0 if r in last else 0.9)
+
+
+def test_return_range_by_hand() -> None:
+    d = data()._replace(arrival_reward=torch.ones(1, len(data().observation)))
+    d = d._replace(labelled=torch.arange(30), layout=samplers.layout(np.array([11, 50]), np.array([False, True])))
+    assert samplers.return_range(d).item() == 20 - 10  # the second episode is labelled for 20 of its steps

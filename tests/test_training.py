@@ -267,23 +267,23 @@ def test_seed_k_starts_from_seed_k(store: Path, tmp_path: Path) -> None:
 
 def test_labelled_fraction_limits_the_bank_alone(store: Path, tmp_path: Path) -> None:
     use = recipes.StoreUse(path=store, fraction=0.34)
-    data = train.join(train.open_stores([use]), [use], None)
+    data = train.join(train.open_stores([use]), [use], None, True)
     episode = (data.layout.row[data.labelled] // 31).unique()
     assert len(episode) == 2  # of six
     assert len(data.layout.row) == 180  # and all transitions still train the critic
     none = recipes.StoreUse(path=store, rewards="none")
-    both = train.join(train.open_stores([use, none]), [use, none], None)
+    both = train.join(train.open_stores([use, none]), [use, none], None, True)
     assert len(both.layout.row) == 360
     assert both.labelled.max() < 180
 
 
 def test_arrival_reward_is_that_of_the_step_that_arrived(store: Path) -> None:
     use = recipes.StoreUse(path=store)
-    data = train.join(train.open_stores([use]), [use], None)
+    data = train.join(train.open_stores([use]), [use], None, True)
     near = torch.exp(-data.observation[:, 2:].sum(1))  # the observation holds the squared position
     rows = torch.ones(len(near), dtype=torch.bool)
     rows[::31] = False  # first observations are arrived at by no step
-    assert (data.arrival_reward[rows] - near[rows]).abs().max() < 1e-5
+    assert (data.arrival_reward[0, rows] - near[rows]).abs().max() < 1e-5
 
 
 def test_success_examples_by_rule(store: Path, tmp_path: Path) -> None:

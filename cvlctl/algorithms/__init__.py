@@ -1,9 +1,14 @@
-"""One page a method. A module exports Config, draws, init and step; `ALGORITHMS` is the list of legal names."""
+"""One page a method. A module exports LEARNS_FROM, Config, draws, init and step; `ALGORITHMS` lists the legal names.
+
+LEARNS_FROM: "rewards", "examples" (of success) or "actions" alone: what a recipe must bring.
+"""
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from cvlctl.algorithms import bc, cvl, laeo
+from cvlctl.algorithms import bc, cql, cvl, iql, laeo, td3_bc
 
-ALGORITHMS: dict[str, ModuleType] = {"cvl": cvl, "laeo": laeo, "bc": bc}
+ALGORITHMS: dict[str, ModuleType] = {
+    "cvl": cvl, "laeo": laeo, "bc": bc, "td3_bc": td3_bc, "cql": cql, "iql": iql,
+}  # fmt: skip

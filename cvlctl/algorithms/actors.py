@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from cvlctl import networks
-from cvlctl.losses import policy
+from cvlctl.losses import policy, td
 from cvlctl.networks import State
 from cvlctl.training import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.types import OccupancyBatch, Spec
@@ -66,3 +67,44 @@ def improve(
         return total.sum(), metrics
 
     return update(state, loss, learning_rate)
+
+
+def temperature_init(seeds: Sequence[int], initial: float) -> State:
+    """The entropy's weight that is learned beside a soft actor: its logarithm (E, 1), with Adam moments."""
+    state = {"log_temperature": torch.full((len(seeds), 1), initial).log()}
+    return state | adam_init(state, "temperature", state)
+
+
+def improve_soft(
+    state: State,
+    observation: Tensor,
+    noise: Tensor,
+    q: Callable[[Tensor], Tensor],
+    target_entropy: float | None,
+    learning_rate: float,
+) -> Metrics:
+    """One actor step on E[alpha log pi(a|s) - Q(s,a)], then one of alpha towards the target entropy (SAC Eq. 7, 18).
+
+    Args:
+        observation: (E, B, O), *normalised*.
+        noise: (E, B, A) standard normal.
+        q: the smaller of the twin Q-values, actions (E, B, A) -> (E, B).
+        target_entropy: None: minus the number of action dimensions.
+    """
+    temperature = state["log_temperature"].exp()
+    target = -float(noise.shape[-1]) if target_entropy is None else target_entropy
+
+    def actor_loss(params: State) -> tuple[Tensor, Metrics]:
+        action, log_prob = policy.sample_tanh(*networks.actor(params, observation), noise)
+        value = q(action) - temperature * log_prob
+        return -value.mean(dim=-1).sum(), {"log_prob": log_prob}
+
+    log_prob = update(state, actor_loss, learning_rate)["log_prob"]
+
+    def temperature_loss(params: State) -> tuple[Tensor, Metrics]:
+        loss = td.temperature_loss(params["log_temperature"], log_prob, target)
+        return loss.mean(dim=-1).sum(), {}
+
+    grads, _ = value_and_grad(temperature_loss, state, ["log_temperature"])
+    adam_update(state, "temperature", grads, learning_rate)
+    return {"actor/entropy": -log_prob.mean(dim=-1), "temperature": temperature.squeeze(-1)}

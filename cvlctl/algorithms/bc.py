@@ -15,6 +15,8 @@ from cvlctl.samplers import Data, Draws, observation_statistics
 from cvlctl.training import Metrics
 from cvlctl.types import OccupancyBatch, Spec
 
+LEARNS_FROM = "actions"
+
 
 @dataclass(frozen=True)
 class Config:

@@ -17,6 +17,8 @@ from cvlctl.samplers import Data, Draws, generator, reward_statistics
 from cvlctl.training import Metrics
 from cvlctl.types import OccupancyBatch, Spec
 
+LEARNS_FROM = "rewards"
+
 
 @dataclass(frozen=True)
 class Config:
@@ -58,7 +60,7 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     state = occupancy.init(config.critic, spec, seeds, data)
     state |= actors.init(config.hidden, spec, seeds)
     mean, std = reward_statistics(data, config.critic.gamma)
-    state["reward_mean"], state["reward_std"] = torch.full((len(seeds), 1), mean), torch.full((len(seeds), 1), std)
+    state["reward_mean"], state["reward_std"] = (x.cpu().expand(len(seeds), 1).clone() for x in (mean, std))
     if config.readout == "fourier":
         gens = [generator(seed, "fourier", 0) for seed in seeds]
         shape = (config.num_features, config.critic.latent_dim)

@@ -23,6 +23,8 @@ from cvlctl.samplers import Data, Draws
 from cvlctl.training import Metrics
 from cvlctl.types import OccupancyBatch, Spec
 
+LEARNS_FROM = "examples"
+
 
 def _binary_critic() -> occupancy.Config:
     return occupancy.Config(loss="binary_nce")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from cvlctl import networks
-from cvlctl.algorithms import actors
+from cvlctl.algorithms import actors, values
 from cvlctl.losses import policy, td
 from cvlctl.networks import State
 from cvlctl.samplers import generator
-from cvlctl.training import Metrics, adam_init, adam_update, ema_update, value_and_grad
+from cvlctl.training import Metrics
 from cvlctl.types import Spec, TransitionBatch
 
 BLOCK = 64  # frames whose randomness is drawn together: part of what a seed means, so a constant
@@ -48,19 +48,11 @@ class Config:
 
 
 def init(config: Config, spec: Spec, seeds: Sequence[int]) -> State:
-    """Actor, twin critic (E, 2, in, out), its target, log temperature (E, 1), and Adam's moments, on the CPU."""
+    """Actor, log temperature (E, 1), twin critic and its target, with Adam's moments, on the CPU."""
     (observation_dim,) = spec.observation_shape
     state = networks.normaliser_init(seeds, torch.zeros(observation_dim), torch.ones(observation_dim))
-    state |= actors.init(config.hidden, spec, seeds)
-    critic = networks.mlp_init("critic", seeds, [observation_dim + spec.action_dim, *config.hidden, 1], copies=2)
-    state |= critic | {f"target/{name}": value.clone() for name, value in critic.items()}
-    state["log_temperature"] = torch.full((len(seeds), 1), config.initial_temperature).log()
-    return state | adam_init(state, "critic", critic) | adam_init(state, "temperature", ["log_temperature"])
-
-
-def q_values(params: State, observation: Tensor, action: Tensor) -> Tensor:
-    """Twin Q (E, 2, B) of *normalised* observations (E, B, O) and actions (E, B, A)."""
-    return networks.mlp(params, "critic", torch.cat([observation, action], dim=-1).unsqueeze(1)).squeeze(-1)
+    state |= actors.init(config.hidden, spec, seeds) | values.init(config.hidden, spec, seeds)
+    return state | actors.temperature_init(seeds, config.initial_temperature)
 
 
 def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, Tensor]) -> tuple[State, Metrics]:
@@ -72,37 +64,22 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     observation = networks.normalise(state, batch.observation)
     next_observation = networks.normalise(state, batch.next_observation)
     temperature = state["log_temperature"].exp()
-    target_entropy = -float(batch.action.shape[-1]) if config.target_entropy is None else config.target_entropy
-    critic = [name for name in state if name.startswith("critic.")]
 
     next_action, next_log_prob = policy.sample_tanh(*networks.actor(state, next_observation), noise["next_action"])
-    target = {name: state[f"target/{name}"] for name in critic}
-    next_value = td.soft_value(q_values(target, next_observation, next_action), next_log_prob, temperature)
-    y = td.td_target(batch.reward, batch.discount, next_value)
+    next_q = values.q_values(values.target(state), next_observation, next_action)
+    y = td.td_target(batch.reward, batch.discount, td.soft_value(next_q, next_log_prob, temperature))
 
     def critic_loss(params: State) -> tuple[Tensor, Metrics]:
-        q = q_values(params, observation, batch.action)
+        q = values.q_values(params, observation, batch.action)
         error = td.squared_td_error(q, y).mean(dim=-1).sum(dim=-1)
         return error.sum(), {"critic/td": error, "critic/q": q.mean(dim=(1, 2))}
 
-    grads, metrics = value_and_grad(critic_loss, state, critic)
-    adam_update(state, "critic", grads, config.learning_rate)
+    metrics = values.update(state, critic_loss, config.learning_rate, config.ema_rate)
 
-    def actor_loss(params: State) -> tuple[Tensor, Metrics]:
-        action, log_prob = policy.sample_tanh(*networks.actor(params, observation), noise["action"])
-        value = td.soft_value(q_values(state, observation, action), log_prob, temperature)
-        return -value.mean(dim=-1).sum(), {"log_prob": log_prob}
+    def q(action: Tensor) -> Tensor:
+        return values.q_values(state, observation, action).amin(dim=1)
 
-    log_prob = actors.update(state, actor_loss, config.learning_rate)["log_prob"]
-
-    def temperature_loss(params: State) -> tuple[Tensor, Metrics]:
-        loss = td.temperature_loss(params["log_temperature"], log_prob, target_entropy)
-        return loss.mean(dim=-1).sum(), {}
-
-    grads, _ = value_and_grad(temperature_loss, state, ["log_temperature"])
-    adam_update(state, "temperature", grads, config.learning_rate)
-    ema_update(state, "target", critic, config.ema_rate)
-    metrics |= {"actor/entropy": -log_prob.mean(dim=-1), "temperature": temperature.squeeze(-1)}
+    metrics |= actors.improve_soft(state, observation, noise["action"], q, config.target_entropy, config.learning_rate)
     return state, metrics
 
 

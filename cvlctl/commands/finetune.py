@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cvlctl import checkpoints, labellers
 from cvlctl.algorithms import ALGORITHMS
 from cvlctl.commands import train
 from cvlctl.critics import read_critics
 from cvlctl.errors import CvlctlError
 from cvlctl.files import checkpoint_file, sha256
+from cvlctl.labellers import LABELLERS
 from cvlctl.networks import State
 from cvlctl.recipes import FinetuneRecipe, resolved
 from cvlctl.runs import Run
+from cvlctl.samplers import Data
+from cvlctl.training import Settings
 from cvlctl.types import Spec
 
 
 def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     """Train, resume, or find the run finished."""
     algorithm, config = recipe.algorithm.name, recipe.algorithm.config
+    learns_from = ALGORITHMS[algorithm].LEARNS_FROM
     stores = train.open_stores(recipe.stores)
     spec = stores[0].spec
-    needs = ALGORITHMS[algorithm].draws(config, spec, recipe.batch_size)
-    uses = recipe.stores if needs.bank else None
     inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
     for use, store in zip(recipe.stores, stores, strict=True):
-        if use.rewards != "none" and (uses or use.rewards != "given"):  # one that is named must be there
+        read = use.from_store and (learns_from == "rewards" or use.top < 1)
+        if read or (use.from_store and use.rewards != "given"):  # one that is named must be there
             store.require_label(use.rewards)
-        if uses and use.rewards != "none":
+        if read:
             inputs[f"{use.path}:{use.rewards}"] = store.label_digest(use.rewards)
+    labeller = next((use.rewards for use in recipe.stores if use.rewards in LABELLERS), None)
     examples = None
-    if recipe.success_examples is not None and needs.examples:
+    if recipe.success_examples is not None and (learns_from == "examples" or labeller):
         examples = train.success_examples(recipe.success_examples, spec)
         source = recipe.success_examples.file or recipe.success_examples.from_
         inputs[f"examples:{source}"] = train.array_digest(examples)
@@ -42,12 +49,29 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
         if recipe.init_from is not None:
             inputs[f"init_from:{recipe.init_from}"] = sha256(checkpoint_file(recipe.init_from))
     task = next((s.task for u, s in zip(recipe.stores, stores, strict=True) if u.rewards != "none"), stores[0].task)
+    run = Run(recipe.out, {**resolved(recipe), "mode": getattr(config, "mode", "scratch")}, inputs)
+
+    def data(settings: Settings) -> Data:
+        joined = train.join(stores, recipe.stores, examples, learns_from == "rewards")
+        if labeller is None or learns_from != "rewards":
+            return joined
+        return joined._replace(arrival_reward=labels(labeller, recipe, joined, run.out, settings))
+
     return train.train(
-        recipe, ALGORITHMS[algorithm], config, lambda: train.join(stores, uses, examples), spec,
-        Run(recipe.out, {**resolved(recipe), "mode": getattr(config, "mode", "scratch")}, inputs),
-        algorithm=algorithm, task=task, critic=getattr(config, "critic", None), initial=initial,
-        force=force,
+        recipe, ALGORITHMS[algorithm], config, data, spec, run,
+        algorithm=algorithm, task=task, critic=getattr(config, "critic", None), initial=initial, force=force,
     )  # fmt: skip
+
+
+def labels(name: str, recipe: FinetuneRecipe, data: Data, out: Path, settings: Settings) -> Tensor:
+    """Learned rewards (E, rows), kept in the run as labels.safetensors: learned once, and read again on resume."""
+    file = out / "labels.safetensors"
+    if file.exists():
+        return checkpoints.load(file)[0]["reward"]
+    reward = labellers.learn(name, recipe.labeller, data.observation, data.examples, recipe.seeds, settings.device)
+    stores = [str(use.path) for use in recipe.stores]
+    checkpoints.save(file, {"reward": reward}, {"labeller": name, "seeds": list(recipe.seeds), "stores": stores})
+    return reward
 
 
 def _resolve_mode(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, State | None]:

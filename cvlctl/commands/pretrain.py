@@ -15,7 +15,7 @@ def pretrain(recipe: PretrainRecipe, *, force: bool = False) -> dict[str, Any]:
     stores = train.open_stores(recipe.stores)
     inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
     return train.train(
-        recipe, occupancy, recipe.critic, lambda: train.join(stores, None, None), stores[0].spec,
+        recipe, occupancy, recipe.critic, lambda _: train.join(stores, recipe.stores, None, False), stores[0].spec,
         Run(recipe.out, resolved(recipe), inputs), algorithm="occupancy", task=stores[0].task, critic=recipe.critic,
         force=force,
     )  # fmt: skip

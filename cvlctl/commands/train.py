@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,37 +44,66 @@ def open_stores(uses: Sequence[StoreUse]) -> list[Store]:
     return stores
 
 
-def join(stores: Sequence[Store], uses: Sequence[StoreUse] | None, examples: np.ndarray | None) -> Data:
-    """The stores in memory, row axes joined. `uses` None: reward-free, and no label of any store is opened.
+class Part(NamedTuple):
+    """What is used of one store, as arrays."""
 
-    Of a store with fraction < 1 the first episodes of a fixed permutation count as labelled, the same for every seed.
-    """
-    observation = np.concatenate([store.observations() for store in stores])
-    action = np.concatenate([store.actions() for store in stores])
-    counts = np.cumsum([0] + [len(store.observations()) for store in stores])
-    ends = np.concatenate([store.episode_ends() + start for store, start in zip(stores, counts, strict=False)])
-    where = samplers.layout(ends, np.concatenate([store.terminated() for store in stores]))
-    reward = np.zeros(len(observation), dtype=np.float32)
-    labelled = np.zeros(len(observation), dtype=bool)
-    for store, use, start in zip(stores, uses or [], counts, strict=False):
-        if use.rewards == "none":
-            continue
-        stop = start + len(store.observations())
-        # the reward of row t is received on arriving at row t + 1; an episode's last row is padding
-        reward[start + 1 : stop] = store.rewards(use.rewards)[:-1]
-        store_ends = store.episode_ends()
-        chosen = np.random.default_rng(0).permutation(len(store_ends))[: max(1, round(use.fraction * len(store_ends)))]
-        mask = np.isin(np.arange(len(store_ends)), chosen)
-        labelled[start:stop] = np.repeat(mask, np.diff(store_ends, prepend=0))
+    observation: np.ndarray  # (rows, O)
+    action: np.ndarray  # (rows, A)
+    arrival_reward: np.ndarray  # (rows,): reward received on arriving at the row's observation
+    labelled: np.ndarray  # (rows,) bool: its episode's rewards may be learned from
+    episode_ends: np.ndarray  # (n,) cumulative row counts
+    terminated: np.ndarray  # (n,) bool
+
+
+def join(stores: Sequence[Store], uses: Sequence[StoreUse], examples: np.ndarray | None, rewards: bool) -> Data:
+    """The stores in memory, row axes joined. Without `rewards` no label is opened, except to find `top`."""
+    parts = [read_part(store, use, rewards) for store, use in zip(stores, uses, strict=True)]
+    starts = np.cumsum([0] + [len(part.observation) for part in parts])
+    ends = np.concatenate([part.episode_ends + start for part, start in zip(parts, starts, strict=False)])
+    where = samplers.layout(ends, np.concatenate([part.terminated for part in parts]))
+    labelled = torch.from_numpy(np.concatenate([part.labelled for part in parts]))
+    observation = np.concatenate([part.observation for part in parts])
     empty = np.zeros((0, observation.shape[1]), dtype=np.float32)
     return Data(
         observation=torch.from_numpy(observation),
-        action=torch.from_numpy(action),
-        arrival_reward=torch.from_numpy(reward),
+        action=torch.from_numpy(np.concatenate([part.action for part in parts])),
+        arrival_reward=torch.from_numpy(np.concatenate([part.arrival_reward for part in parts])).unsqueeze(0),
         layout=where,
-        labelled=torch.from_numpy(labelled)[where.row].nonzero().squeeze(1),
+        labelled=labelled[where.row].nonzero().squeeze(1),
         examples=torch.from_numpy(empty if examples is None else examples),
     )
+
+
+def read_part(store: Store, use: StoreUse, rewards: bool) -> Part:
+    """Of a store with fraction < 1 the first episodes of a fixed permutation keep their label, whatever the seed."""
+    observation, action, ends = store.observations(), store.actions(), store.episode_ends()
+    lengths, count = np.diff(ends, prepend=0), len(ends)
+    reward, keeps_label = np.zeros(len(observation), dtype=np.float32), np.zeros(count, dtype=bool)
+    if rewards and use.rewards != "none":
+        chosen = np.random.default_rng(0).permutation(count)[: max(1, round(use.fraction * count))]
+        keeps_label[chosen] = True
+        if use.from_store:
+            # the reward of row t is received on arriving at row t + 1; an episode's last row is padding
+            reward[1:] = store.rewards(use.rewards)[:-1]
+            reward[np.repeat(~keeps_label, lengths)] = 0.0
+        keeps_label |= use.rest == "zeros"
+    labelled = np.repeat(keeps_label, lengths)
+    part = Part(observation, action, reward, labelled, ends, store.terminated())
+    return part if use.top == 1 else best_episodes(part, store.rewards(use.rewards), use.top)
+
+
+def best_episodes(part: Part, rewards: np.ndarray, share: float) -> Part:
+    """The `share` of its episodes with the highest return; the earlier one of equals. `rewards` (rows,) as stored."""
+    ends = part.episode_ends
+    starts = ends - np.diff(ends, prepend=0)
+    order = np.argsort(-np.add.reduceat(rewards.astype(np.float64), starts), kind="stable")
+    kept = np.sort(order[: max(1, round(share * len(ends)))])
+    rows = np.concatenate([np.arange(starts[i], ends[i]) for i in kept])
+    new_ends = np.cumsum((ends - starts)[kept])
+    return Part(
+        part.observation[rows], part.action[rows], part.arrival_reward[rows], part.labelled[rows], new_ends,
+        part.terminated[kept],
+    )  # fmt: skip
 
 
 def success_examples(source: SuccessExamples, spec: Spec) -> np.ndarray:
@@ -138,7 +167,7 @@ def train(
     recipe: PretrainRecipe | FinetuneRecipe,
     module: ModuleType,
     config: Any,
-    data: Callable[[], Data],
+    data: Callable[[Settings], Data],
     spec: Spec,
     run: Run,
     *,
@@ -176,7 +205,7 @@ def train(
                 steps=recipe.steps, say=say,
             )  # fmt: skip
         training.configure(settings)
-        memory = to_device(data(), settings.device)
+        memory = to_device(data(settings), settings.device)
         state = saved or module.init(config, spec, seeds, memory)
         if saved is None and initial is not None:
             state |= {name: value for name, value in initial.items() if name in state}
@@ -225,7 +254,7 @@ def _loop(
     start: int,
 ) -> float:
     draws = module.draws(config, spec, recipe.batch_size)
-    program = training.whole_step(lambda s, b, n: module.step(config, s, b, n), settings)
+    programs = _programs(module, config, settings)
     begin = saved_at = time.monotonic()
     what = f"{metadata['algorithm']} ({len(recipe.seeds)} seeds)"
     with interruptible() as interrupted, Progress(what, recipe.steps, "updates", start) as progress:
@@ -233,8 +262,8 @@ def _loop(
             say(f"{what}: compiling the training step (10-40 s, once)")
         text = ""
         for step, (indices, noise) in batches(data, draws, list(recipe.seeds), start, recipe.steps):
-            state, metrics = program(state, samplers.gather(data, indices, draws), noise)
             done = step + 1
+            state, metrics = programs[done % len(programs)](state, samplers.gather(data, indices, draws), noise)
             if done % recipe.log_every_steps == 0 or done == recipe.steps:
                 values = {name: value.tolist() for name, value in metrics.items()}
                 _check_finite(values, done, run.last)
@@ -252,6 +281,16 @@ def _loop(
                     say(f"{run.out}: stopped at step {done}; the same command goes on from there")
                     raise KeyboardInterrupt
     return time.monotonic() - begin
+
+
+def _programs(module: ModuleType, config: Any, settings: Settings) -> list[training.Program]:
+    """The step, or where the actor learns every n-th step alone: n of them, the first of which updates it."""
+    every = getattr(config, "actor_every", 1)
+    if every == 1:
+        return [training.whole_step(lambda s, b, n: module.step(config, s, b, n), settings)]
+    both = training.whole_step(lambda s, b, n: module.step(config, s, b, n, True), settings)
+    critic_alone = training.whole_step(lambda s, b, n: module.step(config, s, b, n, False), settings)
+    return [both, *[critic_alone] * (every - 1)]
 
 
 def batches(
