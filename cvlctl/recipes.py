@@ -290,6 +290,7 @@ class FinetuneRecipe(_TrainRecipe):
     """`cvlctl finetune`: policies. Success examples are left alone by an algorithm that has no use for them."""
 
     algorithm: Algorithm
+    label: Name | None = None  # what the tables call it; None: the algorithm's name
     init_from: Path | None = None  # a pretrained run: seed k starts from its seed k
     success_examples: SuccessExamples | None = None
     labeller: labellers.Config = Field(default_factory=labellers.Config)  # of rewards: oril or purl

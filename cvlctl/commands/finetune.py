@@ -59,7 +59,7 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
 
     return train.train(
         recipe, ALGORITHMS[algorithm], config, data, spec, run,
-        algorithm=algorithm, task=task, critic=getattr(config, "critic", None), initial=initial, force=force,
+        algorithm=recipe.label or algorithm, task=task, critic=getattr(config, "critic", None), initial=initial, force=force,
     )  # fmt: skip
 
 
