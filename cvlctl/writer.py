@@ -146,8 +146,8 @@ class StoreWriter:
                 rows[name] = np.concatenate([value, np.zeros_like(value[:1])])
         earlier = {name: parts[0] for name, parts in self._pending.items()} or rows
         for name in rows | earlier:
-            here, before = _described(name, rows), _described(name, earlier)
-            if here != before:
+            if _form(name, rows) != _form(name, earlier):
+                here, before = _described(name, rows), _described(name, earlier)
                 hint = "the episodes of a store are alike: write others to a store of their own"
                 raise CvlctlError(f"{where} has {here}; those before it have {before}", hint)
         task, end = episode.task or self._task, self._num_rows + len(episode) + 1
@@ -326,6 +326,10 @@ class StoreWriter:
         counts = {"episodes": self.num_episodes, "transitions": self.num_transitions, "rows": self._num_rows}
         described = {"task": self._task, "tasks": self._tasks, "spec": spec, "counts": counts}
         return {"format": store.FORMAT, "version": store.VERSION, **described, "provenance": self._provenance}
+
+
+def _form(name: str, rows: dict[str, np.ndarray]) -> tuple[tuple[int, ...], np.dtype] | None:
+    return (rows[name].shape[1:], rows[name].dtype) if name in rows else None
 
 
 def _described(name: str, rows: dict[str, np.ndarray]) -> str:
