@@ -11,6 +11,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from cvlctl import cli_data
+from cvlctl.cli_data import Json, Quiet
 from cvlctl.commands import function
 from cvlctl.console import console, execute, present
 from cvlctl.version import __version__
@@ -18,12 +20,9 @@ from cvlctl.version import __version__
 HELP = "From logged trajectories to policies and honest score tables: contrastive occupancy critics for offline RL."
 PIPELINE, WHOLE, LOOK = "The four steps, in order", "All of them", "Looking around"
 
-app = typer.Typer(
-    help=HELP, add_completion=False, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}
-)
-data_app = typer.Typer(help="Stores of episodes: what there is, what is in them, whether they are sound.")
+app = typer.Typer(help=HELP, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 recipes_app = typer.Typer(help="Recipes: what there is, and whether they are valid.")
-for group, name in ((data_app, "data"), (recipes_app, "recipes")):
+for group, name in ((cli_data.app, "data"), (recipes_app, "recipes")):
     app.add_typer(group, name=name, rich_help_panel=LOOK, no_args_is_help=True)
 
 
@@ -41,9 +40,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Wins over the file: steps=1000 algorithm.bc_coefficient=0.1"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, errors too.")]
 Force = Annotated[bool, typer.Option("--force", help="Start over, replacing what is in `out`.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
 def _example(line: str) -> str:
@@ -151,36 +148,6 @@ def run(
         render(result, console())
 
     present(work, show, as_json, quiet)
-
-
-@data_app.command("ls", epilog=_example("cvlctl data ls data/metaworld"))
-def data_ls(
-    root: Annotated[Path, typer.Argument(help="Directory to look under.")] = Path("data"), as_json: Json = False
-) -> None:
-    """List the stores under a directory."""
-    from cvlctl.commands import data
-
-    present(lambda: data.ls(root), lambda result: data.render_ls(result, console()), as_json)
-
-
-Store = Annotated[Path, typer.Argument(help="A store, such as data/x.zarr.", show_default=False)]
-
-
-@data_app.command("info", epilog=_example("cvlctl data info data/metaworld/drawer-close.zarr --json"))
-def data_info(store: Store, as_json: Json = False) -> None:
-    """Show one store: counts, lengths, returns, successes, provenance."""
-    from cvlctl.commands import data
-
-    present(lambda: data.info(store), lambda result: data.render_info(result, console()), as_json)
-
-
-@data_app.command("verify", epilog=_example("cvlctl data verify data/metaworld/drawer-close.zarr"))
-def data_verify(store: Store, as_json: Json = False) -> None:
-    """Read all of a store and check its checksums; exit code 1 where something is wrong."""
-    from cvlctl.commands import data
-
-    result = present(lambda: data.verify(store), lambda result: data.render_verify(result, console()), as_json)
-    raise typer.Exit(0 if result["ok"] else 1)
 
 
 @recipes_app.command("ls", epilog=_example("cvlctl recipes ls"))

@@ -171,6 +171,8 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     facts += [(f"successful ({label})", _percent(value)) for label, value in result["success_fraction"].items()]
     facts += [("size", f"{result['size_mb']:.1f} MB"), ("digest", result["digest"][:16])]
     for name, value in provenance.items():
+        if name == "parents":
+            value = ", ".join(f"{parent['path']} ({parent['digest'][:16]})" for parent in value)
         if isinstance(value, dict):
             value = ", ".join(f"{key} {item}" for key, item in value.items())
         facts.append((name, str(value)))

@@ -1,0 +1,387 @@
+"""`cvlctl data`: parse, call, render. As `cli.py`, it imports nothing heavy before a command runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cvlctl.console import console, present
+
+app = typer.Typer(
+    help="Stores of episodes: what there is, what is in them, whether they are sound; new ones made of them."
+)
+LOOK, MAKE, EXCHANGE = "Looking at stores", "Making new stores of them", "Other formats"
+FORMATS = ("d4rl", "minari", "ogbench", "robomimic", "sb3", "npz", "arrays")
+
+
+def stores(incomplete: str) -> list[str]:
+    """Completion: stores under data/ and under the directory typed so far. It looks at names alone."""
+    typed = incomplete.rpartition("/")[0]
+    roots = {"data", typed} - {""}
+    found = set()
+    for root in roots:
+        for folder, children, _ in os.walk(root):
+            found |= {os.path.join(folder, name) for name in children if name.endswith(".zarr")}
+            children[:] = [name for name in children if not name.endswith((".zarr", ".partial", ".old"))]
+    return sorted(name for name in found if name.startswith(incomplete))
+
+
+def formats(incomplete: str) -> list[str]:
+    """Completion: formats. A test holds `FORMATS` to `cvlctl.formats`, which is slow to import."""
+    return [name for name in FORMATS if name.startswith(incomplete)]
+
+
+class Rule(StrEnum):
+    """Which states `examples` takes."""
+
+    successes = "successes"
+    last = "last"
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, errors too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out, once the new one is complete.")]
+Store = Annotated[
+    Path,
+    typer.Argument(help="A store, such as data/x.zarr.", show_default=False, metavar="STORE", autocompletion=stores),
+]
+Format = Annotated[
+    str,
+    typer.Argument(help="See `cvlctl data formats`.", show_default=False, metavar="FORMAT", autocompletion=formats),
+]
+Out = Annotated[Path, typer.Option("--out", help="Where the new store goes.", show_default=False)]
+Seed = Annotated[int, typer.Option("--seed", help="Of the draw.", min=0)]
+Label = Annotated[str, typer.Option("--label", help="Whose rewards and successes count.")]
+
+
+def _show(work: Callable[[], dict[str, Any]], as_json: bool, quiet: bool) -> None:
+    from cvlctl.commands import transform
+
+    present(work, lambda result: print(transform.in_words(result)), as_json, quiet)
+
+
+@app.command("ls", rich_help_panel=LOOK, epilog="Example: cvlctl data ls data/metaworld")
+def ls(
+    root: Annotated[Path, typer.Argument(help="Directory to look under.")] = Path("data"), as_json: Json = False
+) -> None:
+    """List the stores under a directory."""
+    from cvlctl.commands import data
+
+    present(lambda: data.ls(root), lambda result: data.render_ls(result, console()), as_json)
+
+
+@app.command("info", rich_help_panel=LOOK, epilog="Example: cvlctl data info data/metaworld/drawer-close.zarr --json")
+def info(store: Store, as_json: Json = False) -> None:
+    """Show one store: counts, lengths, returns and their histogram, successes, provenance."""
+    from cvlctl.commands import data
+
+    present(lambda: data.info(store), lambda result: data.render_info(result, console()), as_json)
+
+
+@app.command("verify", rich_help_panel=LOOK, epilog="Example: cvlctl data verify data/metaworld/drawer-close.zarr")
+def verify(store: Store, as_json: Json = False) -> None:
+    """Read all of a store: checksums, types and shapes, NaN and ranges, episode bounds. What is damaged is named.
+
+    Exit code 1 where something is wrong.
+    """
+    from cvlctl.commands import data
+
+    result = present(lambda: data.verify(store), lambda result: data.render_verify(result, console()), as_json)
+    raise typer.Exit(0 if result["ok"] else 1)
+
+
+@app.command("plot", rich_help_panel=LOOK, epilog="Example: cvlctl data plot data/metaworld/drawer-close.zarr")
+def plot(
+    store: Store,
+    out: Annotated[Path | None, typer.Option("--out", help="The PNG. Default: beside the store.")] = None,
+    label: Label = "given",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Draw a store as a PNG: returns over collection, state coverage (two principal components), episode lengths."""
+    from cvlctl.commands import data_plot
+
+    present(lambda: data_plot.plot(store, out, label=label, force=force), lambda result: print(result["path"]), as_json)
+
+
+@app.command(
+    "merge",
+    rich_help_panel=MAKE,
+    epilog="Example: cvlctl data merge data/a.zarr data/b.zarr --out data/both.zarr",
+)
+def merge(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(help="Two stores or more.", show_default=False, metavar="STORES", autocompletion=stores),
+    ],
+    out: Out,
+    task: Annotated[
+        str | None, typer.Option("--task", help="The new store's task. Default: the parents', joined by ' + '.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Join stores of one observation and action shape. Episodes keep their task, seed and place in the collection.
+
+    Labels that all of them have are kept.
+    """
+    from cvlctl.commands import transform
+
+    _show(lambda: transform.merge(paths, out, task=task, force=force), as_json, quiet)
+
+
+@app.command("split", rich_help_panel=MAKE, epilog="Example: cvlctl data split data/a.zarr --train 0.9 --seed 0")
+def split(
+    store: Store,
+    train: Annotated[float, typer.Option("--train", help="Share of the episodes that go into the first.")] = 0.9,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="OUT-train.zarr and OUT-validation.zarr. Default: the store without its suffix."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Divide a store by episode into one for training and one for validation."""
+    from cvlctl.commands import transform
+
+    _show(lambda: transform.split(store, train=train, seed=seed, out=out, force=force), as_json, quiet)
+
+
+@app.command(
+    "filter", rich_help_panel=MAKE, epilog="Example: cvlctl data filter data/a.zarr --out data/good.zarr --success"
+)
+def filter_(
+    store: Store,
+    out: Out,
+    min_return: Annotated[float | None, typer.Option("--min-return", help="Undiscounted return at least.")] = None,
+    max_return: Annotated[float | None, typer.Option("--max-return", help="Undiscounted return at most.")] = None,
+    success: Annotated[
+        bool | None, typer.Option("--success/--no-success", help="With a successful step; --no-success: without any.")
+    ] = None,
+    min_length: Annotated[int | None, typer.Option("--min-length", help="Steps at least.")] = None,
+    max_length: Annotated[int | None, typer.Option("--max-length", help="Steps at most.")] = None,
+    task: Annotated[list[str] | None, typer.Option("--task", help="Of this task; may be given again.")] = None,
+    collected_from: Annotated[
+        int | None, typer.Option("--collected-from", help="Begun at this environment step of the collector or later.")
+    ] = None,
+    collected_to: Annotated[
+        int | None, typer.Option("--collected-to", help="Begun before this environment step of the collector.")
+    ] = None,
+    label: Label = "given",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Keep the episodes that meet every criterion given."""
+    from cvlctl.commands import transform
+
+    criteria = transform.Criteria(
+        min_return,
+        max_return,
+        success,
+        min_length,
+        max_length,
+        tuple(task or ()),
+        collected_from,
+        collected_to,
+        label,
+    )
+    _show(lambda: transform.filter_episodes(store, out, criteria, force=force), as_json, quiet)
+
+
+@app.command(
+    "subsample",
+    rich_help_panel=MAKE,
+    epilog="Example: cvlctl data subsample data/a.zarr --out data/few.zarr --fraction 0.1",
+)
+def subsample(
+    store: Store,
+    out: Out,
+    episodes: Annotated[int | None, typer.Option("--episodes", help="How many.")] = None,
+    fraction: Annotated[float | None, typer.Option("--fraction", help="Or what share of them.")] = None,
+    seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Keep a random choice of episodes."""
+    from cvlctl.commands import transform
+
+    choice: dict[str, Any] = {"episodes": episodes, "fraction": fraction, "seed": seed}
+    _show(lambda: transform.subsample(store, out, **choice, force=force), as_json, quiet)
+
+
+@app.command(
+    "drop-rewards",
+    rich_help_panel=MAKE,
+    epilog="Example: cvlctl data drop-rewards data/a.zarr --out data/a-free.zarr",
+)
+def drop_rewards(
+    store: Store,
+    out: Out,
+    label: Annotated[
+        list[str] | None, typer.Option("--label", help="Drop this label alone; may be given again. Default: all.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Copy a store without its labels, rewards and successes both. The digest of the data stays the same."""
+    from cvlctl.commands import transform
+
+    _show(lambda: transform.drop_rewards(store, out, labels=tuple(label or ()), force=force), as_json, quiet)
+
+
+@app.command(
+    "label-as",
+    rich_help_panel=MAKE,
+    epilog="Example: cvlctl data label-as data/a.zarr sparse --rewards successes --out data/a-sparse.zarr",
+)
+def label_as(
+    store: Store,
+    name: Annotated[str, typer.Argument(help="The new label's name.", show_default=False)],
+    out: Out,
+    rewards: Annotated[
+        str,
+        typer.Option(
+            "--rewards",
+            help="Another label, zeros, successes (1 where --label marks a success), or a .npy with one a transition.",
+            show_default=False,
+        ),
+    ],
+    label: Label = "given",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Copy a store and add a label: rewards of another label, of a file, or made from successes."""
+    from cvlctl.commands import transform
+
+    _show(lambda: transform.label_as(store, name, out, rewards=rewards, label=label, force=force), as_json, quiet)
+
+
+@app.command(
+    "examples",
+    rich_help_panel=MAKE,
+    epilog="Example: cvlctl data examples data/a.zarr --out examples.npy --rule last --k 5",
+)
+def examples(
+    store: Store,
+    out: Annotated[
+        Path, typer.Option("--out", help="A .npy, or a .npz that says where they came from.", show_default=False)
+    ],
+    rule: Annotated[Rule, typer.Option("--rule", help="States marked successful, or each episode's last ones.")] = (
+        Rule.successes
+    ),
+    num: Annotated[int, typer.Option("--num", help="At most so many, drawn as recipes do.", min=1)] = 200,
+    k: Annotated[int, typer.Option("--k", help="How many last states of each episode.", min=1)] = 1,
+    label: Label = "given",
+    pick: Annotated[
+        list[str] | None,
+        typer.Option("--pick", help="Instead of a rule, a frame as EPISODE:STEP (-1: the final one); may be repeated."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write success examples to a file, by rule or frame by frame: for `success_examples: {file: ...}` in a recipe."""
+    from cvlctl.commands import transform
+
+    options: dict[str, Any] = {"rule": rule.value, "num": num, "k": k, "label": label, "picks": pick or ()}
+    _show(lambda: transform.examples(store, out, **options, force=force), as_json, quiet=False)
+
+
+@app.command("formats", rich_help_panel=EXCHANGE, epilog="Example: cvlctl data formats")
+def list_formats(as_json: Json = False) -> None:
+    """List the formats that can be imported and exported."""
+    from cvlctl.commands import exchange
+
+    present(exchange.ls, lambda result: exchange.render_ls(result, console()), as_json)
+
+
+@app.command(
+    "import",
+    rich_help_panel=EXCHANGE,
+    epilog="Example: cvlctl data import d4rl hopper.hdf5 --task gym/Hopper-v5 --out data/hopper.zarr",
+)
+def import_(
+    format: Format,
+    file: Annotated[Path, typer.Argument(help="The file, or a Minari dataset's folder.", show_default=False)],
+    out: Out,
+    task: Annotated[str | None, typer.Option("--task", help="The task, where the file does not say it.")] = None,
+    horizon: Annotated[
+        int | None, typer.Option("--horizon", help="Longest possible episode, where the file does not say it.", min=1)
+    ] = None,
+    label: Annotated[str, typer.Option("--label", help="Name under which rewards and successes are kept.")] = "given",
+    action_bounds: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--action-bounds", help="LOW HIGH: scale actions to [-1, 1]."),
+    ] = None,
+    clip_actions: Annotated[
+        bool, typer.Option("--clip-actions", help="Cut actions off at [-1, 1], rather than refuse those outside.")
+    ] = False,
+    observation_key: Annotated[
+        list[str] | None,
+        typer.Option("--observation-key", help="One of several arrays to join into the observation; may be repeated."),
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option("--key", help="For arrays: OURS=THEIRS, such as observations=obs; may be repeated."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the episodes of another project's file to a new store, streaming."""
+    from cvlctl.commands import exchange
+
+    options: dict[str, Any] = {"task": task, "horizon": horizon, "label": label, "action_bounds": action_bounds}
+    options |= {"clip_actions": clip_actions, "observation_keys": observation_key or (), "keys": key or ()}
+    _show(lambda: exchange.import_file(format, file, out, **options, force=force), as_json, quiet)
+
+
+@app.command(
+    "export", rich_help_panel=EXCHANGE, epilog="Example: cvlctl data export data/hopper.zarr d4rl --out hopper.hdf5"
+)
+def export(
+    store: Store,
+    format: Format,
+    out: Annotated[Path, typer.Option("--out", help="The file, or for Minari the folder.", show_default=False)],
+    label: Label = "given",
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a store as a file that other projects read."""
+    from cvlctl.commands import exchange
+
+    def line(result: dict[str, Any]) -> None:
+        print(f"{result['path']}: {result['episodes']:,} episodes as {result['format']}")
+
+    present(lambda: exchange.export(store, format, out, label=label, force=force), line, as_json, quiet)
+
+
+@app.command("fetch", rich_help_panel=EXCHANGE, epilog="Example: cvlctl data fetch d4rl/hopper-medium-v2")
+def fetch(
+    name: Annotated[str, typer.Argument(help="Such as d4rl/hopper-medium-v2.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="The file, or a folder for it.")] = Path("data/d4rl"),
+    mirror: Annotated[str, typer.Option("--mirror", help="Base address of another server with the same files.")] = "",
+    sha256: Annotated[str, typer.Option("--sha256", help="The digest that the file must have.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Download it again.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Download a dataset. Run it again after an interruption, and it goes on; a file that is there is checked."""
+    from cvlctl.commands import exchange
+
+    def line(result: dict[str, Any]) -> None:
+        print(f"{result['status']}: {result['path']}")
+
+    present(lambda: exchange.fetch(name, out, mirror=mirror, sha256=sha256, force=force), line, as_json, quiet)
