@@ -102,11 +102,18 @@ def critic_init(
     hidden: Sequence[int],
     latent_dim: int,
     layer_norm: bool,
+    future_dim: int | None = None,
+    copies: int = 0,
 ) -> State:
-    """The occupancy critic's two encoders: `phi` of (observation, action) and `psi` of a future observation."""
-    phi = mlp_init("phi", seeds, [observation_dim + action_dim, *hidden, latent_dim], layer_norm=layer_norm)
-    psi = mlp_init("psi", seeds, [observation_dim, *hidden, latent_dim], layer_norm=layer_norm)
-    return phi | psi
+    """The occupancy critic's two encoders: `phi` of (observation, action) and `psi` of a future observation.
+
+    `future_dim`: how many columns of a future psi sees; None: all.
+    """
+    widths = {"phi": observation_dim + action_dim, "psi": future_dim or observation_dim}
+    state: State = {}
+    for name, width in widths.items():
+        state |= mlp_init(name, seeds, [width, *hidden, latent_dim], layer_norm=layer_norm, copies=copies)
+    return state
 
 
 def encode(params: State, name: str, x: Tensor, *, unit: bool, temperature: float) -> Tensor:

@@ -107,6 +107,7 @@ class Draws(NamedTuple):
     futures: bool = False  # one future for each transition
     bank: int = 0  # futures drawn from the marginal p(s+) of the labelled episodes, with their rewards
     examples: int = 0  # success examples in the bank instead; all of them where there are fewer
+    times: bool = False  # how far into their episodes the transitions lie
     noise: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
@@ -118,6 +119,7 @@ class Indices(NamedTuple):
     future_row: Tensor
     bank_row: Tensor
     bank_absorbed: Tensor
+    bank_source: Tensor  # the transition's row whose future it is
 
 
 def draw(
@@ -147,10 +149,12 @@ def draw(
         g = generator(seed, "bank", block, device)
         bank_row = torch.zeros((num_steps, 0), dtype=torch.int64, device=device)
         absorbed = torch.zeros((num_steps, 0), dtype=torch.bool, device=device)
+        source = bank_row
         if draws.bank:
             pick = torch.randint(len(data.labelled), (num_steps, draws.bank), generator=g, device=device)
             u = torch.rand(pick.shape, generator=g, device=device, dtype=torch.float64)
-            bank_row, _, absorbed = future(where, data.labelled[pick], u, draws.gamma)
+            pick = data.labelled[pick]
+            source, (bank_row, _, absorbed) = where.row[pick], future(where, pick, u, draws.gamma)
         elif draws.examples:
             count = len(data.examples)
             if count > draws.examples:
@@ -158,7 +162,7 @@ def draw(
             else:
                 bank_row = torch.arange(count, device=device).expand(num_steps, count)
             absorbed = torch.zeros_like(bank_row, dtype=torch.bool)
-        columns.append([row, ends, future_row, bank_row, absorbed])
+        columns.append([row, ends, future_row, bank_row, absorbed, source])
     indices = Indices(*(torch.stack(parts, dim=1) for parts in zip(*columns, strict=True)))
     noise = {}
     for name, shape in draws.noise:
@@ -189,7 +193,16 @@ def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | Trans
         future_observation=_rows(data.observation, indices.future_row),
         bank_observation=_rows(data.examples if draws.examples else data.observation, indices.bank_row),
         bank_reward=torch.where(indices.bank_absorbed, 0.0, bank_reward),
+        time=_times(data, indices.row) if draws.times else indices.row[:, :0],
+        bank_time=_times(data, indices.bank_source) if draws.times else indices.row[:, :0],
     )
+
+
+def _times(data: Data, row: Tensor) -> Tensor:
+    """Steps since the episode began, of rows (E, N)."""
+    ends = torch.unique_consecutive(data.layout.last)  # of episodes, in order
+    first = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
+    return row - first[torch.searchsorted(ends, row)]
 
 
 def _rows(source: Tensor, index: Tensor) -> Tensor:

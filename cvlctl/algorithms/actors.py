@@ -38,6 +38,7 @@ def improve(
     q_coefficient: float,
     bc_coefficient: float,
     learning_rate: float,
+    sampled: bool = False,
 ) -> Metrics:
     """One actor step on q_coefficient KL(pi || exp(Q / tau)) + bc_coefficient BC (CVL Eq. 15; LAEO Eq. 9 with tau = 0).
 
@@ -46,6 +47,7 @@ def improve(
     Args:
         noise: (E, num_actions, B, A) standard normal.
         q: *normalised* observations (E, N, O) and actions (E, N, A) -> (E, N), for N = num_actions * B.
+        sampled: the gradient by the likelihood of the sampled actions, not through Q; needs several of them a state.
     """
     observation = networks.normalise(state, batch.observation)
     num_actions, batch_size = noise.shape[1:3]
@@ -54,9 +56,13 @@ def improve(
     def loss(params: State) -> tuple[Tensor, Metrics]:
         mean, log_std = networks.actor(params, observation)
         action, log_prob = policy.sample_tanh(mean.unsqueeze(1), log_std.unsqueeze(1), noise)
+        if sampled:
+            action = action.detach()
+            log_prob = policy.log_prob_tanh(mean.unsqueeze(1), log_std.unsqueeze(1), action)
         values = q(tiled, action.flatten(1, 2)).unflatten(1, (num_actions, batch_size))
         scale = values.detach().abs().mean(dim=(1, 2), keepdim=True) + 1e-8
-        kl = policy.boltzmann_kl((values / scale).movedim(1, 0), log_prob.movedim(1, 0), boltzmann_temperature)
+        divergence = policy.sampled_boltzmann_kl if sampled else policy.boltzmann_kl
+        kl = divergence((values / scale).movedim(1, 0), log_prob.movedim(1, 0), boltzmann_temperature)
         cloning = policy.behaviour_cloning(policy.log_prob_tanh(mean, log_std, batch.action))
         total = (q_coefficient * kl + bc_coefficient * cloning).mean(dim=-1)
         metrics = {

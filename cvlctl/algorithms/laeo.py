@@ -71,6 +71,7 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
 
     def q(observation: Tensor, action: Tensor) -> Tensor:
         log_q = occupancy_q.log_q_examples(occupancy.phi(config.critic, state, observation, action) @ psi.mT)
+        log_q = log_q.amin(dim=1) if config.critic.twin else log_q
         if config.readout == "posterior":
             return torch.sigmoid(log_q)
         # what is averaged over states is e^f and not f; a common factor keeps exp in range, and `improve` rescales

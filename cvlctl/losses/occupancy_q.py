@@ -59,8 +59,16 @@ def fourier_sums(features: Tensor, scales: Tensor, rewards: Tensor) -> tuple[Ten
 
 
 def q_fourier(features: Tensor, scales: Tensor, sums: Tensor, log_factor: Tensor, normaliser: str = "self") -> Tensor:
-    """Q(s,a) = F(phi).xi_r / F(phi).xi_1 (`self`), or e^(scales) F(phi).xi_r (`none`, CVL Eq. 12)."""
-    reward, one = (features @ sums).unbind(dim=-1)
+    """Q(s,a) = F(phi).xi_r / F(phi).xi_1 (`self`), or e^(scales) F(phi).xi_r (`none`, CVL Eq. 12).
+
+    Args:
+        features, scales: of the pairs, (..., N, D') and (..., N).
+        sums, log_factor: (..., D', 2) for all pairs, or (..., N, D', 2) for each its own; (..., 1).
+    """
+    if sums.dim() > features.dim():
+        reward, one = (features.unsqueeze(-2) @ sums).squeeze(-2).unbind(dim=-1)
+    else:
+        reward, one = (features @ sums).unbind(dim=-1)
     if normaliser == "self":
         # the estimate of a positive sum can come out at or below zero where the features are too few
         floor = 1e-3 * one.detach().abs().mean(dim=-1, keepdim=True) + 1e-30

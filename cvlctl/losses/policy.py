@@ -41,6 +41,21 @@ def boltzmann_kl(q: Tensor, log_prob: Tensor, temperature: float) -> Tensor:
     return (temperature * log_prob - q).mean(dim=0)
 
 
+def sampled_boltzmann_kl(q: Tensor, log_prob: Tensor, temperature: float) -> Tensor:
+    """mean_i log pi(a_i|s) (c_i - mean_{j != i} c_j), c = tau log pi - Q: its gradient is an estimate of Eq. 13's.
+
+    The score-function form of CVL Eq. 13, c held fixed, with the other samples' mean as the baseline: Q is never
+    differentiated. Its value means nothing.
+
+    Args:
+        q, log_prob: (num_actions, ..., B), num_actions >= 2, of actions sampled from pi and then held fixed.
+    """
+    cost = (temperature * log_prob - q).detach()
+    count = cost.shape[0]
+    others = (cost.sum(dim=0, keepdim=True) - cost) / (count - 1)
+    return (log_prob * (cost - others)).mean(dim=0)
+
+
 def behaviour_cloning(log_prob: Tensor) -> Tensor:
     """-log pi(a|s) of the data's actions (CVL Eq. 14, with the minus sign that minimising it needs; LAEO Eq. 8)."""
     return -log_prob
