@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class Critic:
             (N, M) float32.
         """
         psi = self._psi(futures)
-        return np.concatenate([(phi @ psi.mT).numpy() for phi in self._phi(observations, actions)])
+        return np.concatenate([self._smaller(phi @ psi.mT).numpy() for phi in self._phi(observations, actions)])
 
     def q(
         self,
@@ -64,11 +64,15 @@ class Critic:
         if normaliser not in ("self", "none"):
             raise CvlctlError(f"normaliser {normaliser!r} is not one of self, none")
         psi, reward = self._psi(futures), torch.from_numpy(np.asarray(rewards, dtype=np.float32))
-        if reward.shape != psi.shape[:1]:
+        if reward.shape != psi.shape[-2:-1]:
             raise CvlctlError(f"{len(reward)} rewards for {len(psi)} futures", "give one reward for each future")
         read = occupancy_q.q_self_normalised if normaliser == "self" else occupancy_q.q_raw
-        chunks = [read(phi @ psi.mT, reward).numpy() for phi in self._phi(observations, actions)]
+        reward = reward.expand(*psi.shape[:-1])
+        chunks = [self._smaller(read(phi @ psi.mT, reward)).numpy() for phi in self._phi(observations, actions)]
         return np.concatenate(chunks) / (1 - self.gamma)
+
+    def _smaller(self, both: Tensor) -> Tensor:
+        return both.amin(dim=0) if self.config.twin else both
 
     @torch.no_grad()
     def _psi(self, futures: np.ndarray) -> Tensor:
@@ -85,7 +89,7 @@ class Critic:
 
     def _batch(self, name: str, value: np.ndarray, statistic: str | None) -> Tensor:
         array = np.asarray(value, dtype=np.float32)
-        action_dim = self._state["phi.0.weight"].shape[1] - self._state["observation_mean"].shape[1]
+        action_dim = self._state["phi.0.weight"].shape[-2] - self._state["observation_mean"].shape[1]
         width = self._state[statistic].shape[1] if statistic else action_dim
         if array.ndim != 2 or array.shape[1] != width:
             raise CvlctlError(f"{name} have shape {array.shape}; expected (N, {width})")
@@ -114,15 +118,19 @@ def read_critics(run: Path, checkpoint: str | int = "last") -> Trained:
         raise CvlctlError(what, "name a run of cvlctl pretrain, or one finetuned by cvl or laeo")
     try:
         values, raw = metadata["critic"], metadata["spec"]
-        config = occupancy.Config(**{**values, "hidden": tuple(values["hidden"])})
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        config = occupancy.Config(**settings)
         spec = Spec(tuple(raw["observation_shape"]), raw["action_dim"], raw["horizon"])
         seeds = [int(seed) for seed in metadata["seeds"]]
         (width,) = spec.observation_shape
         wanted = {"observation_mean": width, "observation_std": width}
-        wanted |= {"phi.0.weight": width + spec.action_dim, "psi.0.weight": width}
+        future_width = width if config.future_columns is None else len(config.future_columns)
+        wanted |= {"phi.0.weight": width + spec.action_dim, "psi.0.weight": future_width}
         for name, size in wanted.items():
-            if state[name].shape[:2] != (len(seeds), size):
-                raise ValueError(f"{name} has shape {tuple(state[name].shape)}; expected ({len(seeds)}, {size}, ...)")
+            shape = state[name].shape
+            width_at = -2 if name.endswith("weight") else -1
+            if shape[0] != len(seeds) or shape[width_at] != size:
+                raise ValueError(f"{name} has shape {tuple(shape)}; expected {len(seeds)} members and width {size}")
         if any(value.dim() and len(value) != len(seeds) for value in state.values()):
             raise ValueError(f"not all tensors have {len(seeds)} members")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

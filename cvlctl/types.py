@@ -117,11 +117,16 @@ class OccupancyBatch(NamedTuple):
     future_observation: Tensor  # (E, B, O), drawn from the discounted occupancy of (observation, action)
     bank_observation: Tensor  # (E, M, O), drawn from the marginal p(s+) or from the success examples
     bank_reward: Tensor  # (E, M)
+    time: Tensor  # (E, B) int64: steps since the episode began
+    bank_time: Tensor  # (E, M) int64: the same of the transitions whose futures the bank holds
 
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """One evaluated episode: one row of the score file. `success` is None where the task has no notion of it."""
+    """One evaluated episode: one row of the score file. `success` is None where the task has no notion of it.
+
+    `discounted_return` is there for policies with an offline estimate of it (fitted Q evaluation), else None.
+    """
 
     algorithm: str
     task: str
@@ -131,3 +136,4 @@ class EpisodeResult:
     episode_return: float
     length: int
     success: bool | None
+    discounted_return: float | None = None

@@ -4,6 +4,10 @@ At its optimum f = log p(s+ | s, a) / p(s+), where p(s+ | s, a) is the discounte
 collected the data. psi sees the final observation for the absorbing state, with no flag: arriving at a terminal state
 and staying there have the same ratio (their probabilities differ by the constant gamma / (1 - gamma), both given (s, a)
 and in the marginal).
+
+psi may see some columns of a future alone (`future_columns`: a goal, say where the object lies); f is then the log
+ratio of those columns' occupancy. Where the observation itself states a commanded goal (`command_columns`), neither phi
+nor psi sees the statement: it says what the collector was after, not what the actions do.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cvlctl import networks
+from cvlctl.errors import CvlctlError
 from cvlctl.losses import contrastive
 from cvlctl.networks import State
 from cvlctl.samplers import Data, Draws, observation_statistics
@@ -40,7 +45,10 @@ class Config:
     hidden: tuple[int, ...] = (512, 512)
     layer_norm: bool = False
     learning_rate: float = 3e-4
+    twin: bool = False  # two critics side by side; readouts take the smaller Q
     ema_rate: float = 0.0  # [beta] of psi; above 0, readouts use the averaged psi
+    future_columns: tuple[int, ...] | None = None  # of an observation, that make a future (a goal); None: all
+    command_columns: tuple[int, ...] = ()  # in which the observation states a goal for future_columns, one for one
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma < 1:
@@ -51,6 +59,17 @@ class Config:
             raise ValueError("ema_rate must lie in [0, 1] and partition_coefficient at or above 0")
         if self.features == "free" and self.temperature != 1.0:
             raise ValueError("temperature belongs to features: unit")
+        for name, columns in (("future_columns", self.future_columns), ("command_columns", self.command_columns)):
+            if columns is not None and (min(columns, default=0) < 0 or len(set(columns)) < len(columns)):
+                raise ValueError(f"{name} must be different numbers at or above 0")
+        if self.future_columns == ():
+            raise ValueError("future_columns must not be empty; leave it out where a future is the whole observation")
+        if self.command_columns and len(self.command_columns) != len(self.future_columns or ()):
+            raise ValueError(
+                "command_columns state a goal for future_columns: give as many of these, in the same order"
+            )
+        if set(self.command_columns) & set(self.future_columns or ()):
+            raise ValueError("command_columns and future_columns must not share a column")
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
@@ -58,16 +77,28 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
-    """Weights, Adam's moments and the observation normaliser, on the CPU."""
+    """Weights, Adam's moments and the observation normaliser, on the CPU.
+
+    Raises:
+        CvlctlError: future_columns or command_columns name a column that an observation does not have.
+    """
     (observation_dim,) = spec.observation_shape
+    columns = config.future_columns
+    if max((*(columns or ()), *config.command_columns), default=0) >= observation_dim:
+        what = f"critic: future_columns {columns}, command_columns {config.command_columns}"
+        raise CvlctlError(f"{what}: observations have {observation_dim} columns", "columns count from 0")
     state = networks.critic_init(
-        seeds, observation_dim, spec.action_dim, config.hidden, config.latent_dim, config.layer_norm
-    )
+        seeds, observation_dim, spec.action_dim, config.hidden, config.latent_dim, config.layer_norm,
+        None if columns is None else len(columns), copies=2 if config.twin else 0,
+    )  # fmt: skip
     names = list(state)
     state |= adam_init(state, "critic", names)
     if config.ema_rate > 0:
         state |= {f"ema/{name}": state[name].clone() for name in names if name.startswith("psi.")}
     mean, std = observation_statistics(data.observation)
+    for command, column in zip(config.command_columns, columns or (), strict=False):
+        # a goal stated is normalised as one reached: where the data were collected for a single goal it never varies
+        mean[command], std[command] = mean[column], std[column]
     return state | networks.normaliser_init(seeds, mean.cpu(), std.cpu())
 
 
@@ -75,15 +106,29 @@ def parameter_names(state: State) -> list[str]:
     return [name for name in state if name.startswith(("phi.", "psi."))]
 
 
+def goal_of(config: Config, observation: Tensor) -> Tensor:
+    """The columns of a future that psi sees: (E, B, O) -> (E, B, G)."""
+    if config.future_columns is None:
+        return observation
+    return torch.stack([observation[..., column] for column in config.future_columns], dim=-1)
+
+
 def phi(config: Config, params: State, observation: Tensor, action: Tensor) -> Tensor:
-    """(E, B, O) *normalised*, (E, B, A) -> (E, B, latent)."""
+    """(E, B, O) *normalised*, (E, B, A) -> (E, B, latent), or (E, 2, B, latent) of a twin critic."""
+    if config.command_columns:
+        observation = observation.clone()
+        for column in config.command_columns:
+            observation[..., column] = 0.0
     pair = torch.cat([observation, action], dim=-1)
+    pair = pair.unsqueeze(1) if config.twin else pair
     return networks.encode(params, "phi", pair, unit=config.features == "unit", temperature=config.temperature)
 
 
 def psi(config: Config, params: State, observation: Tensor) -> Tensor:
-    """(E, B, O) *normalised* -> (E, B, latent)."""
-    return networks.encode(params, "psi", observation, unit=config.features == "unit", temperature=config.temperature)
+    """(E, B, O) *normalised* -> (E, B, latent), or (E, 2, B, latent) of a twin critic."""
+    seen = goal_of(config, observation)
+    seen = seen.unsqueeze(1) if config.twin else seen
+    return networks.encode(params, "psi", seen, unit=config.features == "unit", temperature=config.temperature)
 
 
 def bank_psi(config: Config, state: State, observation: Tensor) -> Tensor:
@@ -115,6 +160,8 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
             "critic/accuracy": (positive >= logits.amax(dim=-1)).float().mean(dim=-1),
             "critic/log_mean_ratio": partition.mean(dim=-1) - math.log(num_futures),  # 0 where f is the log ratio
         }
+        if config.twin:
+            metrics = {name: value.mean(dim=1) for name, value in metrics.items()}
         return total.mean(dim=-1).sum(), metrics
 
     names = parameter_names(state)
