@@ -544,6 +544,16 @@ def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert peaks[1] < 1.5 * peaks[0] + 500_000 and peaks[1] < data / 2, peaks
 
 
+def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "CHUNK_BYTES", 7 * 48)
+    images = np.random.default_rng(0).integers(0, 255, (3, 11, 4, 4, 3), np.uint8)
+    source = write_store(tmp_path / "a.zarr", [Episode(x, np.zeros((10, 1)), np.ones(10)) for x in images], task="toy")
+    copied = open_store(transform.label_as(source.path, "x", tmp_path / "b.zarr", rewards="zeros")["path"])
+    assert verify_store(copied.path) == [] and copied.digest() == source.digest() and copied.labels == ["given", "x"]
+    assert copied.observations().dtype == np.uint8
+    assert zarr.open_array(copied.path / "labels/x/reward", mode="r").chunks == (7,)
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
