@@ -27,7 +27,7 @@ def read(
     Args:
         keys: our name -> the file's: observations, actions, rewards, successes, terminals, timeouts,
             next_observations. What is not named is looked for under our own name, and may lack but for the first two.
-        horizon: length of an episode that a time limit cut off, where the file has no timeouts.
+        horizon: length of an episode that a time limit cut off, where neither timeouts nor next_observations tell.
     """
     keys = dict(keys or {})
     for name in keys:

@@ -35,7 +35,7 @@ def read(
     action_bounds: Bounds | None = None,
     clip_actions: bool = False,
 ) -> Iterator[Episode]:
-    """The episodes of a D4RL file; `horizon` is needed where it has no timeouts (most files of version 0)."""
+    """The episodes of a D4RL file; `horizon` is needed where neither timeouts nor next_observations mark cuts."""
     with open_hdf5(Path(path)) as arrays:
         arrays.need(*REQUIRED)
         ours = _ours(arrays)

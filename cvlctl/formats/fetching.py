@@ -6,7 +6,6 @@ time on, the sha256 that was taken when it came, kept beside it in `<file>.json`
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
 import urllib.error
@@ -49,10 +48,12 @@ def fetch(name: str, out: str | Path, *, mirror: str = "", sha256_is: str = "", 
     if path.exists() and not force:
         status = "there already"
     else:
-        with lock(path.with_name(f".{path.name}.lock")):
-            _download(url, path)
-        with contextlib.suppress(OSError):
-            path.with_name(f".{path.name}.lock").unlink()
+        guard = path.with_name(f".{path.name}.lock")
+        with lock(guard):
+            try:
+                _download(url, path)
+            finally:
+                guard.unlink(missing_ok=True)
         receipt.unlink(missing_ok=True)
         status = "fetched"
     with hdf5_file(path):  # HDF5 knows where its file ends
@@ -83,9 +84,9 @@ def _download(url: str, path: Path) -> None:
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
     hint = "check the network; the same command goes on where this one stopped. Another server: mirror"
     try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             if answer.status != 206:  # the server does not resume: from the start
                 done = 0

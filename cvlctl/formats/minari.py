@@ -28,6 +28,7 @@ from cvlctl.formats.sources import (
     Bounds,
     Facts,
     dataset_column,
+    dataset_in,
     flags,
     flat,
     hdf5_file,
@@ -78,7 +79,9 @@ def read(
                 name: dataset_column(file_path, group, name).rest() for name in ("actions", "rewards", "terminations")
             }
             with reading(where):
-                solved = group["infos/success"][1:] if ours and "infos/success" in group else None
+                solved = None
+                if ours and "infos/success" in group:
+                    solved = dataset_column(file_path, group, "infos/success").rest()[1:]
             with reading(f"{where}/observations"):
                 observations = _observations(file_path, group, observation_keys, images)
             ended = flags(arrays["terminations"], f"{where}/terminations")
@@ -104,6 +107,8 @@ def facts(path: Path) -> Facts:
     with reading(str(folder / METADATA)):
         ours, steps = metadata.get("cvlctl"), int(metadata["total_steps"])
         kept = {name: metadata[name] for name in KEPT if name in metadata}
+        if bounds := _bounds(metadata, folder / METADATA):
+            kept["action_bounds"] = bounds
         if ours:
             return Facts(steps, str(ours["task"]), int(ours["horizon"]), kept, folder / DATA)
         env = json.loads(metadata.get("env_spec") or "{}")
@@ -157,8 +162,8 @@ def _observations(path: Path, group: h5py.Group, keys: Sequence[str], images: bo
 
     if isinstance(group.get("observations"), h5py.Group):
         return joined(path, group["observations"], keys)
-    dataset = group.get("observations")
-    if images and dataset is not None and dataset.ndim < 3:
+    dataset = dataset_in(path, group, "observations")
+    if images and dataset.ndim < 3:
         return np.stack([_decoded(bytes(bytearray(frame))) for frame in dataset])
     return dataset_column(path, group, "observations").rest()
 

@@ -4,6 +4,9 @@ Row t of an episode holds s_t, a_t, the reward received on arriving at s_(t+1), 
 `terminals` by the environment, `timeouts` by a time limit; where both are set, the environment ended it. The final
 observation s_T has no row. It is the last row's `next_observations`, if the file has them; `sources.with_final` says
 what becomes of an episode if not. A single row that was cut off leaves nothing then, and is passed over.
+
+Where a row's next observation is not the one in the row after it, an episode ends too, cut off: a reset that no flag
+marks (D4RL's version 0 has no timeouts), or the seam of a ring buffer.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import numpy as np
 from cvlctl.errors import CvlctlError
 from cvlctl.formats.sources import Bounds, Column, cut, cut_at, flags, flat, make, same_length, with_final
 from cvlctl.types import Episode
+
+TOLERANCE = 1e-4  # relative: files keep observations in one precision and the next ones in another
 
 
 def episodes_of_rows(
@@ -35,10 +40,14 @@ def episodes_of_rows(
         columns: observations, actions, and where the file has them rewards, successes, terminals, timeouts,
             next_observations, and collected_at, seed, task (index into `tasks`), which are taken from the first row.
         horizon: where there are no timeouts, the length at which the time limit cut the episodes off.
+            Needed unless there are next_observations.
         stride, offset: row i was the collector's environment step i * stride + offset.
     """
     length = same_length(path, columns)
-    limit = None if "timeouts" in columns else cut_at(_require(path, horizon))
+    if not {"timeouts", "next_observations"} & set(columns) and horizon is None:
+        what = f"{path}: neither timeouts nor next_observations say where time limits cut episodes off"
+        raise CvlctlError(what, "give the horizon: the number of steps after which the environment was reset")
+    limit = cut_at(horizon) if horizon is not None and "timeouts" not in columns else None
     if "next_observations" in columns and columns["next_observations"].shape != columns["observations"].shape:
         shapes = f"{columns['next_observations'].shape}, observations {columns['observations'].shape}"
         raise CvlctlError(f"{path}: next_observations have shape {shapes}")
@@ -50,7 +59,11 @@ def episodes_of_rows(
         found = np.zeros(len(rows["actions"]), bool)
         if "terminals" in rows:
             found = flags(rows["terminals"], where("terminals"))
-        return limit(found) if limit else found | flags(rows["timeouts"], where("timeouts"))
+        if "timeouts" in rows:
+            found |= flags(rows["timeouts"], where("timeouts"))
+        if "next_observations" in rows:
+            found |= _gaps(path, rows, found)
+        return limit(found) if limit else found
 
     for number, (first, rows) in enumerate(cut(columns, length, ends)):
         terminated = "terminals" in rows and bool(flags(rows["terminals"][-1:], where("terminals"))[0])
@@ -77,8 +90,21 @@ def episodes_of_rows(
         )
 
 
-def _require(path: Path, horizon: int | None) -> int:
-    if horizon is None:
-        what = f"{path}: no timeouts say where time limits cut episodes off"
-        raise CvlctlError(what, "give the horizon: the number of steps after which the environment was reset")
-    return horizon
+def _gaps(path: Path, rows: dict[str, np.ndarray], ends: np.ndarray) -> np.ndarray:
+    """(n,) bool: the next row holds another observation than the one that followed.
+
+    Raises:
+        CvlctlError: that is so nearly everywhere: the rows are shuffled, and no episodes can be made of them.
+    """
+    found = np.zeros(len(ends), bool)
+    after, then = rows["next_observations"][:-1], rows["observations"][1:]
+    if after.dtype.kind == "f":
+        apart = np.abs(after - then) > TOLERANCE * (1 + np.abs(after))
+    else:
+        apart = after != then
+    found[:-1] = apart.any(axis=tuple(range(1, apart.ndim)))
+    unmarked = int(np.count_nonzero(found & ~ends))
+    if unmarked > 10 and unmarked > np.count_nonzero(~ends) / 2:
+        what = f"{path}: after {unmarked} of {len(ends)} rows the next row does not go on where they led"
+        raise CvlctlError(what, "give rows in order of time: shuffled ones, or next_observations scaled, do not do")
+    return found

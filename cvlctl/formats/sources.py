@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import zipfile
@@ -70,8 +71,10 @@ class Column:
             raise CvlctlError(f"{where}: holds {_kind(dtype)}, not numbers", "save it as an array of plain numbers")
         if not shape:
             raise CvlctlError(f"{where}: is a single value, not an array with a row a step")
-        self._row_bytes = int(np.prod(shape[1:], dtype=object)) * dtype.itemsize
-        if self._row_bytes > MAX_ROW_BYTES:
+        if 0 in shape[1:]:
+            raise CvlctlError(f"{where}: rows of shape {shape[1:]} hold nothing")
+        self.row_bytes = _bytes(shape[1:], dtype)
+        if self.row_bytes > MAX_ROW_BYTES:
             raise CvlctlError(f"{where}: rows of shape {shape[1:]} are too large to be true")
         self._at, self._block, self._used = 0, np.empty((0, *shape[1:]), dtype), 0
 
@@ -97,7 +100,7 @@ class Column:
         return self.take(len(self) - self._at + len(self._block) - self._used)
 
     def _next_block(self, wanted: int) -> None:
-        size = min(max(1, BLOCK_BYTES // max(1, self._row_bytes)), len(self) - self._at)
+        size = min(max(1, BLOCK_BYTES // max(1, self.row_bytes)), len(self) - self._at)
         if size <= 0:
             raise CvlctlError(f"{self.where}: has {len(self)} rows, fewer than the others need")
         with reading(f"{self.where}, rows {self._at}-{self._at + size - 1}"):
@@ -167,42 +170,51 @@ def hdf5_file(path: Path) -> Iterator[h5py.File]:
 
 
 def dataset_column(path: Path, group: h5py.Group, name: str) -> Column:
-    """A dataset of an HDF5 file as a column.
-
-    Raises:
-        CvlctlError: it is missing, lies in another file, or its storage cannot hold what its shape says.
-    """
-    import h5py
-
-    where = f"{path}: {group.name.strip('/')}/{name}".replace(": /", ": ")
-    with reading(where):
-        link = group.get(name, getlink=True)
-        if link is None:
-            raise CvlctlError(f"{where}: the array is missing")
-        dataset = None if isinstance(link, h5py.ExternalLink) else group[name]
-        if not isinstance(dataset, h5py.Dataset) and dataset is not None:
-            raise CvlctlError(f"{where}: is a group, not an array")
-        if dataset is None or dataset.external or dataset.is_virtual:
-            raise CvlctlError(f"{where}: lies in another file", "write the data themselves into one file")
-        shape, dtype = dataset.shape or (), dataset.dtype
-        _believable(where, dataset, shape)
+    """A dataset of an HDF5 file as a column; raises as `dataset_in` does."""
+    dataset = dataset_in(path, group, name)
 
     def fetch(start: int, count: int) -> np.ndarray:
         return np.asarray(dataset[start : start + count])
 
-    return Column(where, shape, dtype, fetch)
+    return Column(f"{path}: {dataset.name.strip('/')}", dataset.shape or (), dataset.dtype, fetch)
 
 
-def _believable(where: str, dataset: h5py.Dataset, shape: tuple[int, ...]) -> None:
-    """What is read is bounded by the file, whatever shape its header claims."""
-    size = int(np.prod(shape, dtype=object)) * dataset.dtype.itemsize
-    ratio = 1 if dataset.compression is None and not dataset._filters else ANY_RATIO
-    if dataset.compression in ("gzip", "lzf", "szip"):
-        ratio = DEFLATE_RATIO
-    if size > ratio * dataset.id.get_storage_size():
-        raise CvlctlError(f"{where}: holds less than its shape {shape} says", "the file was not written to its end")
-    if dataset.chunks and int(np.prod(dataset.chunks, dtype=object)) * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
-        raise CvlctlError(f"{where}: chunks of shape {dataset.chunks} are too large", "write it with smaller chunks")
+def dataset_in(path: Path, group: h5py.Group, name: str) -> h5py.Dataset:
+    """A dataset of the HDF5 file at `path`.
+
+    Raises:
+        CvlctlError: it is missing, lies in another file, or its storage cannot hold what its shape says: what is read
+            is bounded by the file, whatever its header claims.
+    """
+    import h5py
+
+    where = f"{path}: {'/'.join(part for part in (group.name.strip('/'), name) if part)}"
+    elsewhere = CvlctlError(f"{where}: lies in another file", "write the data themselves into one file")
+    with reading(where):
+        link = group.get(name, getlink=True)
+        if link is None:
+            raise CvlctlError(f"{where}: the array is missing")
+        if isinstance(link, h5py.ExternalLink):
+            raise elsewhere
+        dataset = group[name]
+        if not isinstance(dataset, h5py.Dataset):
+            raise CvlctlError(f"{where}: is a group, not an array")
+        if dataset.external or dataset.is_virtual or dataset.file.filename != str(path):
+            raise elsewhere
+        ratio = ANY_RATIO if dataset.id.get_create_plist().get_nfilters() else 1
+        if dataset.compression in ("gzip", "lzf", "szip"):
+            ratio = DEFLATE_RATIO
+        if _bytes(dataset.shape or (), dataset.dtype) > ratio * dataset.id.get_storage_size():
+            what = f"{where}: holds less than its shape {dataset.shape} says"
+            raise CvlctlError(what, "the file was not written to its end")
+        if _bytes(dataset.chunks or (), dataset.dtype) > MAX_CHUNK_BYTES:
+            what = f"{where}: chunks of shape {dataset.chunks} are too large"
+            raise CvlctlError(what, "write it with smaller chunks")
+    return dataset
+
+
+def _bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
 
 
 @contextlib.contextmanager
@@ -219,7 +231,7 @@ def open_npz(path: Path) -> Iterator[Arrays]:
                 version = np.lib.format.read_magic(stream)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran, dtype = read(stream)
-                size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+                size = _bytes(shape, dtype)
                 if dtype.hasobject:
                     what = f"{path}: {name}: holds pickled Python objects, which are never loaded"
                     raise CvlctlError(what, "save it as an array of plain numbers")
@@ -232,7 +244,7 @@ def open_npz(path: Path) -> Iterator[Arrays]:
             if name not in members:
                 raise CvlctlError(f"{path}: no array {name!r}", f"the file has {', '.join(list(members)[:20])}")
             stream, shape, fortran, dtype = header(name)
-            row = int(np.prod(shape[1:], dtype=object)) * dtype.itemsize
+            row = _bytes(shape[1:], dtype)
 
             def fetch(start: int, count: int) -> np.ndarray:
                 return np.frombuffer(stream.read(count * row), dtype).reshape(-1, *shape[1:])
@@ -293,7 +305,7 @@ def cut(
     """
     rows: dict[str, np.ndarray] = {}
     first = done = 0
-    size = max(1, min(BLOCK_ROWS, 4 * BLOCK_BYTES // max(1, sum(column._row_bytes for column in columns.values()))))
+    size = max(1, min(BLOCK_ROWS, 4 * BLOCK_BYTES // max(1, sum(column.row_bytes for column in columns.values()))))
     while done < length:
         count = min(size, length - done)
         block = {name: column.take(count) for name, column in columns.items()}
