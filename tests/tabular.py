@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
-from cvlctl import Episode
+from cvlctl import Episode, samplers
 
 Array = np.ndarray
 
@@ -38,8 +40,37 @@ class MDP:
         series = np.linalg.inv(np.eye(len(self.reward)) - self.gamma * under_policy)
         return self.transition @ series @ self.reward
 
-    def episodes(self, num: int, length: int, seed: int) -> list[Episode]:
+    def value(self, policy: Array) -> Array:
+        """(S,): exact value of another policy (S, A); 0 in terminal states."""
+        value = (policy * replace(self, policy=policy).q()).sum(-1)
+        return np.where(self.terminal, 0.0, value)
+
+    def optimal_q(self) -> Array:
+        """(S, A): value iteration until nothing moves."""
+        q = np.zeros(self.policy.shape)
+        while True:
+            after = np.where(self.terminal, 0.0, q.max(-1))
+            better = self.transition @ (self.reward + self.gamma * after)
+            if abs(better - q).max() < 1e-10:
+                return better
+            q = better
+
+    def action_of(self, actions: Array) -> Array:
+        """Index of the embedded action that is nearest to each of (..., dims)."""
+        return ((actions[..., None, :] - self.actions) ** 2).sum(-1).argmin(-1)
+
+    def greedy(self, actions: Array) -> Array:
+        """The policy (S, A) that takes in state s the embedded action nearest to `actions[s]`, (S, dims)."""
+        return np.eye(len(self.actions))[self.action_of(actions)]
+
+    def episodes(self, num: int, length: int, seed: int, *, spread: bool = False) -> list[Episode]:
+        """Episodes of the behaviour policy. `spread`: logged actions are uniform in [-1, 1], among those whose nearest
+        embedded action is the one taken, so that the MDP is one of continuous actions, known at each of them."""
         rng = np.random.default_rng(seed)
+        cells: list[Array] = []
+        if spread:
+            cloud = rng.uniform(-1, 1, (20_000, self.actions.shape[1])).astype(np.float32)
+            cells = [cloud[self.action_of(cloud) == a] for a in range(len(self.actions))]
         found = []
         starts = np.flatnonzero(~self.terminal)
         for _ in range(num):
@@ -52,13 +83,33 @@ class MDP:
             found.append(
                 Episode(
                     observations=self.states[visited],
-                    actions=self.actions[chosen],
+                    actions=np.stack([rng.choice(cells[a]) for a in chosen]) if spread else self.actions[chosen],
                     rewards=self.reward[visited[1:]],
                     successes=self.reward[visited[1:]] >= self.reward.max(),
                     terminated=ended,
                 )
             )
         return found
+
+
+def data_of(episodes: Sequence[Episode], examples: Array | None = None) -> samplers.Data:
+    """Episodes as a training step sees them, without a store between."""
+    ends = np.cumsum([len(episode) + 1 for episode in episodes])
+    where = samplers.layout(ends, np.array([episode.terminated for episode in episodes]))
+    observation = np.concatenate([episode.observations for episode in episodes])
+    pad = np.zeros((1, episodes[0].actions.shape[1]), np.float32)
+    action = np.concatenate([part for episode in episodes for part in (episode.actions, pad)])
+    zero = np.zeros(1, np.float32)
+    arrival = np.concatenate([part for episode in episodes for part in (zero, episode.rewards)])
+    none = np.zeros((0, observation.shape[1]), np.float32)
+    return samplers.Data(
+        observation=torch.from_numpy(observation),
+        action=torch.from_numpy(action),
+        arrival_reward=torch.from_numpy(arrival).unsqueeze(0),
+        layout=where,
+        labelled=torch.arange(len(where.row)),
+        examples=torch.from_numpy(none if examples is None else examples.astype(np.float32)),
+    )
 
 
 def state_of(mdp: MDP, observations: Array) -> Array:
