@@ -241,11 +241,11 @@ def drop_rewards(
 
 
 @app.command(
-    "label-as",
+    "label",
     rich_help_panel=MAKE,
-    epilog="Example: cvlctl data label-as data/a.zarr sparse --rewards successes --out data/a-sparse.zarr",
+    epilog="Example: cvlctl data label data/a.zarr sparse --rewards successes --out data/a-sparse.zarr",
 )
-def label_as(
+def label_store(
     store: Store,
     name: Annotated[str, typer.Argument(help="The new label's name.", show_default=False)],
     out: Out,
@@ -253,19 +253,28 @@ def label_as(
         str,
         typer.Option(
             "--rewards",
-            help="Another label, zeros, successes (1 where --label marks a success), or a .npy with one a transition.",
+            help="Another label, zeros, successes (1 where --label marks a success), a .npy with one a transition, "
+            "oril or purl (learned from --examples), or a finetuned run that learned rewards of this store.",
             show_default=False,
         ),
     ],
     label: Label = "given",
+    examples: Annotated[Path | None, typer.Option(help="Success examples (.npy, .npz), for oril and purl.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the labeller, here or in the run.")] = 0,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Copy a store and add a label: rewards of another label, of a file, or made from successes."""
+    """Copy a store and add a label: rewards of another label or a file, made from successes, or learned."""
     from cvlctl.commands import transform
 
-    _show(lambda: transform.label_as(store, name, out, rewards=rewards, label=label, force=force), as_json, quiet)
+    _show(
+        lambda: transform.label_store(
+            store, name, out, rewards=rewards, label=label, examples=examples, seed=seed, force=force
+        ),
+        as_json,
+        quiet,
+    )
 
 
 @app.command(

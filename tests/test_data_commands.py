@@ -229,7 +229,7 @@ COMMANDS = [
     ["subsample", "A", "--out", "O", "--episodes", "4"],
     ["subsample", "A", "--out", "O", "--fraction", "0.5", "--seed", "3"],
     ["drop-rewards", "A", "--out", "O", "--label", "given"],
-    ["label-as", "A", "sparse", "--rewards", "successes", "--out", "O"],
+    ["label", "A", "sparse", "--rewards", "successes", "--out", "O"],
     ["examples", "A", "--out", "O.npy", "--rule", "last", "--k", "2", "--num", "5"],
     ["examples", "A", "--out", "O.npz", "--pick", "0:0", "--pick", "1:-1"],
     ["plot", "A", "--out", "O.png"],

@@ -25,9 +25,10 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cvlctl import cli, files
+from cvlctl import cli, files, recipes
 from cvlctl import writer as writer_module
 from cvlctl.commands import derive, transform
+from cvlctl.commands.finetune import finetune
 from cvlctl.commands.transform import Criteria
 from cvlctl.console import execute
 from cvlctl.errors import CvlctlError
@@ -84,8 +85,8 @@ def a(tmp_path: Path) -> Path:
 @pytest.fixture
 def labelled(a: Path, tmp_path: Path) -> Path:
     """A store with three labels: given, sparse (rewards alone) and zero."""
-    transform.label_as(a, "sparse", tmp_path / "x.zarr", rewards="successes")
-    transform.label_as(tmp_path / "x.zarr", "zero", tmp_path / "labelled.zarr", rewards="zeros")
+    transform.label_store(a, "sparse", tmp_path / "x.zarr", rewards="successes")
+    transform.label_store(tmp_path / "x.zarr", "zero", tmp_path / "labelled.zarr", rewards="zeros")
     shutil.rmtree(tmp_path / "x.zarr")
     return tmp_path / "labelled.zarr"
 
@@ -272,17 +273,17 @@ def test_drop_rewards(labelled: Path, tmp_path: Path) -> None:
     assert "given, sparse, zero" in caught.value.hint
 
 
-def test_label_as(a: Path, labelled: Path, tmp_path: Path) -> None:
+def test_label(a: Path, labelled: Path, tmp_path: Path) -> None:
     store, source = open_store(labelled), open_store(a)
     assert verify_store(labelled) == [] and store.digest() == source.digest()
     assert store.label_digest("given") == source.label_digest("given")
     np.testing.assert_array_equal(store.rewards("sparse"), source.successes().astype(np.float32))
     assert not store.rewards("zero").any() and store.rewards("zero").shape == source.rewards().shape
-    transform.label_as(labelled, "copy", tmp_path / "c.zarr", rewards="sparse")
+    transform.label_store(labelled, "copy", tmp_path / "c.zarr", rewards="sparse")
     np.testing.assert_array_equal(open_store(tmp_path / "c.zarr").rewards("copy"), store.rewards("sparse"))
 
 
-def test_label_as_from_a_file(a: Path, tmp_path: Path) -> None:
+def test_label_from_a_file(a: Path, tmp_path: Path) -> None:
     source, file = open_store(a), tmp_path / "r.npy"
     rng = np.random.default_rng(0)
     steps = np.ones(len(source.rewards()), bool)
@@ -292,31 +293,60 @@ def test_label_as_from_a_file(a: Path, tmp_path: Path) -> None:
     expected[steps] = values
     for saved in (values, np.where(steps, expected, 9.0)):  # one a transition; one a row, with whatever in padding
         np.save(file, saved)
-        transform.label_as(a, "mine", tmp_path / "b.zarr", rewards=str(file), force=True)
+        transform.label_store(a, "mine", tmp_path / "b.zarr", rewards=str(file), force=True)
         np.testing.assert_array_equal(open_store(tmp_path / "b.zarr").rewards("mine"), expected)
     bad = [values[:-1], values.astype(str), np.where(values > 0, np.nan, values), values * 1e300]
     for saved in bad:
         np.save(file, saved)
         with pytest.raises(CvlctlError):
-            transform.label_as(a, "mine", tmp_path / "c.zarr", rewards=str(file))
+            transform.label_store(a, "mine", tmp_path / "c.zarr", rewards=str(file))
     np.save(file, np.array([{}] * len(values)), allow_pickle=True)
     with pytest.raises(CvlctlError, match="cannot be read"):
-        transform.label_as(a, "mine", tmp_path / "c.zarr", rewards=str(file))
+        transform.label_store(a, "mine", tmp_path / "c.zarr", rewards=str(file))
     with pytest.raises(CvlctlError, match="no file"):
-        transform.label_as(a, "mine", tmp_path / "c.zarr", rewards="nowhere.npy")
+        transform.label_store(a, "mine", tmp_path / "c.zarr", rewards="nowhere.npy")
     assert names(tmp_path) == ["a.zarr", "b.zarr", "r.npy"]
 
 
-def test_label_as_refuses_nonsense(a: Path, tmp_path: Path) -> None:
+def test_label_by_a_labeller_and_from_a_run(a: Path, tmp_path: Path) -> None:
+    """What `finetune` learned with rewards: oril, and what the same labeller learns here, are one and the same."""
+    found = transform.examples(a, tmp_path / "x.npy", num=1000)
+    transform.label_store(a, "oril", tmp_path / "b.zarr", rewards="oril", examples=tmp_path / "x.npy", seed=1)
+    recipe = {
+        "stores": [{"path": str(a), "rewards": "oril"}], "algorithm": {"name": "td3_bc", "hidden": [8]}, "steps": 2,
+        "success_examples": {"from": str(a), "num": 1000}, "seeds": [0, 1], "out": str(tmp_path / "run"),
+        "batch_size": 8, "threads": 1, "compile": False,
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    finetune(recipes.load(tmp_path / "r.yaml"))
+    transform.label_store(a, "oril", tmp_path / "c.zarr", rewards=str(tmp_path / "run"), seed=1)
+    here, there = (open_store(tmp_path / name).rewards("oril") for name in ("b.zarr", "c.zarr"))
+    np.testing.assert_allclose(here, there, atol=1e-4)
+    store = open_store(a)
+    final, flags = store.episode_ends() - 1, store.successes()
+    assert not here[final].any()
+    steps = np.setdiff1d(np.arange(len(here)), final)
+    assert here[steps][flags[steps]].mean() > here[steps][~flags[steps]].mean()
+    assert found["examples"] == flags.sum()
+    with pytest.raises(CvlctlError, match="has no seed 7"):
+        transform.label_store(a, "z", tmp_path / "d.zarr", rewards=str(tmp_path / "run"), seed=7)
+    with pytest.raises(CvlctlError, match="from success examples"):
+        transform.label_store(a, "z", tmp_path / "d.zarr", rewards="purl")
+    transform.subsample(a, tmp_path / "e.zarr", episodes=3)
+    with pytest.raises(CvlctlError, match="holds no rewards of"):
+        transform.label_store(tmp_path / "e.zarr", "z", tmp_path / "f.zarr", rewards=str(tmp_path / "run"))
+
+
+def test_label_refuses_nonsense(a: Path, tmp_path: Path) -> None:
     out = tmp_path / "b.zarr"
     for name in ("given", "", "../up", "a/b", ".hidden", "ünï"):
         with pytest.raises(CvlctlError, match="already" if name == "given" else "plain name"):
-            transform.label_as(a, name, out, rewards="zeros")
+            transform.label_store(a, name, out, rewards="zeros")
     with pytest.raises(CvlctlError, match="no label 'nope'"):
-        transform.label_as(a, "x", out, rewards="nope")
+        transform.label_store(a, "x", out, rewards="nope")
     free = transform.drop_rewards(a, tmp_path / "free.zarr")["path"]
     with pytest.raises(CvlctlError, match="no label 'given' with a success array"):
-        transform.label_as(Path(free), "x", out, rewards="successes")
+        transform.label_store(Path(free), "x", out, rewards="successes")
     assert names(tmp_path) == ["a.zarr", "free.zarr"]
 
 
@@ -400,7 +430,7 @@ def test_the_recorded_command_does_it_again(a: Path, tmp_path: Path) -> None:
         transform.filter_episodes(a, tmp_path / "f.zarr", Criteria(min_return=2.5, success=False, tasks=("toy",))),
         transform.subsample(a, tmp_path / "n.zarr", fraction=0.5, seed=7),
         transform.drop_rewards(a, tmp_path / "d.zarr", labels=["given"]),
-        transform.label_as(a, "x", tmp_path / "l.zarr", rewards="zeros"),
+        transform.label_store(a, "x", tmp_path / "l.zarr", rewards="zeros"),
         transform.merge([a, a], tmp_path / "m.zarr", task="two words"),
     ]
     for result in results:
@@ -442,7 +472,7 @@ def test_chunks_and_labels_of_any_size(
     monkeypatch.setattr(writer_module, "CHUNK_ROWS", parent_chunk)
     source = write_store(tmp_path / "a.zarr", [episode(i, n) for i, n in enumerate(lengths)], task="toy")
     monkeypatch.setattr(writer_module, "CHUNK_ROWS", chunk)
-    copied = open_store(transform.label_as(source.path, "x", tmp_path / "b.zarr", rewards="given")["path"])
+    copied = open_store(transform.label_store(source.path, "x", tmp_path / "b.zarr", rewards="given")["path"])
     assert verify_store(copied.path) == [] and copied.digest() == source.digest()
     assert copied.label_digest() == source.label_digest()
     np.testing.assert_array_equal(copied.rewards("x"), source.rewards())
@@ -476,7 +506,7 @@ def test_nothing_is_replaced_unless_forced(a: Path, tmp_path: Path) -> None:
         lambda force: transform.filter_episodes(a, out, Criteria(min_length=3), force=force),
         lambda force: transform.subsample(a, out, episodes=4, force=force),
         lambda force: transform.drop_rewards(a, out, force=force),
-        lambda force: transform.label_as(a, "x", out, rewards="zeros", force=force),
+        lambda force: transform.label_store(a, "x", out, rewards="zeros", force=force),
     ]
     before = open_store(out).provenance
     for command in commands:
@@ -548,7 +578,7 @@ def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "CHUNK_BYTES", 7 * 48)
     images = np.random.default_rng(0).integers(0, 255, (3, 11, 4, 4, 3), np.uint8)
     source = write_store(tmp_path / "a.zarr", [Episode(x, np.zeros((10, 1)), np.ones(10)) for x in images], task="toy")
-    copied = open_store(transform.label_as(source.path, "x", tmp_path / "b.zarr", rewards="zeros")["path"])
+    copied = open_store(transform.label_store(source.path, "x", tmp_path / "b.zarr", rewards="zeros")["path"])
     assert verify_store(copied.path) == [] and copied.digest() == source.digest() and copied.labels == ["given", "x"]
     assert copied.observations().dtype == np.uint8
     assert zarr.open_array(copied.path / "labels/x/reward", mode="r").chunks == (7,)

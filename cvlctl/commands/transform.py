@@ -1,4 +1,4 @@
-"""`cvlctl data merge | split | filter | subsample | drop-rewards | label-as | examples`: stores made of stores.
+"""`cvlctl data merge | split | filter | subsample | drop-rewards | label | examples`: stores made of stores.
 
 Every function returns what it wrote as plain data (`--json` prints it) and refuses to overwrite unless forced.
 """
@@ -155,14 +155,25 @@ def drop_rewards(path: Path, out: Path, *, labels: Sequence[str] = (), force: bo
     return summary(written)
 
 
-def label_as(
-    path: Path, name: str, out: Path, *, rewards: str, label: str = "given", force: bool = False
+def label_store(
+    path: Path,
+    name: str,
+    out: Path,
+    *,
+    rewards: str,
+    label: str = "given",
+    examples: Path | None = None,
+    seed: int = 0,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Add a label `name` to a copy of a store.
 
     Args:
         rewards: where its rewards come from: another label, "zeros", "successes" (1 on arriving in a state that `label`
-            marks as successful, else 0), or a .npy of shape (transitions,), or (rows,) as in the store.
+            marks as successful, else 0), a .npy of shape (transitions,), or (rows,) as in the store, "oril" or "purl"
+            (learned here from `examples`), or a finetuned run that has learned rewards of this store.
+        examples: .npy of success examples, for oril and purl.
+        seed: of the labeller, here or in the run.
 
     Raises:
         CvlctlError: the label is there already, its name is not plain, or the rewards are not to be had.
@@ -172,12 +183,16 @@ def label_as(
         raise CvlctlError(f"{path} has a label {name!r} already", "choose another name, or drop that one first")
     if not is_plain(name):
         raise CvlctlError(f"label {name!r} is not a plain name", "use letters, digits, '_', '-' and '.'")
-    part = _all(store)
+    part, learned = _all(store), None
     if rewards == "successes":
         store.require_label(label, "success")
+    elif rewards in ("oril", "purl"):
+        learned = _learn(rewards, store, examples, seed)
+    elif (Path(rewards) / "labels.safetensors").is_file():
+        learned = _learned_in(Path(rewards) / "labels.safetensors", store, seed)
     elif rewards != "zeros" and not rewards.endswith(".npy"):
         store.require_label(rewards)
-    file = _reward_file(Path(rewards), store) if rewards.endswith(".npy") else None
+    file = _reward_file(Path(rewards), store) if rewards.endswith(".npy") else learned
 
     def rows() -> Iterator[np.ndarray]:
         if file is not None:
@@ -190,7 +205,8 @@ def label_as(
             yield from column_rows([part], f"labels/{rewards}/reward")
 
     labels = {**copied_labels([part]), f"labels/{name}/reward": rows}
-    command = command_line("label-as", path, name, out=out, rewards=rewards, label=label if label != "given" else None)
+    options = {"label": label if label != "given" else None, "examples": examples, "seed": seed or None}
+    command = command_line("label", path, name, out=out, rewards=rewards, **options)
     (written,) = derive([Output(Path(out), [part], labels, store.task)], command, force=force)
     return summary(written)
 
@@ -343,6 +359,41 @@ def _reward_file(path: Path, store: Store) -> np.ndarray:
     if found.shape not in ((store.num_transitions,), (rows,)) or found.dtype.kind not in "fiub":
         raise CvlctlError(f"{path} holds {found.dtype} of shape {found.shape}", hint)
     return found
+
+
+def _learn(labeller: str, store: Store, examples: Path | None, seed: int) -> np.ndarray:
+    """(rows,) rewards by a labeller of default settings, in the store's own order."""
+    import torch
+
+    from cvlctl import labellers, recipes
+    from cvlctl.commands import train
+
+    if examples is None:
+        raise CvlctlError(f"--rewards {labeller} is learned from success examples", "give --examples FILE.npy")
+    shown = train.success_examples(recipes.SuccessExamples.model_validate({"file": examples, "num": 10**9}), store.spec, "--examples")
+    seen, given = torch.from_numpy(store.observations()), torch.from_numpy(shown)
+    learned = labellers.learn(labeller, labellers.Config(), seen, given, [seed], "cpu")
+    return _as_stored(learned[0].numpy())
+
+
+def _learned_in(file: Path, store: Store, seed: int) -> np.ndarray:
+    """(rows,) rewards that a finetuned run learned of this store, of its seed `seed`."""
+    from cvlctl import checkpoints
+
+    state, metadata = checkpoints.load(file)
+    reward, seeds = state.get("reward"), metadata.get("seeds", [])
+    if seed not in seeds:
+        raise CvlctlError(f"{file} has no seed {seed}", f"its seeds: {', '.join(map(str, seeds))}")
+    rows = int(store.episode_ends()[-1])
+    if reward is None or tuple(reward.shape) != (len(seeds), rows) or metadata.get("digest") != store.digest():
+        what = f"{file} holds no rewards of {store.path}"
+        raise CvlctlError(what, f"they were learned of {', '.join(metadata.get('stores', []))}, whole and alone")
+    return _as_stored(reward[seeds.index(seed)].numpy())
+
+
+def _as_stored(arrival: np.ndarray) -> np.ndarray:
+    """A learned reward belongs to the state arrived at; the store keeps it with the step that arrived there."""
+    return np.append(arrival[1:], np.float32(0))
 
 
 def _rows_of_file(file: np.ndarray, part: Part) -> Iterator[np.ndarray]:
