@@ -291,7 +291,7 @@ class FinetuneRecipe(_TrainRecipe):
 
     algorithm: Algorithm
     label: Name | None = None  # what the tables call it; None: the algorithm's name
-    init_from: Path | None = None  # a pretrained run: seed k starts from its seed k
+    init_from: Path | None = None  # a pretrained run (of fqe: a policy's): seed k starts from its seed k
     success_examples: SuccessExamples | None = None
     labeller: labellers.Config = Field(default_factory=labellers.Config)  # of rewards: oril or purl
     batch_size: Annotated[Count, Field(ge=2)] = 256
@@ -319,7 +319,7 @@ class FinetuneRecipe(_TrainRecipe):
             raise ValueError(f"algorithm.mode: {mode} needs init_from, a pretrained run")
         if mode == "scratch" and self.init_from is not None:
             raise ValueError("algorithm.mode: scratch contradicts init_from; leave one of them out")
-        if self.init_from is not None and not hasattr(config, "mode"):
+        if self.init_from is not None and not (hasattr(config, "mode") or hasattr(ALGORITHMS[name], "STARTS_FROM")):
             raise ValueError(f"init_from: algorithm {name} has no critic to start from a pretrained one")
         if self.init_from is not None and "critic" in self.algorithm.model_fields_set:
             raise ValueError("algorithm.critic contradicts init_from: a pretrained critic brings its own settings")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _NAMES = {"task": "task", "algorithm": "algorithm", "baseline": "against", "metric": "metric"}
 _COUNTS = {"seed": "seed", "tasks": "tasks", "runs": "seeds", "episodes": "episodes"}
 _SCORES = {"return_mean": "return", "success_mean": "success", "normalised_mean": "normalised"}
+_OFFLINE = {"offline_mean": "offline estimate", "discounted_mean": "discounted return"}
 _AGGREGATES = {"iqm": "IQM", "mean": "mean", "median": "median", "optimality_gap": "optimality gap"}
 _COMPARISONS = {"difference": "difference", "probability_of_improvement": "P(better)"}
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
@@ -79,7 +80,7 @@ def _columns(records: Sequence[Record]) -> list[tuple[str, str, list[str]]]:
     """(key, heading, cells), without the columns that are empty throughout."""
     short = _short_names([record["task"] for record in records if "task" in record])
     columns = []
-    for key, heading in (_NAMES | _COUNTS | _SCORES | _AGGREGATES | _COMPARISONS).items():
+    for key, heading in (_NAMES | _COUNTS | _SCORES | _OFFLINE | _AGGREGATES | _COMPARISONS).items():
         if any(record.get(key) is not None for record in records):
             plain = key in _NAMES or key in _COUNTS
             cells = [str(short.get(r[key], r[key])) if plain else _cell(r, key) for r in records]
@@ -106,7 +107,7 @@ def _cell(record: Record, key: str) -> str:
 
 
 def _is_best(records: Sequence[Record], i: int, key: str) -> bool:
-    if key not in (_SCORES | _AGGREGATES) or "seed" in records[i]:
+    if key not in (_SCORES | _OFFLINE | _AGGREGATES) or "seed" in records[i]:
         return False
     group = [r[key] for r in records if r.get("task") == records[i].get("task") and r.get(key) is not None]
     return len(group) > 1 and records[i].get(key) == (min if key == "optimality_gap" else max)(group)
@@ -123,6 +124,11 @@ def _notes(records: Sequence[Record]) -> list[str]:
     notes = [f"{level}, {seeds}" if max(runs, default=2) > 1 else "one seed: no intervals"]
     if any(1 < num < 5 for num in runs):
         notes.append("fewer than five seeds: the intervals are narrower than the truth")
+    notes += dict.fromkeys(
+        f"offline: the discounted return (gamma {r['gamma']:g}) that fitted Q evaluation expects, from the store alone"
+        for r in records
+        if "gamma" in r
+    )
     notes += dict.fromkeys(_reference(r) for r in records if r.get("reference_min") is not None)
     notes += [f"{r['algorithm']} on {r['task']}: seeds end at unequal steps" for r in records if r.get("uneven_steps")]
     return notes + [f"{r['algorithm']}: too few runs on {', '.join(r['missing'])}" for r in records if r.get("missing")]

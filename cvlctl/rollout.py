@@ -39,6 +39,7 @@ class PolicyJob:
     seed: int
     step: int
     checkpoint: Path
+    gamma: float | None = None  # for the discounted return too
 
 
 def collect_episode(env: Env, act: Act, episode: int, *, collected_at: int = 0) -> Episode:
@@ -158,7 +159,7 @@ def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:
         env, policy = env_of(job.task), policy_of(job.checkpoint, job.seed)
         check_fit(job.checkpoint, policy, env)
         _, _, rewards, successes, _ = _roll(env, lambda observation, step: policy(observation), episode)
-        return _row(job, episode, sum(rewards), len(rewards), successes)
+        return _row(job, episode, rewards, successes)
 
     return play
 
@@ -176,10 +177,15 @@ def check_fit(checkpoint: Path, policy: NumpyPolicy, env: Env) -> None:
         raise CvlctlError(f"{what}; {has}", "use a policy on the task that it was trained for")
 
 
-def _row(job: PolicyJob, episode: int, total: float, length: int, successes: Iterable[bool | None]) -> EpisodeResult:
+def _row(job: PolicyJob, episode: int, rewards: Sequence[float], successes: Iterable[bool | None]) -> EpisodeResult:
     flags = list(successes)  # an episode succeeds where any of its steps does, as Metaworld counts
     success = None if flags[0] is None else any(flags)
-    return EpisodeResult(job.algorithm, job.task, job.seed, job.step, episode, float(total), length, success)
+    total, discounted = float(sum(rewards)), None
+    if job.gamma is not None:
+        discounted = float(np.asarray(rewards, np.float64) @ job.gamma ** np.arange(len(rewards)))
+    return EpisodeResult(
+        job.algorithm, job.task, job.seed, job.step, episode, total, len(rewards), success, discounted
+    )  # fmt: skip
 
 
 def run_lockstep(
@@ -243,7 +249,7 @@ def _lockstep(
             rewards.append(reward)
             successes.append(success)
             if terminated or truncated:
-                yield slot[0], _row(jobs[slot[0]], episode, sum(rewards), len(rewards), successes)
+                yield slot[0], _row(jobs[slot[0]], episode, rewards, successes)
                 begin(slot)
 
 

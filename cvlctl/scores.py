@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 from scipy import stats
@@ -33,6 +33,7 @@ References = Mapping[str, Mapping[str, float]] | None  # task -> reference
 Names = Sequence[str]
 Statistic = Callable[..., np.ndarray]
 _TYPES = {"str": (str,), "int": (int,), "float": (float, int), "bool | None": (bool, type(None))}
+_TYPES["float | None"] = (float, int, type(None))
 _KINDS = {field.name: _TYPES[str(field.type)] for field in fields(EpisodeResult)}
 
 
@@ -42,6 +43,13 @@ class Confidence(TypedDict, total=False):
     level: float
     resamples: int
     seed: int
+
+
+class OfflineEstimate(NamedTuple):
+    """What fitted Q evaluation expects of a policy's discounted return."""
+
+    value: float
+    gamma: float
 
 
 def write_rows(path: str | os.PathLike[str], rows: Rows) -> None:
@@ -74,7 +82,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[EpisodeResult]:
 
 def parse_row(line: bytes) -> EpisodeResult:
     """The row in one line of JSON; ValueError, TypeError or LookupError where it is none."""
-    values = json.loads(line)
+    values = {"discounted_return": None, **json.loads(line)}  # which older rows lack
     for name, kinds in _KINDS.items():
         value = values[name]
         if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
@@ -257,6 +265,30 @@ def run_table(rows: Rows, *, references: References = None, **confidence: Unpack
         if record["success_mean"] is not None:
             low, high = wilson(sum(bool(row.success) for row in run), len(run), record["level"])
             record |= {"success_mean_low": low, "success_mean_high": high}
+        records.append(record)
+    return records
+
+
+def offline_table(
+    rows: Rows, estimates: Mapping[tuple[str, str, int], OfflineEstimate], **confidence: Unpack[Confidence]
+) -> list[Record]:
+    """One record per (task, algorithm) all of whose runs have an offline estimate of their policy's discounted return.
+
+    `estimates`: of (algorithm, task, seed). Keys: task, algorithm, runs, episodes, gamma, and of offline and of
+    discounted (what the episodes came to) the estimate <key>_mean and the list <key>_runs, in order of seeds.
+    """
+    records = []
+    for (task, algorithm), runs in _final(rows).items():
+        found = [estimates[algorithm, task, seed] for seed in runs if (algorithm, task, seed) in estimates]
+        played = [[row.discounted_return for row in run if row.discounted_return is not None] for run in runs.values()]
+        if len(found) < len(runs) or not all(played):
+            continue
+        record: Record = {"task": task, "algorithm": algorithm, "runs": len(runs)}
+        record |= {"episodes": sum(map(len, played)), "gamma": found[0].gamma}
+        offline, online = [estimate.value for estimate in found], [sum(x) / len(x) for x in played]
+        for key, values in (("offline", offline), ("discounted", online)):
+            column = np.array(values, dtype=np.float64)[:, None]
+            record |= _estimates({f"{key}_mean": mean}, column, **confidence) | {f"{key}_runs": column[:, 0].tolist()}
         records.append(record)
     return records
 

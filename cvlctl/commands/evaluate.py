@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SAVE_SECONDS = 30.0  # between two saves: what a kill may cost
-TABLES = {"table": "scores", "aggregate": "over all tasks", "pairwise": "against the baseline", "runs": "single runs"}
+TABLES = {
+    "table": "scores", "aggregate": "over all tasks", "pairwise": "against the baseline",
+    "offline": "offline estimates", "runs": "single runs",
+}  # fmt: skip
 FILES = ("evaluation.json", "rows.jsonl", "table.csv", "table.md", "table.json", "scores.png", "curves.png")
 
 _RowKey = tuple[str, str, int, int]  # algorithm, task, seed, step
@@ -47,7 +50,7 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
 
     Returns:
         status ("evaluated" or "finished already"), out, rows (a path), episodes, plots (paths), and lists of records:
-        table (`scores.score_table`), aggregate, pairwise, runs.
+        table (`scores.score_table`), aggregate, pairwise, offline, runs.
 
     Raises:
         CvlctlError: no such runs, no policies in them, or an `out` that holds something else (`force` replaces it).
@@ -55,10 +58,15 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
     found = find_runs.checkpoints(recipe)
     labels = find_runs.labels(found)
     baseline = _baseline(recipe, labels)
-    jobs = [
-        PolicyJob(labels[checkpoint.run], checkpoint.task, seed, checkpoint.step, checkpoint.file)
+    estimates = {
+        (labels[checkpoint.run], checkpoint.task, seed): estimate
         for checkpoint in found
-        for seed in checkpoint.seeds
+        for seed, estimate in _estimates(checkpoint.run).items()
+    }
+    jobs = [
+        PolicyJob(*key, checkpoint.step, checkpoint.file, estimates[key].gamma if key in estimates else None)
+        for checkpoint in found
+        for key in ((labels[checkpoint.run], checkpoint.task, seed) for seed in checkpoint.seeds)
     ]
     digests = {checkpoint.file: sha256(checkpoint.file) for checkpoint in found}
     record = {
@@ -90,6 +98,7 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
     _play(recipe, record, rows)
     everything = [row for job in jobs for _, row in sorted(rows[job].items())]
     tables = _tables(everything, recipe, baseline)
+    tables["offline"] = scores.offline_table(everything, estimates, **recipe.confidence.model_dump())
     plots = _write_tables(recipe, everything, tables)
     result = {"episodes": len(everything), "plots": plots, **tables}
     write_json(recipe.out / "table.json", result)
@@ -238,6 +247,16 @@ def _tables(rows: list[EpisodeResult], recipe: EvaluateRecipe, baseline: str) ->
     }
 
 
+def _estimates(run: Path) -> dict[int, scores.OfflineEstimate]:
+    """What a finished run of fitted Q evaluation expects of its policies, by seed; nothing of other runs."""
+    record = read_json(run / "run.json") or {}
+    try:
+        gamma, values = float(record["recipe"]["algorithm"]["gamma"]), record["metrics"]["estimate"]
+        return {seed: scores.OfflineEstimate(x, gamma) for seed, x in zip(record["seeds"], values, strict=True)}
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
 def _write_tables(recipe: EvaluateRecipe, rows: list[EpisodeResult], tables: dict[str, Any]) -> list[str]:
     out, confidence = recipe.out, recipe.confidence.model_dump()
     write_atomically(out / "table.csv", report.to_csv(tables["table"]).encode())
@@ -251,13 +270,13 @@ def as_text(result: dict[str, Any], form: str) -> str:
     """The tables of a result: "markdown" has all of them, "csv" the score table alone."""
     if form == "csv":
         return report.to_csv(result["table"])
-    return "\n".join(report.to_markdown(result[name], title) for name, title in TABLES.items() if result[name])
+    return "\n".join(report.to_markdown(result[name], title) for name, title in TABLES.items() if result.get(name))
 
 
 def render(result: dict[str, Any], console: Console) -> None:
     """Print the tables (single runs left to the files), and where the files are."""
     for name, title in TABLES.items():
-        if result[name] and name != "runs":
+        if result.get(name) and name != "runs":  # one of an earlier version may lack a table
             console.print(report.to_rich(result[name], title))
     for name in ("rows", *(["plots"] if result["plots"] else [])):
         places = [result[name]] if isinstance(result[name], str) else result[name]

@@ -17,6 +17,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.files import checkpoint_file, sha256
 from cvlctl.labellers import LABELLERS
 from cvlctl.networks import State
+from cvlctl.policies import load_policy
 from cvlctl.recipes import FinetuneRecipe, resolved
 from cvlctl.runs import Run
 from cvlctl.samplers import Data
@@ -46,8 +47,10 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     initial: State | None = None
     if hasattr(config, "mode"):
         config, initial = _resolve_mode(config, recipe, spec)
-        if recipe.init_from is not None:
-            inputs[f"init_from:{recipe.init_from}"] = sha256(checkpoint_file(recipe.init_from))
+    elif hasattr(ALGORITHMS[algorithm], "STARTS_FROM"):
+        initial = _policy(recipe, spec)
+    if recipe.init_from is not None:
+        inputs[f"init_from:{recipe.init_from}"] = sha256(checkpoint_file(recipe.init_from))
     task = next((s.task for u, s in zip(recipe.stores, stores, strict=True) if u.rewards != "none"), stores[0].task)
     run = Run(recipe.out, {**resolved(recipe), "mode": getattr(config, "mode", "scratch")}, inputs)
 
@@ -59,7 +62,8 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
 
     return train.train(
         recipe, ALGORITHMS[algorithm], config, data, spec, run,
-        algorithm=recipe.label or algorithm, task=task, critic=getattr(config, "critic", None), initial=initial, force=force,
+        algorithm=recipe.label or algorithm, task=task, critic=getattr(config, "critic", None), initial=initial,
+        force=force,
     )  # fmt: skip
 
 
@@ -82,20 +86,40 @@ def _resolve_mode(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any,
         before = read_critics(recipe.init_from)
     except CvlctlError as error:
         raise CvlctlError(f"init_from: {error.what}", error.hint) from error
-    missing = [seed for seed in recipe.seeds if seed not in before.seeds]
-    if missing:
-        raise CvlctlError(
-            f"init_from: {recipe.init_from} has seeds {before.seeds}, not {missing}",
-            "seed k starts from seed k: pretrain these seeds, or finetune those",
-        )
-    if (before.spec.observation_shape, before.spec.action_dim) != (spec.observation_shape, spec.action_dim):
-        raise CvlctlError(
-            f"init_from: {recipe.init_from} was trained on observations {before.spec.observation_shape} and "
-            f"{before.spec.action_dim} action dimensions; the stores here have {spec.observation_shape} and "
-            f"{spec.action_dim}",
-            "pretrain on stores of the same robot",
-        )
-    members = torch.tensor([before.seeds.index(seed) for seed in recipe.seeds])
-    initial = {name: value[members] if value.dim() else value for name, value in before.state.items()}
+    initial = _members(recipe, before.state, before.seeds, before.spec, spec)
     mode = "continue" if config.mode == "auto" else config.mode
     return replace(config, mode=mode, critic=before.config), initial
+
+
+def _policy(recipe: FinetuneRecipe, spec: Spec) -> State:
+    """The finished policy that the recipe's algorithm evaluates: actor and normaliser, seed k's of seed k."""
+    if recipe.init_from is None:
+        what = f"algorithm {recipe.algorithm.name} evaluates a finished policy, and needs init_from"
+        raise CvlctlError(what, "add init_from: the run of a policy, such as runs/finetune/x")
+    try:
+        file = checkpoint_file(recipe.init_from)
+        before = [load_policy(file, seed).spec for seed in recipe.seeds]  # it says what is amiss in the file
+        state, metadata = checkpoints.load(file)
+    except CvlctlError as error:
+        raise CvlctlError(f"init_from: {error.what}", error.hint) from error
+    policy = {name: value for name, value in state.items() if name.startswith(("actor.", "observation_"))}
+    return _members(recipe, policy, metadata["seeds"], before[0], spec)
+
+
+def _members(recipe: FinetuneRecipe, state: State, seeds: list[int], before: Spec, spec: Spec) -> State:
+    """Of a run's state the members that the recipe's seeds start from. It must fit the stores' `spec`."""
+    missing = [seed for seed in recipe.seeds if seed not in seeds]
+    if missing:
+        raise CvlctlError(
+            f"init_from: {recipe.init_from} has seeds {seeds}, not {missing}",
+            "seed k starts from seed k: train these seeds there, or take those here",
+        )
+    if (before.observation_shape, before.action_dim) != (spec.observation_shape, spec.action_dim):
+        raise CvlctlError(
+            f"init_from: {recipe.init_from} was trained on observations {before.observation_shape} and "
+            f"{before.action_dim} action dimensions; the stores here have {spec.observation_shape} and "
+            f"{spec.action_dim}",
+            "take a run and stores of the same robot",
+        )
+    members = torch.tensor([seeds.index(seed) for seed in recipe.seeds])
+    return {name: value[members] if value.dim() else value for name, value in state.items()}

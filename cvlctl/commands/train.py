@@ -182,7 +182,7 @@ def train(
     Args:
         module: exports draws, init and step.
         critic: the occupancy critic's Config, or None; kept in the checkpoints.
-        initial: tensors (E, ...) that replace the fresh ones of the same name (a pretrained critic).
+        initial: tensors (E, ...) that replace the fresh ones (a pretrained critic, a finished policy).
     """
     status = run.open(force=force)
     if status == "finished":
@@ -208,7 +208,7 @@ def train(
         memory = to_device(data(settings), settings.device)
         state = saved or module.init(config, spec, seeds, memory)
         if saved is None and initial is not None:
-            state |= {name: value for name, value in initial.items() if name in state}
+            state = take_over(state, initial)
         state = {name: value.to(settings.device) for name, value in state.items()}
         metadata = {
             "algorithm": algorithm,
@@ -221,7 +221,10 @@ def train(
         }
         seconds = _loop(recipe, module, config, memory, spec, run, state, settings, metadata, start)
         report.plot_metrics(read_metrics(run.out), run.out / "metrics.png")
-        run.finish(algorithm=algorithm, task=task, seeds=seeds, steps=recipe.steps, settings=settings.as_dict())
+        run.finish(
+            algorithm=algorithm, task=task, seeds=seeds, steps=recipe.steps, settings=settings.as_dict(),
+            metrics=read_metrics(run.out)[-1],
+        )  # fmt: skip
     finally:
         run.close()
     rate = (recipe.steps - start) / max(seconds, 1e-9)
@@ -230,6 +233,17 @@ def train(
         "steps": recipe.steps, "seconds": round(seconds, 1), "updates_per_second": round(rate, 1),
         "settings": settings.as_dict(),
     }  # fmt: skip
+
+
+def take_over(state: State, initial: State) -> State:
+    """`state` with those of its networks and statistics that `initial` has too: each as a whole, whatever its depth."""
+
+    def network(name: str) -> str:
+        return name.split(".")[0]
+
+    replaced = {network(name) for name in initial} & {network(name) for name in state}
+    kept = {name: value for name, value in state.items() if network(name) not in replaced}
+    return kept | {name: value for name, value in initial.items() if network(name) in replaced}
 
 
 def to_device(data: Data, device: str) -> Data:
