@@ -314,14 +314,14 @@ def test_label_by_a_labeller_and_from_a_run(a: Path, tmp_path: Path) -> None:
     transform.label_store(a, "oril", tmp_path / "b.zarr", rewards="oril", examples=tmp_path / "x.npy", seed=1)
     recipe = {
         "stores": [{"path": str(a), "rewards": "oril"}], "algorithm": {"name": "td3_bc", "hidden": [8]}, "steps": 2,
-        "success_examples": {"from": str(a), "num": 1000}, "seeds": [0, 1], "out": str(tmp_path / "run"),
+        "success_examples": {"from": str(a), "num": 1000}, "seeds": [1], "out": str(tmp_path / "run"),
         "batch_size": 8, "threads": 1, "compile": False,
     }  # fmt: skip
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     finetune(recipes.load(tmp_path / "r.yaml"))
     transform.label_store(a, "oril", tmp_path / "c.zarr", rewards=str(tmp_path / "run"), seed=1)
     here, there = (open_store(tmp_path / name).rewards("oril") for name in ("b.zarr", "c.zarr"))
-    np.testing.assert_allclose(here, there, atol=1e-4)
+    np.testing.assert_allclose(here, there, atol=1e-5)
     store = open_store(a)
     final, flags = store.episode_ends() - 1, store.successes()
     assert not here[final].any()
