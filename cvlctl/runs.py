@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -37,10 +38,17 @@ class Run:
         out: the directory.
         recipe: the resolved recipe, as plain data.
         inputs: digest of every input by name: with the recipe, what makes two runs the same.
+        refill: fills defaults of keys that have come since into the recipe of a run that an earlier version started.
     """
 
-    def __init__(self, out: Path, recipe: dict[str, Any], inputs: dict[str, str]) -> None:
-        self.out, self.recipe, self.inputs = out, recipe, inputs
+    def __init__(
+        self,
+        out: Path,
+        recipe: dict[str, Any],
+        inputs: dict[str, str],
+        refill: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
+        self.out, self.recipe, self.inputs, self._refill = out, recipe, inputs, refill
         self.checkpoints = out / "checkpoints"
         self._lock: TextIO | None = None
 
@@ -66,7 +74,7 @@ class Run:
         before = read_run(self.out) if is_run and not force else None
         if before is not None and (before["status"] == "finished" or self._has_checkpoints()):
             # a directory that was moved or copied is still the same run
-            then, now = ({**recipe, "out": None} for recipe in (before.get("recipe", {}), self.recipe))
+            then, now = ({**recipe, "out": None} for recipe in (self._refill(before.get("recipe", {})), self.recipe))
             changed = _difference(then, now) or _difference(before["inputs"], self.inputs)
             if changed:
                 raise CvlctlError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -24,6 +25,7 @@ from cvlctl.commands.finetune import finetune
 from cvlctl.commands.pretrain import pretrain
 from cvlctl.errors import CvlctlError
 from cvlctl.runs import Run, read_metrics, read_run
+from cvlctl.samplers import Data
 
 COMMON = "batch_size: 32, compile: false, threads: 1, log_every_steps: 10"
 CRITIC = "{hidden: [32, 32], latent_dim: 8, gamma: 0.9}"
@@ -58,7 +60,7 @@ def state_of(out: Path) -> dict[str, torch.Tensor]:
     return checkpoints.load(out / "checkpoints" / "last.safetensors")[0]
 
 
-ALL = ["occupancy", "cvl", "cvl-fourier", "laeo", "bc"]
+ALL = ["occupancy", "cvl", "cvl-fourier", "laeo", "bc", "goal_conditioned", "goal_conditioned-command"]
 
 
 def recipe_of(name: str, store: Path, out: Path, *overrides: str) -> Any:
@@ -66,6 +68,9 @@ def recipe_of(name: str, store: Path, out: Path, *overrides: str) -> Any:
         return load("pretrain", store, out, f"steps: 100, critic: {CRITIC}", *overrides)
     algorithm = {
         "bc": "{name: bc, hidden: [32]}",
+        "goal_conditioned": f"{{name: goal_conditioned, hidden: [32], critic: {CRITIC}}}",
+        "goal_conditioned-command": "{name: goal_conditioned, hidden: [32], "
+        f"critic: {CRITIC[:-1]}, future_columns: [0, 1], command_columns: [2, 3]}}}}",
         "laeo": f"{{name: laeo, hidden: [32], critic: {CRITIC}}}",
         "cvl": f"{{name: cvl, hidden: [32], bank_size: 64, num_actions: 2, critic: {CRITIC}}}",
         "cvl-fourier": "{name: cvl, readout: fourier, num_features: 64, xi_ema_rate: 0.5, hidden: [32], "
@@ -263,6 +268,39 @@ def test_seed_k_starts_from_seed_k(store: Path, tmp_path: Path) -> None:
         finetune(load("finetune", store, tmp_path / "other", text, "seeds=[7]"))
     finetune(load("finetune", store, tmp_path / "continued", text.replace("frozen", "continue"), "seeds=[2,0]"))
     assert not torch.equal(state_of(tmp_path / "continued")["psi.1.weight"], pre["psi.1.weight"][[2, 0]])
+
+
+def test_a_run_of_an_earlier_version_is_the_same_run(store: Path, tmp_path: Path) -> None:
+    """A recipe key that came since, left at its default, changes nothing; another value of it does."""
+    run("cvl", store, tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    del record["recipe"]["algorithm"]["actor_form"], record["recipe"]["label"]
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    assert run("cvl", store, tmp_path / "run")["status"] == "finished already"
+    with pytest.raises(CvlctlError, match="actor_form was "reparameterised", now "sampled""):
+        run("cvl", store, tmp_path / "run", "algorithm.actor_form=sampled", "algorithm.num_actions=2")
+
+
+def test_stores_can_be_labelled_in_part_with_zeros_or_learned_from_their_best(store: Path) -> None:
+    def joined(**use: object) -> Data:
+        uses = [recipes.StoreUse(path=store, **use)]
+        return train.join(train.open_stores(uses), uses, None, True)
+
+    given = joined()
+    rest = joined(fraction=0.34, rest="zeros")  # UDS: all are labelled, two of six episodes with their own rewards
+    assert len(rest.labelled) == 180
+    paid = rest.arrival_reward[0].reshape(6, 31).any(dim=1)
+    assert paid.sum() == 2
+    assert torch.equal(rest.arrival_reward[0].reshape(6, 31)[paid], given.arrival_reward[0].reshape(6, 31)[paid])
+    assert not joined(rewards="zeros").arrival_reward.any()
+    returns = given.arrival_reward[0].reshape(6, 31).sum(dim=1)
+    best = joined(top=0.34)
+    assert len(best.observation) == 62
+    kept = best.arrival_reward[0].reshape(2, 31).sum(dim=1)
+    assert torch.allclose(kept.sort()[0], returns.sort()[0][-2:], atol=1e-4)
+    assert best.layout.last.unique().tolist() == [30, 61]
+    with pytest.raises(ValueError, match="ranks episodes by their return"):
+        recipes.StoreUse(path=store, rewards="zeros", top=0.5)
 
 
 def test_labelled_fraction_limits_the_bank_alone(store: Path, tmp_path: Path) -> None:
