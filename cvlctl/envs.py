@@ -7,11 +7,15 @@ order, in any process. That is what lets workers share out whole episodes, and a
   own protocol: the same 50 goals for collection and evaluation. Every block of 50 episodes visits each goal once, in an
   order drawn from (seed, block), so that 50 evaluation episodes weigh all goals alike. The observation holds the goal.
 * Gymnasium environments start from `reset(seed=)`, a number drawn from (seed, episode).
+* Fetch: the observation is the robot's state followed by the commanded goal (3 columns), success its `is_success`
+  (within 5 cm). `-fixed` commands LAEO's one goal of the task, whatever the episode.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -41,6 +45,18 @@ METAWORLD_TASKS = [
 # fmt: on
 
 GYM_TASKS = ("Hopper-v5", "Walker2d-v5", "Ant-v5", "HalfCheetah-v5", "MountainCarContinuous-v0", "Pendulum-v1")
+
+# the goal is drawn anew each episode (None), or LAEO's own
+FETCH_TASKS: dict[str, tuple[float, float, float] | None] = {
+    "FetchReach-v4": None,
+    "FetchReach-v4-fixed": (1.3, 0.3, 0.9),
+    "FetchReachDense-v4": None,
+    "FetchReachDense-v4-fixed": (1.3, 0.3, 0.9),  # reward: minus the distance to the goal
+    "FetchPush-v4": None,
+    "FetchPush-v4-fixed": (1.4, 0.9, 0.4247),
+    "FetchPickAndPlace-v4": None,
+    "FetchSlide-v4": None,
+}
 
 Act = Callable[[np.ndarray, int], np.ndarray]  # (observation (O,), step of the episode) -> action (A,) in [-1, 1]
 
@@ -140,7 +156,7 @@ def make(task: str, seed: int) -> Env:
 
 def list_tasks() -> list[str]:
     """All legal task names."""
-    return [f"metaworld/{name}-v3" for name in METAWORLD_TASKS] + [f"gym/{name}" for name in GYM_TASKS]
+    return [f"metaworld/{name}-v3" for name in METAWORLD_TASKS] + [f"gym/{name}" for name in (*GYM_TASKS, *FETCH_TASKS)]
 
 
 def check_task(task: str) -> None:
@@ -196,20 +212,57 @@ def _references() -> dict[str, dict[str, Any]]:
 def _make_gym(task: str, name: str, seed: int) -> Env:
     import gymnasium
 
+    fetch = name in FETCH_TASKS
+    if fetch:
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about other environments
+            import gymnasium_robotics
+        gymnasium.register_envs(gymnasium_robotics)
     try:
-        made = gymnasium.make(name, disable_env_checker=True)
+        made = gymnasium.make(name.removesuffix("-fixed"), disable_env_checker=True)
     except gymnasium.error.DependencyNotInstalled as error:
         raise ImportError(str(error)) from error
-    raw: Any = made.unwrapped
+    raw: Any = _Fetch(made.unwrapped, FETCH_TASKS[name]) if fetch else made.unwrapped
     assert made.spec is not None and made.spec.max_episode_steps is not None
 
     def begin(episode: int) -> np.ndarray:
         word = np.random.SeedSequence([seed, episode]).generate_state(1, np.uint32)[0]
         return raw.reset(seed=int(word >> 1))[0]
 
-    simulator = ["mujoco"] if hasattr(raw, "model") else []
-    versions = _versions("gymnasium", *simulator, "numpy")
-    return Env(task, seed, raw, begin, made.spec.max_episode_steps, False, versions)
+    packages = ["gymnasium-robotics"] if fetch else []
+    packages += ["mujoco"] if hasattr(made.unwrapped, "model") else []
+    versions = _versions("gymnasium", *packages, "numpy")
+    return Env(task, seed, raw, begin, made.spec.max_episode_steps, fetch, versions)
+
+
+class _Fetch:
+    """A Fetch environment as a flat one: (state, commanded goal) observations, `success` in info."""
+
+    def __init__(self, raw: Any, goal: tuple[float, float, float] | None) -> None:
+        from gymnasium.spaces import Box
+
+        self._raw, self._goal, self.action_space = raw, goal, raw.action_space
+        spaces = raw.observation_space
+        self.observation_space = Box(
+            -np.inf, np.inf, (spaces["observation"].shape[0] + spaces["desired_goal"].shape[0],)
+        )
+
+    def reset(self, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+        observation, info = self._raw.reset(seed=seed)
+        if self._goal is not None:
+            self._raw.goal = np.array(self._goal)
+            observation = observation | {"desired_goal": self._raw.goal}
+        return self._flat(observation), info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self._raw.step(action)
+        return self._flat(observation), reward, terminated, truncated, {"success": info["is_success"]}
+
+    def close(self) -> None:
+        self._raw.close()
+
+    @staticmethod
+    def _flat(observation: dict[str, np.ndarray]) -> np.ndarray:
+        return np.concatenate([observation["observation"], observation["desired_goal"]])
 
 
 def _make_metaworld(task: str, name: str, seed: int) -> Env:

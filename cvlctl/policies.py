@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -22,22 +22,53 @@ from cvlctl.files import CHECKPOINT_FORMAT, CHECKPOINT_KEY, checkpoint_file
 from cvlctl.types import Spec
 
 
+class GoalColumns(NamedTuple):
+    """How a goal-conditioned policy is told its goal, a state (O,) to arrive at."""
+
+    goal: tuple[int, ...]  # the columns of a state that make a goal
+    command: tuple[int, ...]  # the columns of the observation that state it; (): it follows the observation
+
+
 class NumpyPolicy:
     """A tanh-Gaussian actor: ReLU layers on normalised observations.
 
     Args:
         layers: (weight (in, out), bias (out,)) of each layer; the last has out = 2A.
-        mean, std: (O,) of the observations; the network sees clip((observation - mean) / std, -10, 10).
-        spec: what it sees and does.
+        mean, std: (O,) of the observations; the network sees clip((observation - mean) / std, -10, 10). (O + G,) for
+            a goal-conditioned policy whose observations are followed by the goal.
+        spec: what it sees (less the goal) and does.
+        goals: how it is told its goal; None: it has none.
     """
 
     def __init__(
-        self, layers: Sequence[tuple[np.ndarray, np.ndarray]], mean: np.ndarray, std: np.ndarray, spec: Spec
+        self,
+        layers: Sequence[tuple[np.ndarray, np.ndarray]],
+        mean: np.ndarray,
+        std: np.ndarray,
+        spec: Spec,
+        goals: GoalColumns | None = None,
     ) -> None:
         self.layers = [(np.ascontiguousarray(w, np.float32), np.ascontiguousarray(b, np.float32)) for w, b in layers]
         self.mean = np.asarray(mean, np.float32)
         self.std = np.asarray(std, np.float32)
         self.spec = spec
+        self.goals = goals
+
+    @property
+    def needs_goal(self) -> bool:
+        """Whether the goal must follow the observation: see `command`."""
+        return self.goals is not None and not self.goals.command
+
+    def command(self, observations: np.ndarray, state: np.ndarray | None) -> np.ndarray:
+        """Observations (..., O) as the policy is to see them when sent to `state` (O,); None: as they are."""
+        if self.goals is None or state is None:
+            return observations
+        goal = np.asarray(state, np.float32)[list(self.goals.goal)]
+        if not self.goals.command:
+            return np.concatenate([observations, np.broadcast_to(goal, (*observations.shape[:-1], len(goal)))], axis=-1)
+        commanded = np.array(observations)
+        commanded[..., list(self.goals.command)] = goal
+        return commanded
 
     def __call__(self, observations: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
         """Actions (N, A), float32 in [-1, 1], for observations (N, O); (A,) for a single observation (O,).
@@ -104,7 +135,10 @@ def load_policy(path: str | Path, seed: int = 0, checkpoint: str | int = "last")
         raise CvlctlError(f"{file}: observation_std holds values that are not positive")
     depth = (len(names) - 2) // 2
     layers = [(arrays[f"actor.{i}.weight"], arrays[f"actor.{i}.bias"].reshape(-1)) for i in range(depth)]
-    return NumpyPolicy(layers, arrays["observation_mean"], std, header["spec"])
+    mean, goals = arrays["observation_mean"], header["goals"]
+    if goals and not goals.command:  # a goal is normalised as what it is, a part of a state
+        mean, std = (np.concatenate([x, x[list(goals.goal)]]) for x in (mean, std))
+    return NumpyPolicy(layers, mean, std, header["spec"], goals)
 
 
 def _header(file: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
@@ -116,6 +150,7 @@ def _header(file: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
         raw = header["spec"]
         shape, seeds = raw["observation_shape"], header["seeds"]
         spec = Spec(tuple(shape), raw["action_dim"], raw["horizon"], bool(raw.get("pixels", False)))
+        goals = _goal_columns(header, spec)
         numbers = [*spec.observation_shape, spec.action_dim, spec.horizon]
         if not all(type(n) is int and n > 0 for n in numbers) or not all(type(s) is int for s in seeds) or not seeds:
             raise ValueError("spec or seeds are not whole numbers")
@@ -128,7 +163,20 @@ def _header(file: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
             f"{file} has no readable cvlctl header ({type(error).__name__}: {error})",
             "it is not a checkpoint of cvlctl",
         ) from error
-    return {"seeds": list(seeds), "spec": spec}
+    return {"seeds": list(seeds), "spec": spec, "goals": goals}
+
+
+def _goal_columns(header: dict[str, Any], spec: Spec) -> GoalColumns | None:
+    """What the header of a goal-conditioned run says of goals (its critic's columns); None for any other method."""
+    algorithm = (header.get("recipe") or {}).get("algorithm")
+    if not isinstance(algorithm, dict) or algorithm.get("name") != "goal_conditioned":
+        return None
+    (width,), critic = spec.observation_shape, header["critic"]
+    goal, command = critic["future_columns"], critic["command_columns"]
+    found = GoalColumns(tuple(range(width) if goal is None else goal), tuple(command))
+    if not all(type(column) is int and 0 <= column < width for column in (*found.goal, *found.command)):
+        raise ValueError("future_columns or command_columns are not columns of an observation")
+    return found
 
 
 def _actor_names(file: Path, shapes: dict[str, tuple[int, ...]], header: dict[str, Any]) -> list[str]:
@@ -139,6 +187,8 @@ def _actor_names(file: Path, shapes: dict[str, tuple[int, ...]], header: dict[st
         raise CvlctlError(f"{file} holds no actor", "it is of a pretrained critic: finetune it to get a policy")
     width = spec.observation_shape[0]
     expected: dict[str, tuple[int, ...]] = {f"observation_{what}": (members, width) for what in ("mean", "std")}
+    goals = header["goals"]
+    width += len(goals.goal) if goals and not goals.command else 0
     for i in range(max(weights) + 1):
         shape = shapes.get(f"actor.{i}.weight", ())
         out = 2 * spec.action_dim if i == max(weights) else (shape[2] if len(shape) == 3 else -1)

@@ -337,6 +337,19 @@ class Confidence(_Strict):
     seed: Seed = 0
 
 
+class EvaluationGoals(SuccessExamples):
+    """States that goal-conditioned policies are sent to, chosen as success examples are: episode i gets state i mod N.
+
+    Success is to come `within` a distance of it in `columns` (None: the policy's own goal columns). Without `within` it
+    is the environment's own, which knows nothing of these goals.
+    """
+
+    rule: Literal["successes", "last"] = "last"
+    num: Count = 50
+    columns: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    within: Rate | None = None
+
+
 class EvaluateRecipe(_Strict):
     """`cvlctl evaluate`: episodes of every seed of every run, and tables of their scores."""
 
@@ -344,6 +357,7 @@ class EvaluateRecipe(_Strict):
     checkpoints: Literal["last", "all"] = "last"
     episodes: Count = 50
     seed: Seed = 0
+    goals: EvaluationGoals | None = None  # None: the environment commands them, or there are none
     workers: Literal["auto"] | Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] = "auto"
     device: Device = "cpu"  # cpu: whole episodes in worker processes; cuda: environments in lock-step
     aggregate: tuple[Literal["iqm", "mean", "median", "optimality_gap"], ...] = ("iqm", "mean", "optimality_gap")

@@ -7,11 +7,12 @@ so their rows agree up to the rounding of the matrix products.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ Outcome = tuple[float, bool | None]  # return and success; None where the task h
 
 
 @dataclass(frozen=True)
+class GoalUse:
+    """Goals that an evaluation commands: episode i gets state i mod N of a file."""
+
+    file: Path  # .npy of states (N, O)
+    columns: tuple[int, ...] | None = None  # of a state, that make the goal; None: the policy's own
+    within: float | None = None  # success is to come this close (Euclidean); None: the environment's own success
+
+
+@dataclass(frozen=True)
 class PolicyJob:
     """One policy to evaluate: the member `seed` of a checkpoint (file or run), and what its rows are called."""
 
@@ -40,6 +50,7 @@ class PolicyJob:
     step: int
     checkpoint: Path
     gamma: float | None = None  # for the discounted return too
+    goals: GoalUse | None = None  # for a policy that is told where to go
 
 
 def collect_episode(env: Env, act: Act, episode: int, *, collected_at: int = 0) -> Episode:
@@ -137,7 +148,7 @@ def _answers(
         for place, (index, episode) in enumerate(items):
             yield place, play(jobs[index], episode)
         return
-    plain = [asdict(job) | {"checkpoint": str(job.checkpoint)} for job in jobs]
+    plain = [json.loads(json.dumps(asdict(job), default=str)) for job in jobs]
     requests = [{"job": plain[index], "episode": episode, "seed": seed} for index, episode in items]
     with closing(share_out("cvlctl.rollout:_work", requests, workers)) as answers:
         for place, row in answers:
@@ -146,7 +157,9 @@ def _answers(
 
 def _work(request: dict[str, Any]) -> dict[str, Any]:
     """One episode in a worker: JSON in, JSON out."""
-    job = PolicyJob(**request["job"] | {"checkpoint": Path(request["job"]["checkpoint"])})
+    plain = request["job"]
+    goals = plain["goals"] and GoalUse(**plain["goals"])
+    job = PolicyJob(**plain | {"checkpoint": Path(plain["checkpoint"]), "goals": goals})
     return asdict(_worker_player(request["seed"])(job, request["episode"]))
 
 
@@ -154,11 +167,14 @@ def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:
     """A function (job, episode) -> row that keeps the environments and policies it made."""
     env_of = lru_cache(maxsize=4)(lambda task: make(task, EVALUATION_SEED + seed))
     policy_of = lru_cache(maxsize=64)(load_policy)
+    goal_of = _goals()
 
     def play(job: PolicyJob, episode: int) -> EpisodeResult:
         env, policy = env_of(job.task), policy_of(job.checkpoint, job.seed)
-        check_fit(job.checkpoint, policy, env)
-        _, _, rewards, successes, _ = _roll(env, lambda observation, step: policy(observation), episode)
+        check_fit(job.checkpoint, policy, env, job.goals is not None)
+        goal = goal_of(job, episode)
+        seen, _, rewards, successes, _ = _roll(env, lambda o, step: policy(policy.command(o, goal)), episode)
+        successes = [_succeeds(job, policy, o, goal, s) for o, s in zip(seen[1:], successes, strict=True)]
         return _row(job, episode, rewards, successes)
 
     return play
@@ -168,8 +184,37 @@ def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:
 _worker_player = lru_cache(maxsize=1)(_player)
 
 
-def check_fit(checkpoint: Path, policy: NumpyPolicy, env: Env) -> None:
-    """Refuse a policy that sees or does something else than the environment has."""
+def _goals() -> Callable[[PolicyJob, int], np.ndarray | None]:
+    """A function (job, episode) -> the state (O,) that the job commands in it, None where it commands none."""
+    states_of = lru_cache(maxsize=4)(partial(np.load, allow_pickle=False))
+
+    def goal_of(job: PolicyJob, episode: int) -> np.ndarray | None:
+        if job.goals is None:
+            return None
+        states = states_of(job.goals.file)
+        return states[episode % len(states)]
+
+    return goal_of
+
+
+def _succeeds(
+    job: PolicyJob, policy: NumpyPolicy, observation: np.ndarray, goal: np.ndarray | None, success: bool | None
+) -> bool | None:
+    """Success of a step that led to `observation`: within reach of the goal, or what the environment says."""
+    if goal is None or job.goals is None or job.goals.within is None:
+        return success
+    columns = job.goals.columns or (policy.goals and policy.goals.goal)
+    if columns is None:
+        what = f"goals.within: {job.algorithm} has no goals, and does not say which columns of a state make one"
+        raise CvlctlError(what, "add goals.columns, such as [0, 1, 2]")
+    return bool(np.linalg.norm(observation[list(columns)] - goal[list(columns)]) < job.goals.within)
+
+
+def check_fit(checkpoint: Path, policy: NumpyPolicy, env: Env, has_goal: bool = False) -> None:
+    """Refuse a policy that sees or does something else than the environment has, or lacks a goal."""
+    if policy.needs_goal and not has_goal:
+        what = f"{checkpoint} sees the observation and a goal beside it, and no goal is given"
+        raise CvlctlError(what, "evaluate it with goals: {from: STORE}, or train it with critic.command_columns")
     sees, does = policy.spec.observation_shape, policy.spec.action_dim
     if (sees, does) != (env.spec.observation_shape, env.spec.action_dim):
         what = f"{checkpoint} sees {sees} and emits {does} actions"
@@ -211,10 +256,10 @@ def run_lockstep(
             each = max(1, min(max(len(numbers[index]) for index in part), num_envs // len(part)))
             envs += [make(task, EVALUATION_SEED + seed) for _ in range(each * len(part) - len(envs))]
             for index in part:
-                check_fit(jobs[index].checkpoint, policies[index], envs[0])
-            act = _stacked([policies[index] for index in part], device)
+                check_fit(jobs[index].checkpoint, policies[index], envs[0], jobs[index].goals is not None)
+            own = [policies[index] for index in part]
             some, theirs = [jobs[index] for index in part], [numbers[index] for index in part]
-            for place, row in _lockstep(some, act, envs, each, theirs):
+            for place, row in _lockstep(some, own, _stacked(own, device), envs, each, theirs):
                 rows[part[place], row.episode] = row
                 if progress:
                     progress(len(rows), sum(map(len, numbers)), row)
@@ -223,20 +268,23 @@ def run_lockstep(
 
 def _lockstep(
     jobs: Sequence[PolicyJob],
+    policies: Sequence[NumpyPolicy],
     act: Callable[[np.ndarray], np.ndarray],
     envs: Sequence[Env],
     each: int,
     numbers: Sequence[Sequence[int]],
 ) -> Iterator[tuple[int, EpisodeResult]]:
     """(place in `jobs`, row) of every episode as it ends; slot (j, i) is the i-th of `each` environments of job j."""
-    observations = np.zeros((len(jobs), each, *envs[0].spec.observation_shape), dtype=np.float32)
+    observations = np.zeros((len(jobs), each, *policies[0].mean.shape), dtype=np.float32)  # as the policies see them
+    goal_of = _goals()
     waiting = [iter(wanted) for wanted in numbers]
     running: dict[tuple[int, ...], tuple[int, list[float], list[bool | None]]] = {}
 
     def begin(slot: tuple[int, ...]) -> None:
         running.pop(slot, None)
         if (episode := next(waiting[slot[0]], None)) is not None:
-            observations[slot] = envs[slot[0] * each + slot[1]].reset(episode)
+            first = envs[slot[0] * each + slot[1]].reset(episode)
+            observations[slot] = policies[slot[0]].command(first, goal_of(jobs[slot[0]], episode))
             running[slot] = (episode, [], [])
 
     for slot in np.ndindex(len(jobs), each):
@@ -245,9 +293,12 @@ def _lockstep(
         actions = act(observations)
         for slot, (episode, rewards, successes) in list(running.items()):
             step = envs[slot[0] * each + slot[1]].step(actions[slot])
-            observations[slot], reward, terminated, truncated, success = step
+            observation, reward, terminated, truncated, success = step
+            job, policy = jobs[slot[0]], policies[slot[0]]
+            goal = goal_of(job, episode)
+            observations[slot] = policy.command(observation, goal)
             rewards.append(reward)
-            successes.append(success)
+            successes.append(_succeeds(job, policy, observation, goal, success))
             if terminated or truncated:
                 yield slot[0], _row(jobs[slot[0]], episode, rewards, successes)
                 begin(slot)

@@ -12,6 +12,7 @@ import pytest
 
 from cvlctl.envs import (
     ENVS,
+    FETCH_TASKS,
     GYM_TASKS,
     METAWORLD_TASKS,
     NUM_GOALS,
@@ -43,7 +44,8 @@ def play(env: Env, episode: int, actions: np.ndarray) -> tuple[np.ndarray, np.nd
 def actions_for(env: Env, episode: int) -> np.ndarray:
     """An episode's worth of actions that touch things: the scripted expert's where there is one."""
     if not env.task.startswith("metaworld/"):
-        return np.stack([RandomPolicy(env.spec, 5, episode)(np.zeros(0), t) for t in range(STEPS)])
+        steps = min(STEPS, env.spec.horizon)
+        return np.stack([RandomPolicy(env.spec, 5, episode)(np.zeros(0), t) for t in range(steps)])
     act, actions = scripted_policy(env.task), []
     observation = env.reset(episode)
     for t in range(STEPS):
@@ -52,7 +54,10 @@ def actions_for(env: Env, episode: int) -> np.ndarray:
     return np.stack(actions)
 
 
-PURE = ["metaworld/door-open-v3", "metaworld/pick-place-v3", "gym/Hopper-v5", "gym/Ant-v5", "gym/Pendulum-v1"]
+PURE = [
+    "metaworld/door-open-v3", "metaworld/pick-place-v3", "gym/Hopper-v5", "gym/Ant-v5", "gym/Pendulum-v1",
+    "gym/FetchReach-v4", "gym/FetchPush-v4", "gym/FetchPush-v4-fixed",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("task", PURE)
@@ -147,6 +152,49 @@ def test_gym_termination_is_not_truncation() -> None:
     assert ends == [(False, False)] * 199 + [(False, True)]
 
 
+def test_fetch_shows_the_commanded_goal_and_succeeds_within_5_cm_of_it() -> None:
+    env = make("gym/FetchReach-v4", seed=0)
+    assert (env.spec.observation_shape, env.spec.action_dim, env.spec.horizon) == ((13,), 4, 50)
+    other, observation = env.reset(1), env.reset(0)
+    goal = observation[-3:]
+    assert not np.array_equal(other[-3:], goal)
+    ends, distances, successes, rewards = [], [], [], []
+    for _ in range(50):
+        towards = np.clip(10 * (goal - observation[:3]), -1, 1)
+        observation, reward, terminated, truncated, success = env.step(np.append(towards, 0))
+        assert np.array_equal(observation[-3:], goal)
+        ends.append((terminated, truncated))
+        distances.append(np.linalg.norm(observation[:3] - goal))
+        successes.append(success)
+        rewards.append(reward)
+    assert ends == [(False, False)] * 49 + [(False, True)]
+    assert successes == [bool(distance < 0.05) for distance in distances]
+    assert rewards == [0.0 if success else -1.0 for success in successes]
+    assert successes[0] is False and successes[-1] is True
+    assert env.versions()["gymnasium-robotics"]
+
+
+@pytest.mark.parametrize(("task", "goal"), [("FetchReach", (1.3, 0.3, 0.9)), ("FetchPush", (1.4, 0.9, 0.4247))])
+def test_laeos_fixed_goals_are_commanded_and_judged(task: str, goal: tuple[float, ...]) -> None:
+    env = make(f"gym/{task}-v4-fixed", seed=2)
+    free = make(f"gym/{task}-v4", seed=2)
+    for episode in (0, 1):
+        observation, other = env.reset(episode), free.reset(episode)
+        assert observation[-3:] == pytest.approx(goal)
+        assert np.array_equal(observation[:-3], other[:-3])  # the same start, another goal
+    if task == "FetchReach":
+        for _ in range(50):
+            observation, reward, *_, success = env.step(np.append(np.clip(10 * (goal - observation[:3]), -1, 1), 0))
+        assert np.linalg.norm(observation[:3] - goal) < 0.05
+        assert (success, reward) == (True, 0.0)
+
+
+def test_making_a_fetch_environment_says_nothing() -> None:
+    code = "from cvlctl.envs import make; make('gym/FetchReach-v4', 0).reset(0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 def test_an_episode_that_terminates_at_the_limit_is_not_truncated() -> None:
     class Raw:
         action_space = observation_space = gymnasium.spaces.Box(-1, 1, (1,))
@@ -174,6 +222,7 @@ def test_a_policy_gone_wrong_is_told() -> None:
         ("drawer-close", "metaworld/drawer-close-v3"),
         ("Hopper-v5", "gym/Hopper-v5"),
         ("gym/Hoper-v5", "gym/Hopper-v5"),
+        ("FetchReach-v3", "gym/FetchReach-v4"),
         ("door/open/v3", "metaworld/door-open-v3"),
         ("zzzz", "legal tasks"),
         ("", "legal tasks"),
@@ -200,7 +249,7 @@ def test_the_table_of_tasks_is_metaworlds_own() -> None:
     from metaworld.policies import ENV_POLICY_MAP
 
     assert {f"{name}-v3" for name in METAWORLD_TASKS} == set(ALL_V3_ENVIRONMENTS) == set(ENV_POLICY_MAP)
-    assert len(list_tasks()) == len(set(list_tasks())) == 50 + len(GYM_TASKS)
+    assert len(list_tasks()) == len(set(list_tasks())) == 50 + len(GYM_TASKS) + len(FETCH_TASKS)
     assert {task.split("/")[0] for task in list_tasks()} == set(ENVS)
     for task in list_tasks():
         check_task(task)
@@ -209,7 +258,7 @@ def test_the_table_of_tasks_is_metaworlds_own() -> None:
 def test_every_metaworld_task_and_locomotion_have_references() -> None:
     for task in list_tasks():
         found = references(task)
-        if task in ("gym/MountainCarContinuous-v0", "gym/Pendulum-v1"):
+        if task in ("gym/MountainCarContinuous-v0", "gym/Pendulum-v1") or "Fetch" in task:
             assert found is None
             continue
         assert found is not None

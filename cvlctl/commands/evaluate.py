@@ -1,6 +1,7 @@
 """`cvlctl evaluate`: episodes of every seed of every run, then tables and pictures of their scores.
 
     <out>/rows.jsonl          one line an episode: what everything else is computed from
+    <out>/goals.npy           with `goals`: the states (N, O) that policies are sent to
     <out>/evaluation.json     the recipe, and which checkpoint (by its sha256) each row is of
     <out>/table.csv, table.md, table.json, scores.png, and curves.png with `checkpoints: all`
 
@@ -10,6 +11,8 @@ interruption, for more episodes, or when a glob finds another run, only what is 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -17,13 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cvlctl import envs, report, scores
 from cvlctl.commands import find_runs
 from cvlctl.errors import CvlctlError
 from cvlctl.files import entries, read_json, sha256, write_atomically, write_json
+from cvlctl.policies import load_policy
 from cvlctl.recipefile import nearest
-from cvlctl.recipes import EvaluateRecipe, resolved
-from cvlctl.rollout import Episodes, PolicyJob, run_episodes, run_lockstep
+from cvlctl.recipes import EvaluateRecipe, EvaluationGoals, resolved
+from cvlctl.rollout import Episodes, GoalUse, PolicyJob, run_episodes, run_lockstep
 from cvlctl.rollout import Progress as OnEpisode
 from cvlctl.runs import Progress, say
 from cvlctl.types import EpisodeResult
@@ -38,7 +44,9 @@ TABLES = {
     "table": "scores", "aggregate": "over all tasks", "pairwise": "against the baseline",
     "offline": "offline estimates", "runs": "single runs",
 }  # fmt: skip
-FILES = ("evaluation.json", "rows.jsonl", "table.csv", "table.md", "table.json", "scores.png", "curves.png")
+FILES = (
+    "evaluation.json", "rows.jsonl", "goals.npy", "table.csv", "table.md", "table.json", "scores.png", "curves.png",
+)  # fmt: skip
 
 _RowKey = tuple[str, str, int, int]  # algorithm, task, seed, step
 _Rows = dict[tuple[str, str, int], dict[int, EpisodeResult]]  # (sha256 of the checkpoint, task, seed) -> episodes
@@ -63,8 +71,9 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
         for checkpoint in found
         for seed, estimate in _estimates(checkpoint.run).items()
     }
+    goals, use = None if recipe.goals is None else _goals(recipe.goals, found), _goal_use(recipe)
     jobs = [
-        PolicyJob(*key, checkpoint.step, checkpoint.file, estimates[key].gamma if key in estimates else None)
+        PolicyJob(*key, checkpoint.step, checkpoint.file, estimates[key].gamma if key in estimates else None, use)
         for checkpoint in found
         for key in ((labels[checkpoint.run], checkpoint.task, seed) for seed in checkpoint.seeds)
     ]
@@ -77,8 +86,11 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
              "checkpoint": str(job.checkpoint), "sha256": digests[job.checkpoint]}
             for job in jobs
         ],
+        **({} if goals is None else {"goals": hashlib.sha256(goals.tobytes()).hexdigest()}),
     }  # fmt: skip
     before = _open(recipe, force)
+    if before and before.get("goals") != record.get("goals"):
+        raise CvlctlError(f"{recipe.out}: the goals have changed since", "choose another out, or --force to replace it")
     paths = {"out": str(recipe.out), "rows": str(recipe.out / "rows.jsonl")}
     if before and before["status"] == "finished" and all(before[name] == record[name] for name in record):
         saved = read_json(recipe.out / "table.json")
@@ -94,6 +106,10 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
         }
     if before is None:
         _write_record(recipe.out, record, "started")
+    if goals is not None and use is not None:
+        buffer = io.BytesIO()
+        np.save(buffer, goals)
+        write_atomically(use.file, buffer.getvalue())
     _save(recipe.out, record, rows, "started")  # rows first: what they are of was true of the old record too
     _play(recipe, record, rows)
     everything = [row for job in jobs for _, row in sorted(rows[job].items())]
@@ -104,6 +120,23 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
     write_json(recipe.out / "table.json", result)
     _save(recipe.out, record, rows, "finished")
     return {"status": "evaluated", **paths, **result}
+
+
+def _goals(source: EvaluationGoals, found: Sequence[find_runs.Checkpoint]) -> np.ndarray:
+    """The states (N, O) to arrive at: of the shape that all policies see."""
+    from cvlctl.commands.train import success_examples  # torch and zarr: not without need
+
+    specs = [load_policy(checkpoint.file, checkpoint.seeds[0]).spec for checkpoint in found]
+    states = [success_examples(source, spec, "goals") for spec in dict.fromkeys(specs)]
+    bad = [column for column in source.columns or () if column >= states[0].shape[1]]
+    if bad:
+        raise CvlctlError(f"goals.columns: {bad} of states with {states[0].shape[1]} columns", "columns count from 0")
+    return states[0]
+
+
+def _goal_use(recipe: EvaluateRecipe) -> GoalUse | None:
+    goals = recipe.goals
+    return None if goals is None else GoalUse(recipe.out / "goals.npy", goals.columns, goals.within)
 
 
 def _play(recipe: EvaluateRecipe, record: dict[str, Any], rows: _JobRows) -> None:
@@ -170,7 +203,7 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
     if not before or before.get("format") != FORMAT or not {"status", "recipe", "jobs"} <= before.keys():
         raise CvlctlError(f"{out}/evaluation.json is damaged", "choose another out, or --force to replace it")
     now = resolved(recipe)
-    for name in ("runs", "checkpoints", "episodes", "seed"):
+    for name in ("runs", "checkpoints", "episodes", "seed", "goals"):
         then = before["recipe"].get(name)
         more = (
             name == "episodes" and isinstance(then, int) and then < now[name]

@@ -106,10 +106,10 @@ def best_episodes(part: Part, rewards: np.ndarray, share: float) -> Part:
     )  # fmt: skip
 
 
-def success_examples(source: SuccessExamples, spec: Spec) -> np.ndarray:
+def success_examples(source: SuccessExamples, spec: Spec, key: str = "success_examples") -> np.ndarray:
     """Success examples (X, O), by rule from a store or from a file; a seeded choice of at most `num`."""
     if source.file is not None:
-        found, where = _examples_file(source.file), f"success_examples.file: {source.file}"
+        found, where = _examples_file(source.file, f"{key}.file"), f"{key}.file: {source.file}"
     else:
         assert source.from_ is not None
         store = open_store(source.from_)
@@ -129,7 +129,7 @@ def success_examples(source: SuccessExamples, spec: Spec) -> np.ndarray:
                     f"{source.from_}: no step is labelled a success",
                     "take rule: last, or examples from another store or file",
                 )
-        found, where = observations[rows], f"success_examples.from: {source.from_}"
+        found, where = observations[rows], f"{key}.from: {source.from_}"
     if found.shape[1:] != tuple(spec.observation_shape):
         what = f"{where}: the examples have shape {found.shape}; expected (X, {spec.observation_shape[0]})"
         raise CvlctlError(what, "take examples from the robot and task that the stores are of")
@@ -137,24 +137,24 @@ def success_examples(source: SuccessExamples, spec: Spec) -> np.ndarray:
     return np.ascontiguousarray(found[keep], dtype=np.float32)
 
 
-def _examples_file(path: Path) -> np.ndarray:
-    key, hint = f"success_examples.file: {path}", "give a .npy of shape (X, O), or a .npz with `observations`"
+def _examples_file(path: Path, key: str) -> np.ndarray:
+    where, hint = f"{key}: {path}", "give a .npy of shape (X, O), or a .npz with `observations`"
     if not path.is_file():
-        raise CvlctlError(f"success_examples.file: no file at {path}", "check the path")
+        raise CvlctlError(f"{key}: no file at {path}", "check the path")
     try:
         loaded = np.load(path, allow_pickle=False)
         found = np.asarray(loaded if isinstance(loaded, np.ndarray) else loaded["observations"])
     except Exception as error:  # zip, zlib and numpy each have their own
-        raise CvlctlError(f"{key}: cannot be read: {error}", hint) from error
+        raise CvlctlError(f"{where}: cannot be read: {error}", hint) from error
     if found.dtype.kind not in "fiub":
-        raise CvlctlError(f"{key}: holds {found.dtype}, not real numbers", hint)
+        raise CvlctlError(f"{where}: holds {found.dtype}, not real numbers", hint)
     if found.ndim != 2 or len(found) == 0:
-        raise CvlctlError(f"{key}: has shape {found.shape}; expected (X, O) with X >= 1", hint)
+        raise CvlctlError(f"{where}: has shape {found.shape}; expected (X, O) with X >= 1", hint)
     with np.errstate(over="ignore"):  # what does not fit is infinite, and said below
         array = found.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(array).all(1))
     if len(bad):
-        raise CvlctlError(f"{key}: NaN or infinity in {len(bad)} of {len(array)} examples, first in {bad[0]}")
+        raise CvlctlError(f"{where}: NaN or infinity in {len(bad)} of {len(array)} examples, first in {bad[0]}")
     return array
 
 
