@@ -56,7 +56,7 @@ def synthetic(rows: int) -> Data:
     reward = rng.uniform(0, 10, ends[-1]).astype(np.float32)
     where = samplers.layout(ends, np.zeros(num_episodes, dtype=bool))
     return Data(
-        torch.from_numpy(observation), torch.from_numpy(action), torch.from_numpy(reward), where,
+        torch.from_numpy(observation), torch.from_numpy(action), torch.from_numpy(reward).unsqueeze(0), where,
         torch.arange(len(where.row)), torch.zeros(0, *SPEC.observation_shape),
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ import torch
 
 import cvlctl
 from cvlctl import envs, samplers, training
-from cvlctl.algorithms import occupancy
+from cvlctl.algorithms import occupancy, td3_bc
 from cvlctl.commands.train import batches
 from cvlctl.rollout import collect_episode
 from cvlctl.types import Episode
@@ -29,7 +29,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     """Imports a script by name, as it would import its neighbours."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("critic", "evaluation", "mountain_car"):
+    for name in ("critic", "evaluation", "mountain_car", "td_learners"):
         sys.modules.pop(name, None)
 
 
@@ -150,3 +150,82 @@ def test_mountain_car_script(
     with pytest.raises(SystemExit) as left:
         mountain_car.main([*arguments, "batch_size=16"])
     assert left.value.code == 2
+
+
+def pushes(num: int, horizon: int) -> list[Episode]:
+    """Episodes of a made-up task: all but the first are cut off, and every reward is another."""
+    rng = np.random.default_rng(0)
+    return [
+        Episode(rng.standard_normal((horizon + 1, 3)), rng.uniform(-1, 1, (horizon, 1)), rng.standard_normal(horizon),
+                terminated=number == 0)
+        for number in range(num)
+    ]  # fmt: skip
+
+
+def test_both_libraries_learn_from_the_same_transitions(script: Script, tmp_path: Path) -> None:
+    pytest.importorskip("d3rlpy")
+    td_learners = script("td_learners")
+    path = tmp_path / "pushes.zarr"
+    cvlctl.write_store(path, pushes(3, 4), task="gym/Pendulum-v1", horizon=4)
+    recipe = td_learners.recipe_of("td3_bc", td3_bc.Config(gamma=0.5), path, 1, 0, 1, tmp_path / "run")
+    data = td_learners.train.join([td_learners.open_store(path)], recipe.stores, None, True)
+    draws = samplers.Draws(12, 0.5, transitions=True)
+    row = data.layout.row.unsqueeze(0)
+    none = row[:, :0]
+    ends = (data.layout.terminated & (data.layout.row + 1 == data.layout.last)).unsqueeze(0)
+    batch = samplers.gather(data, samplers.Indices(row, ends, none, none, none.bool(), none), draws)
+    buffer = td_learners.peer_buffer(data)
+    theirs = [buffer.transition_picker(e, i) for e in buffer.episodes for i in range(e.transition_count)]
+    assert len(theirs) == 12
+    for i, transition in enumerate(theirs):
+        assert transition.observation.tolist() == batch.observation[0, i].tolist()
+        assert transition.action.tolist() == batch.action[0, i].tolist()
+        assert transition.reward[0] == batch.reward[0, i]
+        assert 0.5 * (1 - transition.terminal) == batch.discount[0, i]
+        if not transition.terminal:
+            assert transition.next_observation.tolist() == batch.next_observation[0, i].tolist()
+    assert [t.terminal for t in theirs] == [0, 0, 0, 1, *[0] * 8]
+
+
+def test_both_libraries_have_networks_of_the_same_sizes(script: Script) -> None:
+    pytest.importorskip("d3rlpy")
+    td_learners = script("td_learners")
+    data = td_learners.synthetic(1_100)
+    for method in td_learners.METHODS:
+        config = td_learners.default_config(method, 4)
+        state = td_learners.ALGORITHMS[method].init(config, td_learners.SPEC, [0], data)
+        algo = td_learners.peer(method, config, data)
+        algo.build_with_dataset(td_learners.peer_buffer(data))
+        modules = algo.impl.modules
+        theirs = {"critic": modules.q_funcs} | ({"value": modules.value_func} if method == "iql" else {})
+        for name, module in theirs.items():
+            numbers = sum(value.numel() for key, value in state.items() if key.startswith(f"{name}."))
+            assert sum(p.numel() for p in module.parameters()) == numbers
+
+
+def test_td_learners_script(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    td_learners = script("td_learners")
+    cvlctl.write_store(tmp_path / "pushes.zarr", pushes(3, 40), task="gym/Pendulum-v1", horizon=200)
+    with_d3rlpy = importlib.util.find_spec("d3rlpy") is not None
+    libraries = list(td_learners.LIBRARIES) if with_d3rlpy else ["cvlctl"]
+    small = ["--methods", "td3_bc", "iql", "--threads", "1", "--json", str(tmp_path / "found.json")]
+    learn = [*small, "--learn", "--stores", str(tmp_path / "pushes.zarr"), "--steps", "2", "--episodes", "2"]
+    td_learners.main([*learn, "--seeds", "0", "--only", *libraries])
+    first = json.loads((tmp_path / "found.json").read_text())
+    monkeypatch.setattr(td_learners, "EVALUATION_SEED", 0)  # a run that is played again now would score otherwise
+    td_learners.main([*learn, "--seeds", "0", "1", "--only", *libraries])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(first["runs"]) == 2 * len(libraries) == len(found["runs"]) / 2
+    assert first["runs"].items() <= found["runs"].items()
+    assert all(record["runs"] == 2 and record["episodes"] == 4 for record in found["scores"])
+    assert len(found["differences"]) == (2 if with_d3rlpy else 0)
+    assert "td3_bc, cvlctl" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="another budget"):
+        td_learners.main([*learn, "--steps", "3"])
+    if with_d3rlpy:
+        td_learners.main([*small, "--rounds", "1", "--updates", "1", "--rows", "1100", "--eager-only"])
+        speed = json.loads((tmp_path / "found.json").read_text())
+        assert speed["updates"]["iql"]["d3rlpy, as shipped"]["ratio"] == 1.0
+        assert set(speed["updates"]) == {"td3_bc", "iql"}
