@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from cvlctl.algorithms import bc, cql, cvl, fqe, goal_conditioned, iql, laeo, successor_features, td3_bc
+from cvlctl.algorithms import bc, contrastive_ac, cql, cvl, fqe, goal_conditioned, iql, laeo, successor_features, td3_bc
 
 ALGORITHMS: dict[str, ModuleType] = {
     "cvl": cvl, "laeo": laeo, "bc": bc, "td3_bc": td3_bc, "cql": cql, "iql": iql,
     "goal_conditioned": goal_conditioned,
     "successor_features": successor_features, "fqe": fqe,
+    "contrastive_ac": contrastive_ac,
 }  # fmt: skip
