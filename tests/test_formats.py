@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import io
 import json
 import re
@@ -979,3 +980,21 @@ def test_fetch_refuses(tmp_path: Path, server: Server, monkeypatch: pytest.Monke
     with pytest.raises(CvlctlError, match="cannot be fetched"):
         formats.fetch("d4rl/hopper-medium-v2", tmp_path / "x", mirror="no address")
     assert not list((tmp_path / "x").glob("*.hdf5*"))
+
+
+def test_benchmark_of_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)  # put back afterwards: the script sets it
+    import importing
+
+    write_store(tmp_path / "a.zarr", episodes(), task="toy")
+    out = tmp_path / "found.json"
+    importing.main(["--transitions", "3000", "--store", str(tmp_path / "a.zarr"), "--rounds", "1", "--json", str(out)])
+    found = json.loads(out.read_text())
+    assert found["import"]["times"][importing.RAW]["ratio"] == 1.0
+    assert found["import"]["times"][importing.IMPORT]["seconds"] > 0
+    assert found["load"]["times"][importing.LOAD]["size_mb"] >= 0
+    assert (importing.MINARI in found["load"]["times"]) == bool(importlib.util.find_spec("minari"))
+    assert "cvlctl imports" in capsys.readouterr().out

@@ -16,7 +16,7 @@ import numpy as np
 
 from cvlctl.errors import CvlctlError
 from cvlctl.formats.rows import episodes_of_rows
-from cvlctl.formats.sources import Arrays, Bounds, Facts, open_hdf5, replacing
+from cvlctl.formats.sources import Arrays, Bounds, Facts, fixed_text, open_hdf5, replacing
 from cvlctl.store import Store
 from cvlctl.types import Episode
 
@@ -61,10 +61,11 @@ def facts(path: Path) -> Facts:
 
 def _ours(arrays: Arrays) -> dict[str, Any]:
     """What `write` left in the file's attribute; empty in anybody else's file."""
-    if ATTRIBUTE not in arrays.attributes:
+    found = arrays.attribute(ATTRIBUTE)
+    if found is None:
         return {}
     try:
-        found = json.loads(arrays.attributes[ATTRIBUTE])
+        found = json.loads(found)
         tasks = [str(task) for task in found["tasks"]]
         return {"task": str(found["task"]), "tasks": tasks, "horizon": int(found["horizon"]),
                 "rewards": bool(found["rewards"])}  # fmt: skip
@@ -102,7 +103,7 @@ def write(store: Store, path: Path, label: str) -> None:
             wide = np.repeat(values, store.lengths())
             _write(file, OURS[name], len(row), lambda at, wide=wide: wide[at])
         about = {"task": store.task, "tasks": store.task_names, "horizon": store.spec.horizon, "rewards": has_rewards}
-        file.attrs[ATTRIBUTE] = json.dumps(about)
+        file.attrs[ATTRIBUTE] = fixed_text(json.dumps(about))
 
 
 def _write(file: Any, name: str, length: int, take: Any) -> None:

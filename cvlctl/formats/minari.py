@@ -27,8 +27,10 @@ from cvlctl.errors import CvlctlError
 from cvlctl.formats.sources import (
     Bounds,
     Facts,
+    attribute,
     dataset_column,
     dataset_in,
+    fixed_text,
     flags,
     flat,
     hdf5_file,
@@ -73,8 +75,8 @@ def read(
             where = f"{file_path}: episode_{number}"
             with reading(where):
                 group = file[f"episode_{number}"]
-                about = {"seed": int(group.attrs.get("seed", 0)), "task": str(group.attrs.get("task", ""))}
-                collected_at = int(group.attrs.get("collected_at", steps))
+                about = {"seed": int(attribute(group, "seed") or 0), "task": attribute(group, "task") or ""}
+                collected_at = int(steps if (kept := attribute(group, "collected_at")) is None else kept)
             arrays = {
                 name: dataset_column(file_path, group, name).rest() for name in ("actions", "rewards", "terminations")
             }
@@ -211,7 +213,7 @@ def write(store: Store, path: Path, label: str) -> None:
 def _write_episode(group: h5py.Group, episode: Episode, number: int) -> None:
     steps = len(episode)
     last = np.arange(steps) == steps - 1
-    group.attrs.update({"id": number, "seed": episode.seed, "total_steps": steps, "task": episode.task})
+    group.attrs.update({"id": number, "seed": episode.seed, "total_steps": steps, "task": fixed_text(episode.task)})
     group.attrs["collected_at"] = episode.collected_at
     arrays = {
         "observations": episode.observations, "actions": episode.actions,

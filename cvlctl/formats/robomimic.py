@@ -16,6 +16,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.formats.sources import (
     Bounds,
     Facts,
+    attribute,
     dataset_column,
     flags,
     flat,
@@ -79,7 +80,6 @@ def facts(path: Path) -> Facts:
     """The environment's name, and its arguments for the provenance."""
     with hdf5_file(path) as file, reading(str(path)):
         data = file.get("data")
-        attributes = {} if data is None else dict(data.attrs)
-        env = json.loads(attributes.get("env_args", "{}"))
-        total = int(attributes.get("total", 0))
+        env = json.loads((data is not None and attribute(data, "env_args", ragged=True)) or "{}")
+        total = int((data is not None and attribute(data, "total")) or 0)
         return Facts(total, str(env.get("env_name", "")), None, {"env_args": env} if env else {})

@@ -99,7 +99,8 @@ def _gaps(path: Path, rows: dict[str, np.ndarray], ends: np.ndarray) -> np.ndarr
     found = np.zeros(len(ends), bool)
     after, then = rows["next_observations"][:-1], rows["observations"][1:]
     if after.dtype.kind == "f":
-        apart = np.abs(after - then) > TOLERANCE * (1 + np.abs(after))
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are told of with their episode
+            apart = np.abs(after - then) > TOLERANCE * (1 + np.abs(after))
     else:
         apart = after != then
     found[:-1] = apart.any(axis=tuple(range(1, apart.ndim)))

@@ -118,7 +118,7 @@ class Arrays(NamedTuple):
     names: list[str]
     column: Callable[[str], Column]
     text: Callable[[str], list[str]]  # the strings of an array of them
-    attributes: dict[str, Any]
+    attribute: Callable[[str], Any]  # of the file; None where it has none of that name
 
     def need(self, *names: str) -> None:
         """Raise a CvlctlError that lists what there is, unless the file has all these arrays."""
@@ -144,13 +144,15 @@ def open_arrays(path: Path) -> Iterator[Arrays]:
 def open_hdf5(path: Path) -> Iterator[Arrays]:
     """The datasets of an HDF5 file, under their full names."""
     with hdf5_file(path) as file:
-        names: list[str] = []
         with reading(str(path)):
-            import h5py
-
-            file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-            attributes = dict(file.attrs)
-        yield Arrays(path, names, lambda name: dataset_column(path, file, name), lambda name: [], attributes)
+            names = list(_datasets(file))
+        yield Arrays(
+            path,
+            names,
+            lambda name: dataset_column(path, file, name),
+            lambda name: [],
+            lambda name: attribute(file, name),
+        )
 
 
 @contextlib.contextmanager
@@ -213,6 +215,41 @@ def dataset_in(path: Path, group: h5py.Group, name: str) -> h5py.Dataset:
     return dataset
 
 
+def attribute(item: h5py.Group, name: str, *, ragged: bool = False) -> Any:
+    """A single number or text of fixed length that an HDF5 file has as an attribute; None where there is none.
+
+    Args:
+        ragged: also text of no fixed length. HDF5 keeps it on a heap, and never returns from some damaged ones.
+    """
+    with reading(f"{item.file.filename}: attribute {name!r}"):
+        if name not in item.attrs:
+            return None
+        found = item.attrs.get_id(name)
+        if found.shape != () or (found.dtype.kind not in "iufbS" and not ragged):
+            return None
+        value = item.attrs[name]
+        return value.decode() if isinstance(value, bytes) else value
+
+
+def fixed_text(value: str) -> np.bytes_:
+    """Text as an attribute of fixed length."""
+    return np.bytes_(value.encode())
+
+
+def _datasets(group: h5py.Group) -> dict[str, h5py.Dataset]:
+    """The datasets anywhere below a group, by their names from there."""
+    import h5py
+
+    found: dict[str, h5py.Dataset] = {}
+
+    def visit(name: str | bytes, item: h5py.Dataset | h5py.Group) -> None:
+        if isinstance(item, h5py.Dataset):  # a name that is no UTF-8 comes as bytes
+            found[name if isinstance(name, str) else name.decode(errors="replace")] = item
+
+    group.visititems(visit)
+    return found
+
+
 def _bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
@@ -261,7 +298,7 @@ def open_npz(path: Path) -> Iterator[Arrays]:
             with reading(f"{path}: {name}"):
                 return [str(x) for x in np.frombuffer(stream.read(), dtype).tolist()]
 
-        yield Arrays(path, list(members), column, text, {})
+        yield Arrays(path, list(members), column, text, lambda name: None)
 
 
 def _kind(dtype: np.dtype) -> str:
@@ -357,10 +394,7 @@ def joined(path: Path, group: h5py.Group, keys: Sequence[str]) -> np.ndarray:
         keys: those to join, in this order; none: all of at most two dimensions, in alphabetical order. A single one
             of more dimensions (an image) is taken as it is.
     """
-    import h5py
-
-    there: dict[str, h5py.Dataset] = {}
-    group.visititems(lambda name, item: there.update({name: item}) if isinstance(item, h5py.Dataset) else None)
+    there = _datasets(group)
     chosen = list(keys) or sorted(name for name, dataset in there.items() if len(dataset.shape or ()) <= 2)
     where = f"{path}: {group.name.strip('/')}"
     for name in chosen:

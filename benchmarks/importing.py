@@ -1,0 +1,212 @@
+"""Import of a D4RL file beside raw reading and writing; load of a store beside Minari.
+
+    python benchmarks/importing.py [--transitions 1000000] [--frames 500000] [--rounds 5] [--json importing.json]
+
+Import: `cvlctl.formats.import_store` (episodes cut and checked, digests of the file and of every array, durable on the
+disk) against h5py reading the same arrays whole and zarr writing what a store holds, with the store's codecs. The file
+is synthetic, of Hopper's size, compressed by gzip as D4RL's are.
+
+Load: all arrays of a store of Metaworld frames (random actions; or --store, one of yours) into memory, against Minari
+(the extra `bench`) iterating over the same episodes, in a dataset that Minari itself wrote. `size` is that on the disk.
+Files are read from the page cache by all. Rounds alternate; a ratio is the median over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
+
+# isort: split
+import h5py
+import numpy as np
+import zarr
+from critic import Contestant, machine, measure
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from cvlctl import envs, formats
+from cvlctl.policies import RandomPolicy
+from cvlctl.rollout import collect_episode
+from cvlctl.store import Store, open_store
+from cvlctl.writer import CHUNK_ROWS, write_store
+
+TASK = "metaworld/drawer-close-v3"
+RAW, IMPORT = "h5py reads, zarr writes", "cvlctl imports"
+MINARI, LOAD = "Minari iterates", "cvlctl loads"
+
+
+def write_d4rl(path: Path, transitions: int) -> None:
+    """A file of the size and compression of D4RL's Hopper: episodes of 50 to 500 steps, smooth observations."""
+    rng = np.random.default_rng(0)
+    states = np.cumsum(rng.normal(scale=0.01, size=(transitions + 1, 11)), axis=0, dtype=np.float64).astype(np.float32)
+    ends = np.cumsum(rng.integers(50, 500, transitions // 50 + 1)) - 1
+    terminals = np.zeros(transitions, bool)
+    terminals[ends[ends < transitions]] = True
+    arrays = {
+        "observations": states[:-1], "next_observations": states[1:],
+        "actions": rng.uniform(-1, 1, (transitions, 3)).astype(np.float32),
+        "rewards": rng.normal(size=transitions).astype(np.float32), "terminals": terminals,
+        "timeouts": np.zeros(transitions, bool),
+    }  # fmt: skip
+    with h5py.File(path, "w") as file:
+        for name, values in arrays.items():
+            file.create_dataset(name, data=values, compression="gzip")
+
+
+def raw_copy(path: Path, out: Path) -> None:
+    """Read every array whole, write what a store holds of it."""
+    with h5py.File(path) as file:
+        arrays = {name: dataset[()] for name, dataset in file.items()}
+    for name in ("observations", "actions", "rewards"):
+        values = arrays[name]
+        zarr.create_array(
+            out, name=name, data=values, chunks=(min(CHUNK_ROWS, len(values)), *values.shape[1:]),
+            compressors=[ZstdCodec(level=3), Crc32cCodec()], overwrite=True,
+        )  # fmt: skip
+
+
+def times(work: Callable[[], Any]) -> Contestant:
+    """A contestant of `critic.measure`."""
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            work()
+
+    return run
+
+
+def compare(rates: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Median seconds of each, and the median over rounds of the time that it took for each second of the base."""
+    ratios = {name: np.array(rates[base]) / np.array(rate) for name, rate in rates.items()}
+    return {
+        name: {
+            "seconds": round(float(np.median(1 / np.array(rate))), 4),
+            "ratio": round(float(np.median(ratios[name])), 4),
+            "ratio_min": round(float(ratios[name].min()), 4), "ratio_max": round(float(ratios[name].max()), 4),
+        } for name, rate in rates.items()
+    }  # fmt: skip
+
+
+def importing(folder: Path, transitions: int, rounds: int) -> dict[str, Any]:
+    """Seconds of an import, and what memory an import took beyond what was held before."""
+    source, out = folder / "hopper.hdf5", folder / "hopper.zarr"
+    write_d4rl(source, transitions)
+    take = partial(formats.import_store, "d4rl", source, out, task="gym/Hopper-v5", force=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    store = take()
+    grown = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert len(store) == transitions
+    contestants = {RAW: times(lambda: raw_copy(source, folder / "raw.zarr")), IMPORT: times(take)}
+    found = compare(measure(contestants, rounds, 1, warm_up=1), RAW)
+    return {"times": found, "memory_mb": round(grown), "file_mb": round(source.stat().st_size / 1e6, 1)}
+
+
+def collect(path: Path, frames: int) -> Store:
+    """A store of random actions on Metaworld."""
+    env = envs.make(TASK, 0)
+    count = -(-frames // env.spec.horizon)
+    actors = (RandomPolicy(env.spec, env.seed, number) for number in range(count))
+    episodes = (collect_episode(env, act, number) for number, act in enumerate(actors))
+    try:
+        return write_store(path, episodes, task=TASK, horizon=env.spec.horizon)
+    finally:
+        env.close()
+
+
+def load(path: Path) -> int:
+    """All arrays of a store in memory; returns the number of transitions."""
+    store = open_store(path)
+    store.observations(), store.actions(), store.episode_ends(), store.terminated()
+    if store.has_label("given"):
+        store.rewards()
+    return len(store)
+
+
+def write_minari(store: Store, folder: Path) -> Path:
+    """The same episodes, by Minari's own writer."""
+    os.environ["MINARI_DATASETS_PATH"] = str(folder / "minari")
+    import minari
+    from gymnasium.spaces import Box
+    from minari.data_collector import EpisodeBuffer
+
+    buffers = [
+        EpisodeBuffer(
+            id=None, observations=e.observations, actions=e.actions, infos={},
+            rewards=list(np.zeros(len(e)) if e.rewards is None else e.rewards),
+            terminations=[False] * (len(e) - 1) + [e.terminated],
+            truncations=[False] * (len(e) - 1) + [not e.terminated],
+        ) for e in store.episodes()
+    ]  # fmt: skip
+    spaces = {"observation_space": Box(-np.inf, np.inf, store.spec.observation_shape, np.float32),
+              "action_space": Box(-1, 1, (store.spec.action_dim,), np.float32)}  # fmt: skip
+    minari.create_dataset_from_buffers("bench/frames-v0", buffers, **spaces)
+    return folder / "minari" / "bench" / "frames-v0"
+
+
+def iterate_minari() -> int:
+    """Every episode of the dataset, as Minari gives it; returns the number of transitions."""
+    import minari
+
+    return sum(len(episode.actions) for episode in minari.load_dataset("bench/frames-v0").iterate_episodes())
+
+
+def megabytes(path: Path) -> float:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+
+
+def loading(folder: Path, frames: int, store_path: Path | None, rounds: int) -> dict[str, Any]:
+    """Seconds of a load, and sizes; only ours where Minari is not installed."""
+    store = open_store(store_path) if store_path else collect(folder / "frames.zarr", frames)
+    contestants: dict[str, Contestant] = {}
+    sizes = {LOAD: megabytes(store.path)}
+    if find_spec("minari"):
+        sizes[MINARI] = megabytes(write_minari(store, folder))
+        assert iterate_minari() == load(store.path)
+        contestants[MINARI] = times(iterate_minari)
+    contestants[LOAD] = times(partial(load, store.path))
+    base = next(iter(contestants))
+    found = compare(measure(contestants, rounds, 1, warm_up=1), base)
+    for name, row in found.items():
+        row |= {"size_mb": round(sizes[name], 1), "size_ratio": round(sizes[name] / sizes[base], 3)}
+    return {"times": found, "transitions": len(store), "task": store.task}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transitions", type=int, default=1_000_000, help="of the D4RL file")
+    parser.add_argument("--frames", type=int, default=500_000, help="of the store that is loaded")
+    parser.add_argument("--store", type=Path, help="load this store instead of collecting one")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the numbers there too")
+    args = parser.parse_args(arguments)
+    before = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        imported = importing(Path(folder), args.transitions, args.rounds)
+        loaded = loading(Path(folder), args.frames, args.store, args.rounds)
+    found = {"import": imported, "load": loaded, "transitions": args.transitions, "rounds": args.rounds,
+             "machine": before, "load_average_after": machine()["load_average"]}  # fmt: skip
+    print(f"{f'import of {args.transitions:,} transitions':40}{'seconds':>9}{'ratio':>9}")
+    for name, row in imported["times"].items():
+        print(f"{name:40}{row['seconds']:9.2f}{row['ratio']:8.2f}x")
+    print(f"memory that the import took: {imported['memory_mb']} MB, of a file of {imported['file_mb']} MB")
+    title = f"load of {loaded['transitions']:,} transitions"
+    print(f"{title:40}{'seconds':>9}{'ratio':>9}{'MB':>9}{'ratio':>9}")
+    for name, row in loaded["times"].items():
+        print(f"{name:40}{row['seconds']:9.3f}{row['ratio']:8.3f}x{row['size_mb']:9.1f}{row['size_ratio']:8.3f}x")
+    print(f"{before['cpu']}, {before['cpus']} CPUs, load {before['load_average'][0]} before and "
+          f"{found['load_average_after'][0]} after")  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
