@@ -277,7 +277,7 @@ def test_a_run_of_an_earlier_version_is_the_same_run(store: Path, tmp_path: Path
     del record["recipe"]["algorithm"]["actor_form"], record["recipe"]["label"]
     (tmp_path / "run/run.json").write_text(json.dumps(record))
     assert run("cvl", store, tmp_path / "run")["status"] == "finished already"
-    with pytest.raises(CvlctlError, match="actor_form was "reparameterised", now "sampled""):
+    with pytest.raises(CvlctlError, match='actor_form was "reparameterised", now "sampled"'):
         run("cvl", store, tmp_path / "run", "algorithm.actor_form=sampled", "algorithm.num_actions=2")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cvlctl.files import checkpoint_file, sha256
 from cvlctl.labellers import LABELLERS
 from cvlctl.networks import State
 from cvlctl.policies import load_policy
-from cvlctl.recipes import FinetuneRecipe, resolved
+from cvlctl.recipes import FinetuneRecipe, resolved, with_defaults
 from cvlctl.runs import Run
 from cvlctl.samplers import Data
 from cvlctl.training import Settings
@@ -31,7 +32,8 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     learns_from = ALGORITHMS[algorithm].LEARNS_FROM
     stores = train.open_stores(recipe.stores)
     spec = stores[0].spec
-    inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
+    digests = [store.digest() for store in stores]
+    inputs = {str(use.path): digest for use, digest in zip(recipe.stores, digests, strict=True)}
     for use, store in zip(recipe.stores, stores, strict=True):
         read = use.from_store and (learns_from == "rewards" or use.top < 1)
         if read or (use.from_store and use.rewards != "given"):  # one that is named must be there
@@ -52,13 +54,14 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     if recipe.init_from is not None:
         inputs[f"init_from:{recipe.init_from}"] = sha256(checkpoint_file(recipe.init_from))
     task = next((s.task for u, s in zip(recipe.stores, stores, strict=True) if u.rewards != "none"), stores[0].task)
-    run = Run(recipe.out, {**resolved(recipe), "mode": getattr(config, "mode", "scratch")}, inputs)
+    plain = {**resolved(recipe), "mode": getattr(config, "mode", "scratch")}
+    run = Run(recipe.out, plain, inputs, partial(with_defaults, "finetune"))
 
     def data(settings: Settings) -> Data:
         joined = train.join(stores, recipe.stores, examples, learns_from == "rewards")
         if labeller is None or learns_from != "rewards":
             return joined
-        return joined._replace(arrival_reward=labels(labeller, recipe, joined, run.out, settings))
+        return joined._replace(arrival_reward=labels(labeller, recipe, joined, digests, run.out, settings))
 
     return train.train(
         recipe, ALGORITHMS[algorithm], config, data, spec, run,
@@ -67,14 +70,15 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def labels(name: str, recipe: FinetuneRecipe, data: Data, out: Path, settings: Settings) -> Tensor:
+def labels(name: str, recipe: FinetuneRecipe, data: Data, digests: list[str], out: Path, settings: Settings) -> Tensor:
     """Learned rewards (E, rows), kept in the run as labels.safetensors: learned once, and read again on resume."""
     file = out / "labels.safetensors"
     if file.exists():
         return checkpoints.load(file)[0]["reward"]
     reward = labellers.learn(name, recipe.labeller, data.observation, data.examples, recipe.seeds, settings.device)
-    stores = [str(use.path) for use in recipe.stores]
-    checkpoints.save(file, {"reward": reward}, {"labeller": name, "seeds": list(recipe.seeds), "stores": stores})
+    paths = [str(use.path) for use in recipe.stores]
+    metadata = {"labeller": name, "seeds": list(recipe.seeds), "stores": paths, "digest": " ".join(digests)}
+    checkpoints.save(file, {"reward": reward}, metadata)
     return reward
 
 

@@ -370,7 +370,9 @@ def _learn(labeller: str, store: Store, examples: Path | None, seed: int) -> np.
 
     if examples is None:
         raise CvlctlError(f"--rewards {labeller} is learned from success examples", "give --examples FILE.npy")
-    shown = train.success_examples(recipes.SuccessExamples.model_validate({"file": examples, "num": 10**9}), store.spec, "--examples")
+    shown = train.success_examples(
+        recipes.SuccessExamples.model_validate({"file": examples, "num": 10**9}), store.spec, "--examples"
+    )
     seen, given = torch.from_numpy(store.observations()), torch.from_numpy(shown)
     learned = labellers.learn(labeller, labellers.Config(), seen, given, [seed], "cpu")
     return _as_stored(learned[0].numpy())
