@@ -64,9 +64,21 @@ def build_dataset(
 ) -> None:
     """Collect a store of episodes: SAC's replay buffer, random actions, scripted experts, or checkpoints of policies.
 
-    Run it again after an interruption, and it goes on; for a finished store it says so and exits.
+    Run it again after an interruption, and it goes on; for a finished store it says so and exits. Of several tasks
+    (`task: [...]`, `task: metaworld/all`) each has a process, and `--json` gives a list; exit code 2 where one failed.
     """
-    _step("build-dataset", recipe, overrides, force, as_json, quiet)
+
+    def show(result: Any) -> None:
+        if isinstance(result, list):
+            from cvlctl.commands import build_many
+
+            build_many.render(result, console())
+        else:
+            _line(result)
+
+    result = _step("build-dataset", recipe, overrides, force, as_json, quiet, show)
+    if isinstance(result, list) and any(one["status"] == "failed" for one in result):
+        raise typer.Exit(2)
 
 
 @app.command(
@@ -183,22 +195,23 @@ def _step(
     as_json: bool,
     quiet: bool,
     show: Callable[[Any], None] | None = None,
-) -> None:
+) -> Any:
     """Load the recipe of one of the four commands, run it, and show its result: in one line, if not by `show`."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Any:
         from cvlctl import recipes
 
         loaded = recipes.load(recipe, overrides or [], command)
         return function(command)(loaded, force=force)
 
-    def line(result: dict[str, Any]) -> None:
-        place = result.get("out") or result.get("path")
-        plain = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
-        facts = ", ".join(f"{key} {value}" for key, value in plain.items() if key not in ("status", "out", "path"))
-        print(f"{result['status']}: {place} ({facts})")
+    return present(work, show or _line, as_json, quiet)
 
-    present(work, show or line, as_json, quiet)
+
+def _line(result: dict[str, Any]) -> None:
+    place = result.get("out") or result.get("path")
+    plain = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
+    facts = ", ".join(f"{key} {value}" for key, value in plain.items() if key not in ("status", "out", "path"))
+    print(f"{result['status']}: {place} ({facts})")
 
 
 def main() -> NoReturn:

@@ -34,7 +34,7 @@ from cvlctl.algorithms import ALGORITHMS, occupancy
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments import text_of
 from cvlctl.labellers import LABELLERS
-from cvlctl.recipefile import Key, Source
+from cvlctl.recipefile import Key, Source, shown
 
 # --- types of single values
 
@@ -105,30 +105,77 @@ class SacSource(_Strict):
     policy_every_steps: Count | None = None  # policy checkpoints kept along the way; None: ten of them
 
 
-class RandomSource(_Strict):
+class _Rollouts(_Strict):
+    """How much a source rolls out: so many episodes, or whole episodes until there are so many transitions."""
+
+    episodes: Count | None = None
+    transitions: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if (self.episodes is None) == (self.transitions is None):
+            raise ValueError("needs exactly one of episodes and transitions")
+        return self
+
+
+class RandomSource(_Rollouts):
     """Uniformly random actions."""
 
     name: Literal["random"]
-    episodes: Count
 
 
-class ScriptedSource(_Strict):
+class ScriptedSource(_Rollouts):
     """Metaworld's own experts, with Gaussian noise of standard deviation `noise` on their actions."""
 
     name: Literal["scripted"]
-    episodes: Count
     noise: Noise = 0.0
 
 
-class PolicySource(_Strict):
-    """Rolls out checkpoints: `episodes` of each. `seed` names the member of a run of several seeds."""
+class Reaching(_Strict):
+    """A checkpoint of a SAC collection: the first with a mean return of at least `reaches` times that of the last.
+
+    Each is measured over `episodes` episodes of sampled actions, whose starts are apart from those of any collection.
+    """
+
+    run: Path  # the policies beside a store of `source: {name: sac}`
+    reaches: Share
+    episodes: Count = 10
+
+
+class PolicySource(_Rollouts):
+    """Rolls out checkpoints: `episodes` of each, or by turns until there are `transitions`.
+
+    `seed` names the member of a run of several seeds.
+    """
 
     name: Literal["policy"]
-    checkpoints: Annotated[tuple[Path, ...], Field(min_length=1)]
-    episodes: Count
+    checkpoints: Annotated[tuple[Path, ...], Field(min_length=1)] | Reaching
     noise: Noise = 0.0
     greedy: bool = False
     seed: Seed = 0
+
+
+class MixSource(_Strict):
+    """Rolls out checkpoints of a SAC collection so that a share `success_rate` of the episodes succeeds.
+
+    Every checkpoint's rate is measured first; the checkpoint of each episode is then chosen by what the episodes so far
+    lack, and every episode is kept. It is an error where the share ends further than `tolerance` from the request.
+    """
+
+    name: Literal["mix"]
+    run: Path  # the policies beside a store of `source: {name: sac}`
+    success_rate: Annotated[float, BeforeValidator(_not_bool), Field(gt=0, lt=1)]
+    episodes: Count
+    tolerance: Rate = 0.025
+    measured_episodes: Count = 10  # of each checkpoint, not kept
+
+
+class StoresSource(_Strict):
+    """Episodes of other stores of the task, one store after the other; `until`: those that were over by that frame."""
+
+    name: Literal["stores"]
+    stores: Annotated[tuple[Path, ...], Field(min_length=1)]
+    until: Count | Reaching | None = None  # Reaching: the frame at which its checkpoint was taken
 
 
 class _Computed(_Strict):
@@ -145,9 +192,22 @@ class BuildRecipe(_Computed):
     """`cvlctl build-dataset`: a store of episodes of `task`."""
 
     task: Annotated[str, AfterValidator(_known_task)]
-    source: Annotated[SacSource | RandomSource | ScriptedSource | PolicySource, Field(discriminator="name")]
+    source: Annotated[
+        SacSource | RandomSource | ScriptedSource | PolicySource | MixSource | StoresSource, Field(discriminator="name")
+    ]
     out: Out
     seed: Seed = 0
+    horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
+
+
+class BuildManyRecipe(_Strict):
+    """`cvlctl build-dataset` of several tasks at once, in worker processes.
+
+    In its file `task` is a list, or metaworld/all; `${task}` stands for each of them, in `out` at least.
+    """
+
+    processes: Literal["auto"] | Count = "auto"  # auto: one a CPU
+    recipes: Annotated[tuple[BuildRecipe, ...], Field(min_length=1)]
 
 
 # --- pretrain and finetune
@@ -439,6 +499,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: str | None = Non
     told = kind_of(data)
     if kind is None and told is None:
         raise CvlctlError(f"{path}: not a recipe of any kind", f"one of these keys tells which: {', '.join(_TELLING)}")
+    if kind in (None, "build-dataset") and told == "build-dataset" and _is_many(data.get("task")):
+        return _build_many(data, source)
     recipe = _validate(kind or str(told), data, source)
     if isinstance(recipe, ExperimentRecipe):
         recipe._jobs = tuple(_jobs(recipe, source))
@@ -473,9 +535,68 @@ def _jobs(experiment: ExperimentRecipe, source: Source) -> Iterator[Job]:
         yield job
 
 
+def _is_many(task: Any) -> bool:
+    return isinstance(task, list) or (isinstance(task, str) and task.endswith("/all"))
+
+
+def _build_many(data: Mapping[str, Any], source: Source) -> BuildManyRecipe:
+    """The recipe of every task, checked; `data` is one whose `task` is a list or a family."""
+    listed = data["task"] if isinstance(data["task"], list) else [data["task"]]
+    tasks = [task for name in listed for task in _family(name)]
+    where = source.where(("task",))
+    if not tasks:
+        raise CvlctlError(f"{where}: task is an empty list", "name tasks, or a family such as metaworld/all")
+    if twice := next((task for task in tasks if tasks.count(task) > 1), None):
+        raise CvlctlError(f"{where}: task names {twice} twice")
+    if "${task}" not in str(data.get("out", "${task}")):
+        what = f"{source.where(('out',))}: out is {shown(data['out'])} for {len(tasks)} tasks"
+        raise CvlctlError(what, "mention ${task} in it, such as data/${task}.zarr, so that each has a store of its own")
+    body = {key: value for key, value in data.items() if key != "processes"} | {"task": "${task}"}
+    stage = {"build": {"command": "build-dataset", **body}}
+    filled = experiments.expand("", {"task": tasks}, stage, ["build-dataset"], source)
+    built = [_validate("build-dataset", each.body, source) for each in filled]
+    try:
+        return BuildManyRecipe(processes=data.get("processes", "auto"), recipes=tuple(built))
+    except ValidationError as invalid:
+        raise recipefile.explain(invalid, BuildManyRecipe, data, source) from None
+
+
+def _family(name: Any) -> list[Any]:
+    """metaworld/all: every task of Metaworld; any other name stands for itself."""
+    if not isinstance(name, str) or not name.endswith("/all"):
+        return [name]
+    return [task for task in envs.list_tasks() if task.startswith(name.removesuffix("all"))] or [name]
+
+
+def command_of(recipe: BaseModel) -> str:
+    """The command that eats a recipe."""
+    if isinstance(recipe, BuildManyRecipe):
+        return "build-dataset"
+    return next(kind for kind, model in KINDS.items() if isinstance(recipe, model))
+
+
+def built_as(recorded: Any, recipe: BuildRecipe) -> bool:
+    """Whether a resolved recipe found in a store is this one: keys that came later have their defaults, out may differ.
+
+    A store may have been moved, or be reached by another path.
+    """
+    before = with_defaults("build-dataset", recorded or {})
+    return before | {"out": None} == resolved(recipe) | {"out": None}
+
+
 def kind_of(data: Any) -> str | None:
     """The kind of recipe that a mapping's keys tell, or None."""
     return next((kind for key, kind in _TELLING.items() if isinstance(data, Mapping) and key in data), None)
+
+
+def with_defaults(kind: str, plain: dict[str, Any]) -> dict[str, Any]:
+    """A resolved recipe of an earlier version, with the defaults of keys that came since; as it is if not legal."""
+    extra = {key: value for key, value in plain.items() if key not in KINDS[kind].model_fields}
+    try:
+        recipe = KINDS[kind].model_validate({key: value for key, value in plain.items() if key not in extra})
+    except ValidationError:
+        return plain
+    return resolved(recipe) | extra
 
 
 def resolved(recipe: BaseModel) -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 
 from cvlctl import checkpoints, envs, networks
 from cvlctl.algorithms import sac
-from cvlctl.commands import build_dataset
+from cvlctl.commands import build_dataset, measured
 from cvlctl.commands.build_dataset import build
 from cvlctl.commands.collect_sac import acting, policies_dir
 from cvlctl.errors import CvlctlError
@@ -305,3 +307,194 @@ def test_acting_follows_the_weights() -> None:
     mean, log_std = networks.actor(state, networks.normalise(state, torch.from_numpy(observation)[None, None]))
     expected = torch.tanh(mean + log_std.exp() * torch.from_numpy(noise))[0, 0]
     np.testing.assert_allclose(after, expected.numpy(), atol=1e-5)
+
+
+# --- checkpoints of an agent, measured: a task whose policies succeed as often as we like
+
+
+class OneStep:
+    """One or more steps; an action above 0 succeeds, and the reward is 1 + the action."""
+
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+
+    def step(self, action: np.ndarray) -> Any:
+        return np.zeros(2), float(1 + action[0]), False, False, {"success": float(action[0] > 0)}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for Pendulum."""
+
+    def make(task: str, seed: int) -> envs.Env:
+        return envs.Env(task, seed, OneStep(), lambda episode: np.zeros(2), 3, True, {"gymnasium": "1"})
+
+    monkeypatch.setattr(envs, "make", make)
+
+
+def agent(folder: Path, biases: dict[int, float], status: str = "finished") -> Path:
+    """A SAC collection's run: at each step a policy whose action is tanh of a normal variable with that mean."""
+    for step, bias in biases.items():
+        state = networks.actor_init([0], 2, 1, (4,))
+        state = {name: torch.zeros_like(value) for name, value in state.items()}
+        state["actor.1.bias"][..., 0] = bias
+        state |= networks.normaliser_init([0], torch.zeros(2), torch.ones(2))
+        metadata = {"algorithm": "sac", "spec": asdict(Spec((2,), 1, 3)), "seeds": [0], "step": step}
+        name = "last" if step == max(biases) else f"step-{step:09d}"
+        checkpoints.save(folder / "checkpoints" / f"{name}.safetensors", state, metadata)
+    record = {"status": status, "inputs": {}, "algorithm": "sac", "seeds": [0], "steps": max(biases)}
+    (folder / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+BIASES = {10: -3.0, 20: -1.5, 30: -0.8, 40: 0.0, 50: 0.6, 60: 1.5}  # success in one step: 0, 7, 21, 50, 73, 93 %
+MIX = {"name": "mix", "success_rate": 0.475, "episodes": 120}
+
+
+@pytest.mark.parametrize(("rate", "tolerance"), [(0.475, 0.025), (0.1, 0.02)])
+def test_mix_meets_the_success_rate(one_step: None, tmp_path: Path, rate: float, tolerance: float) -> None:
+    run = agent(tmp_path / "agent.policies", BIASES)
+    source = MIX | {"run": str(run), "success_rate": rate, "tolerance": tolerance}
+    summary = build(recipe_for(tmp_path / "mix.zarr", source, horizon=1, checkpoint_seconds=60))
+    assert summary["episodes"] == summary["transitions"] == 120
+    assert abs(summary["success_rate"] - rate) <= tolerance
+    store = open_store(tmp_path / "mix.zarr")
+    said = store.attributes["collector"]
+    assert said["achieved_success_rate"] == summary["success_rate"] == store.successes().sum() / 120
+    used = {one["step"]: one for one in said["checkpoints"]}
+    assert sum(one["episodes"] for one in used.values()) == 120
+    assert sum(one["successes"] for one in used.values()) == store.successes().sum()
+    assert sum(one["episodes"] >= 5 for one in used.values()) >= 3  # several checkpoints
+    assert used[10]["measured_success_rate"] < used[40]["measured_success_rate"] < used[60]["measured_success_rate"]
+
+
+def test_mix_resumes(one_step: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = agent(tmp_path / "agent.policies", BIASES)
+    source = MIX | {"run": str(run), "tolerance": 0.1, "episodes": 30}
+    build(recipe_for(tmp_path / "whole.zarr", source, horizon=1))
+    with monkeypatch.context() as patched:
+        die_in_flush(patched, 17)
+        with pytest.raises(Killed):
+            build(recipe_for(tmp_path / "cut.zarr", source, horizon=1))
+    build(recipe_for(tmp_path / "cut.zarr", source, horizon=1))
+    cut, whole = open_store(tmp_path / "cut.zarr"), open_store(tmp_path / "whole.zarr")
+    assert cut.digest() == whole.digest() and cut.label_digest() == whole.label_digest()
+    ours, theirs = (store.attributes["collector"]["checkpoints"] for store in (cut, whole))
+    assert ours == theirs
+
+
+def die_in_flush(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    before, calls = StoreWriter.flush, 0
+
+    def flush(self: StoreWriter) -> None:
+        nonlocal calls
+        before(self)
+        calls += 1
+        if calls == number:
+            raise Killed
+
+    monkeypatch.setattr(StoreWriter, "flush", flush)
+
+
+def test_mix_says_why_not(one_step: None, tmp_path: Path) -> None:
+    run = agent(tmp_path / "agent.policies", {10: -3.0, 20: -3.0})
+    source = MIX | {"run": str(run)}
+    with pytest.raises(CvlctlError, match=r"no mix .* 47\.5%.* 0% at 10"):
+        build(recipe_for(tmp_path / "x.zarr", source, horizon=1))
+    unfinished = agent(tmp_path / "more.policies", BIASES, status="started")
+    with pytest.raises(CvlctlError, match="finished SAC"):
+        build(recipe_for(tmp_path / "x.zarr", source | {"run": str(unfinished)}))
+    few = MIX | {"run": str(agent(tmp_path / "b.policies", BIASES)), "episodes": 3, "tolerance": 0.01}
+    with pytest.raises(CvlctlError, match=r"of 3 episodes succeed, 47\.5% asked for"):
+        build(recipe_for(tmp_path / "y.zarr", few, horizon=1))
+    assert not (tmp_path / "x.zarr").exists() and not (tmp_path / "y.zarr").exists()
+
+
+def test_mixer_by_itself() -> None:
+    true = np.array([0, 0.2, 0.15, 0.3, 0.9, 0.4, 0.35, 0.65, 0.6, 0.8])  # as measured on window-open
+    for target in (0.475, 0.1):
+        rates = []
+        for seed in range(10):
+            rng = np.random.default_rng(seed)
+            mixer = measured.Mixer((rng.binomial(10, true) / 10).tolist(), 10, target)
+            for _ in range(200):
+                place = mixer.choose()
+                mixer.record(place, rng.random() < true[place])
+            rates.append(mixer.rate)
+        assert np.abs(np.array(rates) - target).max() <= 0.02
+
+
+def test_checkpoint_that_first_reaches_a_share(one_step: None, tmp_path: Path, capsys: Any) -> None:
+    # mean return of three steps, 3 (1 + E tanh): 0.1 at 10, 0.5 at 20, 1.4 at 30, 3 at 40, 4.2 at 50, 5.4 at 60
+    run = agent(tmp_path / "agent.policies", BIASES)
+    rule = {"run": str(run), "reaches": 0.333, "episodes": 60}
+    medium = {"name": "policy", "checkpoints": rule, "transitions": 100}
+    summary = build(recipe_for(tmp_path / "medium.zarr", medium))
+    chosen = open_store(tmp_path / "medium.zarr").attributes["collector"]["chosen"]
+    assert chosen["step"] == 40 and [step for step, _ in chosen["measured"]] == [10, 20, 30, 40]
+    assert chosen["return_mean"] >= 0.333 * chosen["last_return_mean"] > chosen["measured"][-2][1]
+    assert (summary["episodes"], summary["transitions"]) == (34, 102)  # whole episodes
+    assert "frame 40" in capsys.readouterr().err
+    assert summary["return_mean"] == pytest.approx(chosen["return_mean"], abs=1.0)
+    always = build(recipe_for(tmp_path / "all.zarr", medium | {"checkpoints": rule | {"reaches": 1.0}}))
+    assert always["return_mean"] > 2 * summary["return_mean"] - 2  # the last one always reaches itself
+
+
+def test_replay_until_then_and_joined_stores(one_step: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = agent(tmp_path / "agent.policies", BIASES)
+    build(recipe_for(tmp_path / "a.zarr", {"name": "random", "episodes": 20}))
+    until = {"run": str(run), "reaches": 0.333, "episodes": 60}
+    source = {"name": "stores", "stores": [str(tmp_path / "a.zarr")], "until": until}
+    assert build(recipe_for(tmp_path / "replay.zarr", source))["episodes"] == 13  # of 3 frames each: over by 40
+    a, replay = open_store(tmp_path / "a.zarr"), open_store(tmp_path / "replay.zarr")
+    assert replay.collected_at().tolist() == a.collected_at()[:13].tolist()
+    np.testing.assert_array_equal(replay.actions(), a.actions()[: 13 * 4])
+    np.testing.assert_array_equal(replay.rewards(), a.rewards()[: 13 * 4])
+    parent = replay.attributes["collector"]["parents"][0]
+    assert parent["digest"] == a.digest() and parent["provenance"]["recipe"]["source"]["name"] == "random"
+    both = {"name": "stores", "stores": [str(tmp_path / "replay.zarr"), str(tmp_path / "a.zarr")]}
+    with monkeypatch.context() as patched:
+        die_in_flush(patched, 17)
+        with pytest.raises(Killed):
+            build(recipe_for(tmp_path / "both.zarr", both))
+    assert build(recipe_for(tmp_path / "both.zarr", both))["episodes"] == 33
+    joined = open_store(tmp_path / "both.zarr")
+    np.testing.assert_array_equal(joined.actions(), np.concatenate([replay.actions(), a.actions()]))
+    with pytest.raises(CvlctlError, match="no episode was over by frame 2"):
+        build(recipe_for(tmp_path / "none.zarr", source | {"until": 2}))
+    with pytest.raises(CvlctlError, match="Hopper"):
+        build(recipe_for(tmp_path / "none.zarr", source | {"until": None}, task="gym/Hopper-v5"))
+
+
+def test_horizon_reference_and_environment(tmp_path: Path) -> None:
+    summary = build(recipe_for(tmp_path / "r.zarr", {"name": "random", "transitions": 21}, task="gym/Hopper-v5"))
+    store = open_store(tmp_path / "r.zarr")
+    assert store.attributes["reference"]["max"] == 3234.3
+    assert summary["normalised"] == pytest.approx(100 * (summary["return_mean"] + 20.272305) / (3234.3 + 20.272305))
+    assert summary["environment"].startswith("gym/Hopper-v5 (mujoco ")
+    assert summary["transitions"] >= 21 > summary["transitions"] - store.lengths()[-1]
+    build(recipe_for(tmp_path / "short.zarr", {"name": "random", "episodes": 2}, horizon=7))
+    short = open_store(tmp_path / "short.zarr")
+    assert short.lengths().tolist() == [7, 7] and not short.terminated().any() and short.spec.horizon == 7
+    with pytest.raises(CvlctlError, match="horizon: 201"):
+        build(recipe_for(tmp_path / "long.zarr", {"name": "random", "episodes": 2}, horizon=201))
+
+
+def test_a_store_of_an_earlier_version_is_still_of_its_recipe(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path / "r.zarr", {"name": "random", "episodes": 1})
+    build(recipe)
+    attributes = tmp_path / "r.zarr" / "zarr.json"
+    text = json.loads(attributes.read_text())
+    recorded = text["attributes"]["provenance"]["recipe"]
+    del recorded["horizon"], recorded["source"]["transitions"]  # keys that came later
+    attributes.write_text(json.dumps(text))
+    assert build(recipe)["status"] == "finished already"
+
+
+def test_how_much_is_rolled_out() -> None:
+    for wrong in ({"name": "random"}, {"name": "random", "episodes": 1, "transitions": 5}):
+        with pytest.raises(ValueError, match="exactly one of episodes and transitions"):
+            recipe_for(Path("x.zarr"), wrong)

@@ -41,7 +41,7 @@ def test_a_shipped_recipe_is_valid_and_says_what_it_is_and_how_to_run_it(path: P
     recipe = recipes.load(path)
     comment = [line for line in path.read_text().split("\n\n")[0].splitlines() if line.startswith("#")]
     relative = path.relative_to(SHIPPED[0].parents[2])
-    kind = next(kind for kind, model in recipes.KINDS.items() if isinstance(recipe, model))
+    kind = recipes.command_of(recipe)
     assert f"#   cvlctl {kind} {relative}" in comment
     assert len(comment[0]) > 40
     assert comment[0].startswith("# ")
@@ -54,10 +54,8 @@ def test_shipped_recipes_are_there() -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_resolved_recipe_reads_back_as_itself(path: Path, tmp_path: Path) -> None:
     recipe = recipes.load(path)
-    jobs = recipe.jobs if isinstance(recipe, recipes.ExperimentRecipe) else ()
-    for one in [recipe, *(job.recipe for job in jobs)]:
-        if isinstance(one, recipes.ExperimentRecipe):
-            continue
+    jobs = [job.recipe for job in getattr(recipe, "jobs", ())]
+    for one in jobs or getattr(recipe, "recipes", [recipe]):
         plain = recipes.resolved(one)
         assert recipes.load(write(tmp_path, yaml.safe_dump(plain))) == one
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 COMMANDS = {
-    "build-dataset": "cvlctl.commands.build_dataset:build",
+    "build-dataset": "cvlctl.commands.build_dataset:command",
     "pretrain": "cvlctl.commands.pretrain:pretrain",
     "finetune": "cvlctl.commands.finetune:finetune",
     "evaluate": "cvlctl.commands.evaluate:evaluate",

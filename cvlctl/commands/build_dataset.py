@@ -1,32 +1,68 @@
-"""`cvlctl build-dataset`: a store of one task's episodes, from SAC, random actions, scripted experts or checkpoints."""
+"""`cvlctl build-dataset`: a store of one task's episodes, from SAC, random actions, experts, checkpoints or stores."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cvlctl import envs
-from cvlctl.commands import collect_sac
+from cvlctl import envs, files
+from cvlctl.commands import collect_sac, measured
 from cvlctl.errors import CvlctlError
-from cvlctl.policies import RandomPolicy, load_policy
-from cvlctl.recipes import BuildRecipe, PolicySource, RandomSource, SacSource, ScriptedSource, resolved
+from cvlctl.policies import NumpyPolicy, RandomPolicy, load_policy
+from cvlctl.recipes import (
+    BuildManyRecipe,
+    BuildRecipe,
+    MixSource,
+    PolicySource,
+    RandomSource,
+    Reaching,
+    SacSource,
+    ScriptedSource,
+    StoresSource,
+    built_as,
+    resolved,
+)
 from cvlctl.rollout import Outcome, check_fit, collect_episode, in_words, outcome
 from cvlctl.runs import Progress, say
 from cvlctl.store import Store, open_store
-from cvlctl.types import Spec
+from cvlctl.types import Episode
 from cvlctl.writer import StoreWriter
 
 
-def build(recipe: BuildRecipe, *, force: bool = False) -> dict[str, Any]:
+class Plan(NamedTuple):
+    """What a source is going to collect."""
+
+    episodes: Iterator[Episode]  # from the first that the writer lacks on
+    total: int
+    unit: str  # of total: "episodes" or "transitions"
+    facts: dict[str, Any]  # what it found out, complete when the episodes end: into the store's attribute `collector`
+
+
+def command(recipe: BuildRecipe | BuildManyRecipe, *, force: bool = False) -> Any:
+    """`build`, or of several tasks at once `build_many`: a list of what `build` returns."""
+    if isinstance(recipe, BuildManyRecipe):
+        from cvlctl.commands.build_many import build_many
+
+        return build_many(recipe, force=force)
+    return build(recipe, force=force)
+
+
+def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] = Progress) -> dict[str, Any]:
     """Collect the store of `recipe`, resume it, or find it finished.
 
+    Args:
+        progress: what reports on it: a bar for people, or lines for a process that builds several.
+
     Returns:
-        status ("built" or "finished already"), path, episodes, transitions, seconds, return_mean, and success_rate: the
-        share of episodes with a successful step, None where the task has no notion of it.
+        status ("built" or "finished already"), path, episodes, transitions, seconds, return_mean, normalised (the score
+        of return_mean; None where the task has no reference returns), environment (what was simulated by what), and
+        success_rate: the share of episodes with a successful step, None where the task has no notion of it.
 
     Raises:
         CvlctlError: where another recipe's store lies at `out` (`force` replaces it once the new one is complete), and
@@ -34,25 +70,19 @@ def build(recipe: BuildRecipe, *, force: bool = False) -> dict[str, Any]:
     """
     begin, plain = time.monotonic(), resolved(recipe)
     if recipe.out.exists() and not force:
-        store = open_store(recipe.out)
-        if store.provenance.get("recipe") != plain:
-            what = f"{recipe.out} holds a store of another recipe"
-            raise CvlctlError(what, "choose another out, or --force to replace it")
-        if isinstance(recipe.source, SacSource):
-            collect_sac.finish_run(recipe, recipe.source)
-        return _summary(store, "finished already", 0.0)
-    env = envs.make(recipe.task, recipe.seed)
+        return finished(recipe)
+    env = measured.make_env(recipe, recipe.seed)
     provenance = {"recipe": plain, "environment": env.versions(), "seeds": [recipe.seed]}
     open_writer = partial(
         StoreWriter, recipe.out, task=recipe.task, horizon=env.spec.horizon, provenance=provenance, force=force
     )
     try:
         if isinstance(recipe.source, SacSource):
-            store = collect_sac.collect(recipe, recipe.source, env, open_writer, force)
+            store = collect_sac.collect(recipe, recipe.source, env, open_writer, force, progress)
         else:
             with open_writer() as writer:
-                _collect(recipe, recipe.source, env, writer)
-                store = writer.finish(collector=plain["source"])
+                facts = _collect(recipe, env, writer, progress)
+                store = writer.finish(collector={**plain["source"], **facts}, reference=envs.references(recipe.task))
     except KeyboardInterrupt:
         say(f"{recipe.out}: stopped; the same command goes on from the last checkpoint")
         raise
@@ -61,61 +91,184 @@ def build(recipe: BuildRecipe, *, force: bool = False) -> dict[str, Any]:
     return _summary(store, "built", time.monotonic() - begin)
 
 
+def finished(recipe: BuildRecipe) -> dict[str, Any]:
+    """The summary of the store that is there.
+
+    Raises:
+        CvlctlError: it is another recipe's.
+    """
+    store = open_store(recipe.out)
+    if not built_as(store.provenance.get("recipe"), recipe):
+        what = f"{recipe.out} holds a store of another recipe"
+        raise CvlctlError(what, "choose another out, or --force to replace it")
+    if isinstance(recipe.source, SacSource):
+        collect_sac.finish_run(recipe, recipe.source)
+    return _summary(store, "finished already", 0.0)
+
+
 def _summary(store: Store, status: str, seconds: float) -> dict[str, Any]:
     results = [outcome(episode) for episode in store.episodes()]
+    mean, reference = float(np.mean([total for total, _ in results])), envs.references(store.task)
     return {
         "status": status, "path": str(store.path), "episodes": store.num_episodes, "transitions": store.num_transitions,
-        "seconds": round(seconds, 1), "return_mean": float(np.mean([total for total, _ in results])),
+        "seconds": round(seconds, 1), "return_mean": mean,
+        "normalised": reference and 100 * (mean - reference["min"]) / (reference["max"] - reference["min"]),
+        "environment": _environment(store),
         "success_rate": None if results[0][1] is None else float(np.mean([success for _, success in results])),
     }  # fmt: skip
 
 
-def _collect(recipe: BuildRecipe, source: Any, env: envs.Env, writer: StoreWriter) -> None:
-    """Random actions, experts, checkpoints: whole episodes, each a pure function of (seed, episode)."""
-    act_of, total = _actors(source, env)
+def _environment(store: Store) -> str:
+    """The task, which names the environment's version, and what simulated it: a score means nothing without."""
+    versions = store.provenance.get("environment") or {}
+    packages = [f"{name} {versions[name]}" for name in ("mujoco", "gymnasium", "metaworld") if name in versions]
+    return " ".join([store.task, *([f"({', '.join(packages)})"] if packages else [])])
+
+
+def _collect(recipe: BuildRecipe, env: envs.Env, writer: StoreWriter, progress: type[Progress]) -> dict[str, Any]:
+    """Whole episodes, each a function of (seed, episode) and, in a mix, of earlier outcomes. Returns the facts."""
+    source = recipe.source
+    if isinstance(source, StoresSource):
+        plan = _copied(source, recipe, env, writer)
+    elif isinstance(source, MixSource):
+        plan = _mixed(source, recipe, env, writer)
+    else:
+        assert not isinstance(source, SacSource)
+        plan = _rolled_out(source, recipe, env, writer)
     saved_at = time.monotonic()
     latest: list[Outcome] = []
-    with Progress(f"{source.name} on {recipe.task}", total, "episodes", writer.num_episodes) as progress:
-        for number in range(writer.num_episodes, total):
-            episode = collect_episode(env, act_of(number), number, collected_at=writer.num_transitions)
+    count = "num_" + plan.unit
+    with progress(f"{source.name} on {recipe.task}", plan.total, plan.unit, getattr(writer, count)) as bar:
+        for episode in plan.episodes:
             writer.append(episode)
             if time.monotonic() - saved_at >= recipe.checkpoint_seconds:
                 writer.flush()
                 saved_at = time.monotonic()
             latest = [*latest[-9:], outcome(episode)]
-            progress.update(number + 1, in_words(latest))
+            bar.update(min(getattr(writer, count), plan.total), in_words(latest))
+    return plan.facts
+
+
+# --- random actions, experts, checkpoints
+
+
+def _rolled_out(
+    source: RandomSource | ScriptedSource | PolicySource, recipe: BuildRecipe, env: envs.Env, writer: StoreWriter
+) -> Plan:
+    act_of, turns, facts = _actors(source, recipe, env)
+    episodes = (source.episodes or 0) * turns
+
+    def roll() -> Iterator[Episode]:
+        while writer.num_transitions < (source.transitions or 0) or writer.num_episodes < episodes:
+            number = writer.num_episodes
+            yield collect_episode(env, act_of(number), number, collected_at=writer.num_transitions)
+
+    if source.transitions is not None:
+        return Plan(roll(), source.transitions, "transitions", facts)
+    return Plan(roll(), episodes, "episodes", facts)
 
 
 def _actors(
-    source: RandomSource | ScriptedSource | PolicySource, env: envs.Env
-) -> tuple[Callable[[int], envs.Act], int]:
-    """A function from the episode's number to what acts in it, and the number of episodes."""
+    source: RandomSource | ScriptedSource | PolicySource, recipe: BuildRecipe, env: envs.Env
+) -> tuple[Callable[[int], envs.Act], int, dict[str, Any]]:
+    """A function from the episode's number to what acts in it, how many take turns, and what is known of them."""
     spec, seed = env.spec, env.seed
     if isinstance(source, RandomSource):
-        return lambda number: RandomPolicy(spec, seed, number), source.episodes
+        return lambda number: RandomPolicy(spec, seed, number), 1, {}
     if isinstance(source, ScriptedSource):
         expert = envs.scripted_policy(env.task)
-        return lambda number: _noisy(expert, source.noise, _normal(spec, seed, number, 0)), source.episodes
-    policies = [load_policy(path, source.seed) for path in source.checkpoints]
-    for path, policy in zip(source.checkpoints, policies, strict=True):
+        return lambda number: _noisy(expert, source.noise, measured.normal(spec, seed, number, 0)), 1, {}
+    facts: dict[str, Any] = {}
+    if isinstance(source.checkpoints, Reaching):
+        chosen, facts["chosen"] = measured.first_reaching(source.checkpoints, recipe)
+        paths: Sequence[Path] = [chosen.file]
+    else:
+        paths = source.checkpoints
+    policies = [load_policy(path, source.seed) for path in paths]
+    for path, policy in zip(paths, policies, strict=True):
         check_fit(path, policy, env)
+    facts["sha256"] = [files.sha256(files.checkpoint_file(path)) for path in paths]
 
     def act_of(number: int) -> envs.Act:
-        policy, exploration = policies[number // source.episodes], _normal(spec, seed, number, 1)
+        place = number % len(policies) if source.episodes is None else number // source.episodes
+        policy = policies[place]
+        act = _greedy(policy) if source.greedy else measured.sampled(policy, env, number)
+        return _noisy(act, source.noise, measured.normal(spec, seed, number, 0))
 
-        def act(observation: np.ndarray, step: int) -> np.ndarray:
-            return policy(observation, None if source.greedy else exploration[step])
-
-        return _noisy(act, source.noise, _normal(spec, seed, number, 0))
-
-    return act_of, source.episodes * len(policies)
+    return act_of, len(policies), facts
 
 
-def _normal(spec: Spec, seed: int, number: int, stream: int) -> np.ndarray:
-    """(horizon, A) standard normal, float32, of one episode."""
-    rng = np.random.default_rng(np.random.SeedSequence([seed, number, stream, 0xAC7]))
-    return rng.standard_normal((spec.horizon, spec.action_dim), dtype=np.float32)
+def _greedy(policy: NumpyPolicy) -> envs.Act:
+    return lambda observation, step: policy(observation)
 
 
 def _noisy(act: envs.Act, scale: float, noise: np.ndarray) -> envs.Act:
     return lambda observation, step: np.clip(act(observation, step) + np.float32(scale) * noise[step], -1.0, 1.0)
+
+
+# --- checkpoints, mixed to a success rate
+
+
+def _mixed(source: MixSource, recipe: BuildRecipe, env: envs.Env, writer: StoreWriter) -> Plan:
+    checkpoints, mixer = measured.measured_mixer(source, recipe)
+    rates = mixer.rates.tolist()
+    for episode in writer.episodes():  # of a killed collection: the choices are made again
+        mixer.record(mixer.choose(), bool(outcome(episode)[1]))
+    facts: dict[str, Any] = {}
+
+    def roll() -> Iterator[Episode]:
+        while writer.num_episodes < source.episodes:
+            number, place = writer.num_episodes, mixer.choose()
+            act = measured.sampled(checkpoints[place].policy, env, number)
+            episode = collect_episode(env, act, number, collected_at=writer.num_transitions)
+            mixer.record(place, bool(outcome(episode)[1]))
+            yield episode
+        used = zip(checkpoints, rates, mixer.episodes.tolist(), mixer.successes.tolist(), strict=True)
+        facts["achieved_success_rate"] = mixer.rate
+        facts["selection"] = "by checkpoint: every collected episode was kept"
+        facts["checkpoints"] = [
+            {
+                "step": one.step, "file": str(one.file), "sha256": files.sha256(one.file),
+                "measured_success_rate": rate, "episodes": episodes, "successes": successes,
+            }
+            for one, rate, episodes, successes in used
+        ]  # fmt: skip
+        asked = f"{source.success_rate:.1%} asked for (tolerance {source.tolerance:.1%})"
+        line = f"{recipe.out}: {mixer.rate:.1%} of {source.episodes} episodes succeed, {asked}"
+        if abs(mixer.rate - source.success_rate) > source.tolerance:
+            raise CvlctlError(line, "collect more episodes, measure more (measured_episodes), or widen the tolerance")
+        say(line)
+
+    return Plan(roll(), source.episodes, "episodes", facts)
+
+
+# --- episodes of other stores
+
+
+def _copied(source: StoresSource, recipe: BuildRecipe, env: envs.Env, writer: StoreWriter) -> Plan:
+    until, facts = source.until, dict[str, Any]()
+    if isinstance(until, Reaching):
+        chosen, facts["chosen"] = measured.first_reaching(until, recipe)
+        until = chosen.step
+    parts: list[tuple[Store, np.ndarray]] = []  # and (episodes,) which of its episodes
+    for path in source.stores:
+        store = open_store(path)
+        store.require_label("given")
+        if store.task != recipe.task:
+            raise CvlctlError(f"{path} is of {store.task}, the recipe of {recipe.task}", "join stores of one task")
+        parts.append((store, store.collected_at() + store.lengths() <= (until or np.inf)))
+    total = sum(int(taken.sum()) for _, taken in parts)
+    if total == 0:
+        raise CvlctlError(f"source.until: no episode was over by frame {until}", "choose a later one")
+    facts["frames"] = until
+    facts["parents"] = [
+        {
+            "path": str(store.path),
+            "digest": store.digest(),
+            "episodes": int(taken.sum()),
+            "provenance": store.provenance,
+        }
+        for store, taken in parts
+    ]
+    chained = itertools.chain.from_iterable(itertools.compress(store.episodes(), taken) for store, taken in parts)
+    return Plan(itertools.islice(chained, writer.num_episodes, None), total, "episodes", facts)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cvlctl.algorithms import sac
 from cvlctl.errors import CvlctlError
 from cvlctl.networks import State
 from cvlctl.policies import NumpyPolicy
-from cvlctl.recipes import BuildRecipe, SacSource, resolved
+from cvlctl.recipes import BuildRecipe, SacSource, resolved, with_defaults
 from cvlctl.rollout import Outcome, in_words, outcome
 from cvlctl.runs import Progress, Run, read_run, say
 from cvlctl.store import Store
@@ -38,11 +39,20 @@ def policies_dir(out: Path) -> Path:
     return out.with_name(out.name.removesuffix(".zarr") + ".policies")
 
 
+def _run(recipe: BuildRecipe) -> Run:
+    return Run(policies_dir(recipe.out), resolved(recipe), {}, partial(with_defaults, "build-dataset"))
+
+
 def collect(
-    recipe: BuildRecipe, source: SacSource, env: envs.Env, open_writer: Callable[..., StoreWriter], force: bool
+    recipe: BuildRecipe,
+    source: SacSource,
+    env: envs.Env,
+    open_writer: Callable[..., StoreWriter],
+    force: bool,
+    progress: type[Progress] = Progress,
 ) -> Store:
     """Collect the store of `recipe`, or resume it. `open_writer` takes `force` and `resume`, as StoreWriter does."""
-    run = Run(policies_dir(recipe.out), resolved(recipe), {})
+    run = _run(recipe)
     _take(run, force)
     try:
         writer = open_writer()
@@ -53,9 +63,10 @@ def collect(
             writer = open_writer(force=True, resume=False)
         with writer:
             collector = _Collector(recipe, source, env, run, writer, saved)
-            collector.collect()
+            collector.collect(progress)
             settings = collector.settings.as_dict()
-            store = writer.finish(collector={"sac": asdict(collector.config), "settings": settings})
+            about = {"sac": asdict(collector.config), "settings": settings}
+            store = writer.finish(collector=about, reference=envs.references(recipe.task))
         run.finish(algorithm="sac", task=recipe.task, seeds=[recipe.seed], steps=source.steps, settings=settings)
         for file in run.checkpoints.glob("episodes-*.safetensors"):
             file.unlink()
@@ -78,7 +89,7 @@ def _take(run: Run, force: bool) -> None:
 
 def finish_run(recipe: BuildRecipe, source: SacSource) -> None:
     """The store is finished: mark the run beside it as finished too, where a kill came between the two."""
-    run = Run(policies_dir(recipe.out), resolved(recipe), {})
+    run = _run(recipe)
     if (run.out / "run.json").exists() and read_run(run.out)["status"] != "finished":
         run.open()
         run.finish(algorithm="sac", task=recipe.task, seeds=[recipe.seed], steps=source.steps)
@@ -139,14 +150,14 @@ class _Collector:
             "recipe": run.recipe, "settings": self.settings.as_dict(),
         }  # fmt: skip
 
-    def collect(self) -> None:
+    def collect(self, report: type[Progress]) -> None:
         source, what = self.source, f"sac on {self.recipe.task}"
         every = source.policy_every_steps or max(1, source.steps // 10)
         program = training.whole_step(lambda s, b, n: sac.step(self.config, s, b, n), self.settings)
         act, saved_at = acting(self.state, self.env.spec), time.monotonic()
         if self.settings.compile:
             say(f"{what}: compiling the training step (10-40 s, once)")
-        with Progress(what, source.steps, "frames", self.frame) as progress:
+        with report(what, source.steps, "frames", self.frame) as progress:
             while self.frame < source.steps:
                 self._episode(act, program, every, progress)
                 done = self.frame == source.steps

@@ -36,7 +36,7 @@ def validate(paths: Iterable[Path]) -> list[dict[str, Any]]:
         row = {"path": str(file), "command": None, "ok": True, "error": None, "hint": None}
         try:
             recipe = schema.load(file)
-            row["command"] = next(kind for kind, model in schema.KINDS.items() if isinstance(recipe, model))
+            row["command"] = schema.command_of(recipe)
         except CvlctlError as error:
             row |= {"ok": False, "error": error.what, "hint": error.hint}
         results.append(row)

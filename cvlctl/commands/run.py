@@ -100,8 +100,9 @@ def _state(job: Job) -> str:
 
             if not out.exists():
                 return "partial" if out.with_name(out.name + ".partial").exists() else "to do"
-            before = {"status": "finished", "recipe": open_store(out).provenance.get("recipe") or {}}
-        elif job.command == "evaluate":
+            same = recipes.built_as(open_store(out).provenance.get("recipe"), job.recipe)
+            return "finished" if same else "another recipe"
+        if job.command == "evaluate":
             from cvlctl.commands.evaluate import read_evaluation
 
             found = read_evaluation(job.recipe)
@@ -129,8 +130,13 @@ def _size(job: Job, experiment: ExperimentRecipe) -> tuple[str, float]:
         if source.name == "sac":
             weights = 5 * _weights(OBSERVATION_DIM, *source.hidden)  # two critics, their targets, the actor
             return f"{source.steps:,} steps of SAC", source.steps * (_step(source.batch_size * weights) + 1 / SIMULATED)
-        episodes = source.episodes * len(getattr(source, "checkpoints", [0]))
-        return _count(episodes, "episode"), episodes * EPISODE_STEPS / SIMULATED
+        if source.name == "stores":
+            return f"episodes of {_count(len(source.stores), 'store')}", 10.0
+        checkpoints = getattr(source, "checkpoints", ())
+        turns = len(checkpoints) if isinstance(checkpoints, tuple) and checkpoints else 1
+        if getattr(source, "transitions", None):
+            return _count(source.transitions, "transition"), source.transitions / SIMULATED
+        return _count(source.episodes * turns, "episode"), source.episodes * turns * EPISODE_STEPS / SIMULATED
     if job.command == "evaluate":
         seeds = sum(
             len(other.recipe.seeds)
