@@ -163,6 +163,13 @@ def grid_sparse() -> MDP:
     return _make("grid, sparse reward", _grid_moves(4, 3), 0.2, reward, 0.85, seed=2)
 
 
+def grid_corner() -> MDP:
+    """3x3 slippery grid, one rewarding corner: small enough to be solved in seconds."""
+    reward = np.zeros(9)
+    reward[8] = 10.0
+    return _make("small grid", _grid_moves(3, 3), 0.2, reward, 0.8, seed=7)
+
+
 def ring() -> MDP:
     """A ring of 12 states: left, right, stay."""
     index = np.arange(12)
@@ -181,3 +188,20 @@ def cliff() -> MDP:
     reward[12] = 0.0
     terminal = np.arange(13) == 12
     return _make("cliff (terminal state)", moves, 0.1, reward, 0.9, seed=4, terminal=terminal)
+
+
+def crossroads() -> MDP:
+    """At the start a small prize, or a crossroads with a large one, where the behaviour policy mostly falls. Its Q says
+    small prize: one step of improvement takes it, and only learning from the improved policy's own future does not."""
+    start, crossing, fallen, small, large = range(5)
+    transition = np.zeros((5, 2, 5))
+    transition[start, [0, 1], [small, crossing]] = 1.0
+    transition[crossing, [0, 1], [fallen, large]] = 1.0
+    terminal = np.arange(5) >= fallen
+    transition[terminal] = np.eye(5)[terminal, None]
+    policy = np.full((5, 2), 0.5)
+    policy[crossing] = 0.8, 0.2
+    states, _ = _embed(5, 2, np.random.default_rng(5))
+    reward = np.array([0.0, 0.0, 0.0, 1.0, 3.0], np.float32)
+    actions = np.array([[-1.0], [1.0]], np.float32)
+    return MDP("crossroads", transition, policy, reward, terminal, states, actions, 0.9)
