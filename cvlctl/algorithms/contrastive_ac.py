@@ -3,7 +3,7 @@
 Two classifiers tell what was logged from what was not: one of actions in a state, f(s,a), and one of states, g(s). The
 contrasted samples grow harder as training goes on. Their scores gate the bootstrap (docs/algorithms.md has the proofs):
 
-    y = r + gamma {w(s') [w(s',a') Q(s',a') + (1 - w(s',a')) V(s')] + (1 - w(s')) V_floor},    w = min(1, e^f).
+    y = r + gamma {w(s') [w(s',a') Q(s',a') + (1 - w(s',a')) V(s')] + (1 - w(s')) V_floor},    w = min(1, k e^f).
 
 V is an expectile of Q over logged actions; V_floor a low quantile of V over the batch's states, since at an unseen
 state V is a guess as well.
@@ -37,9 +37,10 @@ class Config:
 
     gamma: float = 0.99
     gate: Literal["contrastive", "actor", "none"] = "contrastive"  # actor: holds it alone, no backup; none: plain TD3
+    slack: float = 4.0  # [k] of the gate w = min(1, k e^f): data are trusted down to 1/k of the contrast's density
     hold_coefficient: float = 1.0  # of -log w, what the actor pays for an action outside the support
     q_coefficient: float = 2.5  # of the actor's gated Q, divided by the mean absolute Q, beside it
-    ceiling_coefficient: float = 1.0  # of the critic's loss on contrasted actions and states worth more than the data's
+    contrast_coefficient: float = 1.0  # of the critic's loss on contrasted actions above V, and states off V_floor
     expectile: float = 0.7  # of Q over logged actions, the safe value V
     floor_quantile: float = 0.1  # of V over the batch: the safe value of a state that is itself unseen
     shuffled_share: float = 0.25  # of contrasted actions, at the curriculum's end: logged in another state
@@ -61,8 +62,10 @@ class Config:
             raise ValueError("floor_quantile must lie in [0, 1]")
         if min(self.shuffled_share, self.policy_share) < 0 or self.shuffled_share + self.policy_share > 1:
             raise ValueError("shuffled_share and policy_share must be at or above 0, and at most 1 together")
-        if min(self.hold_coefficient, self.q_coefficient, self.ceiling_coefficient) < 0:
-            raise ValueError("hold_coefficient, q_coefficient and ceiling_coefficient must be at or above 0")
+        if min(self.hold_coefficient, self.q_coefficient, self.contrast_coefficient) < 0:
+            raise ValueError("hold_coefficient, q_coefficient and contrast_coefficient must be at or above 0")
+        if self.slack <= 0:
+            raise ValueError("slack must be above 0")
         if min(self.far, self.near, self.policy_noise, self.noise_clip) < 0:
             raise ValueError("far, near, policy_noise and noise_clip must be at or above 0")
         if self.curriculum_steps < 1 or self.actor_every < 1:
@@ -177,7 +180,7 @@ def learn_support(
     names = [name for name in state if name.startswith(("of_action.", "of_state."))]
     grads, metrics = value_and_grad(loss, state, names)
     adam_update(state, "support", grads, config.learning_rate)
-    of_action, of_state = support.gate(metrics.pop("z"))
+    of_action, of_state = support.gate(metrics.pop("z"), config.slack)
     return z_action, z_state, of_action, of_state, metrics
 
 
@@ -216,11 +219,10 @@ def step(
         value, next_value = state_value(state, torch.cat([observation, next_observation], dim=1)).chunk(2, dim=1)
         lowest = round(config.floor_quantile * (batch_size - 1))
         floor = value.sort(dim=1).values[:, lowest : lowest + 1].expand_as(value)
-        of_action = support.gate(action_log_odds(state, next_observation, next_action))
-        of_state = support.gate(state_log_odds(state, next_observation))
+        of_action = support.gate(action_log_odds(state, next_observation, next_action), config.slack)
+        of_state = support.gate(state_log_odds(state, next_observation), config.slack)
         next_q = support.gated_value(support.gated_value(next_q, next_value, of_action), floor, of_state)
         metrics |= {"gate/action": of_action.mean(dim=-1), "gate/state": of_state.mean(dim=-1)}
-        bound, trust = torch.cat([value, floor], dim=1), torch.cat([z_of_action, z_of_state], dim=1)
         # contrasted actions in logged states, then logged actions in contrasted states
         observations = torch.cat([observation, observation, z_state], dim=1)
         actions = torch.cat([batch.action, z_action, batch.action], dim=1)
@@ -233,8 +235,10 @@ def step(
         metrics = {"critic/td": error, "critic/q": logged.mean(dim=(1, 2))}
         if config.gate != "contrastive":
             return error.sum(), metrics
-        excess = support.ceiling(q[..., batch_size:], bound, trust).sum(dim=(1, 2)) / batch_size
-        return (error + config.ceiling_coefficient * excess).sum(), metrics | {"critic/ceiling": excess}
+        of_actions, of_states = q[..., batch_size:].chunk(2, dim=-1)
+        excess = support.ceiling(of_actions, value, z_of_action) + support.anchor(of_states, floor, z_of_state)
+        excess = excess.mean(dim=-1).sum(dim=-1)
+        return (error + config.contrast_coefficient * excess).sum(), metrics | {"critic/contrasted": excess}
 
     ema_rate = config.ema_rate if update_actor else 0.0
     metrics |= values.update(state, critic_loss, config.learning_rate, ema_rate)
@@ -248,9 +252,9 @@ def step(
         held = torch.zeros_like(q)
         if config.gate != "none":
             log_odds = action_log_odds(state, observation, action)
-            held = support.hold(log_odds)
+            held = support.hold(log_odds, config.slack)
             if config.gate == "contrastive":
-                q = support.gated_value(q, value, support.gate(log_odds))
+                q = support.gated_value(q, value, support.gate(log_odds, config.slack))
         total = (config.hold_coefficient * held - config.q_coefficient * q / scale).mean(dim=-1)
         return total.sum(), {"actor/q": q.mean(dim=-1), "actor/hold": held.mean(dim=-1)}
 

@@ -5,6 +5,8 @@ The log-odds f come from a classifier that tells the data from contrasted sample
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,14 +21,18 @@ def classification(logged: Tensor, contrasted: Tensor) -> Tensor:
     return F.softplus(-logged) + F.softplus(contrasted)
 
 
-def gate(log_odds: Tensor) -> Tensor:
-    """w = min(1, e^f) = min(1, p / q), in [0, 1]: full trust where the data are at least as dense as the contrast."""
-    return log_odds.clamp(max=0.0).exp()
+def gate(log_odds: Tensor, slack: float = 1.0) -> Tensor:
+    """w = min(1, k e^f) = min(1, k p / q), in [0, 1]: full trust where data are at least 1/k as dense as contrast.
+
+    k = `slack` above 1 keeps a contrast that is concentrated (a policy on its favourite action) from passing for the
+    absence of data.
+    """
+    return (log_odds + math.log(slack)).clamp(max=0.0).exp()
 
 
-def hold(log_odds: Tensor) -> Tensor:
-    """-log w = max(0, -f): what the actor pays for an action; nothing inside the support, the log-odds outside."""
-    return torch.relu(-log_odds)
+def hold(log_odds: Tensor, slack: float = 1.0) -> Tensor:
+    """-log w = max(0, -f - log k): what the actor pays for an action; nothing inside the support, log-odds outside."""
+    return torch.relu(-log_odds - math.log(slack))
 
 
 def gated_value(value: Tensor, safe: Tensor, trust: Tensor) -> Tensor:
@@ -46,6 +52,15 @@ def ceiling(q: Tensor, bound: Tensor, trust: Tensor) -> Tensor:
     """
     excess = torch.relu(q - bound.unsqueeze(-2))
     return (1.0 - trust).unsqueeze(-2) * 0.5 * excess.square()
+
+
+def anchor(q: Tensor, value: Tensor, trust: Tensor) -> Tensor:
+    """l = (1 - w) (Q(z,a) - V_floor)^2 / 2: of a contrasted state nothing is known, and the floor is what it is worth.
+
+    From both sides: where gates are half open, a critic that drifts below the floor would drag its neighbours down.
+    Shapes as for `ceiling`.
+    """
+    return (1.0 - trust).unsqueeze(-2) * 0.5 * (q - value.unsqueeze(-2)).square()
 
 
 def curriculum(count: Tensor, steps: int, easy: Tensor, hard: Tensor) -> Tensor:
