@@ -25,7 +25,7 @@ from hypothesis.extra import numpy as hnp
 
 from cvlctl import files, formats
 from cvlctl.errors import CvlctlError
-from cvlctl.formats import d4rl_infos, sources
+from cvlctl.formats import cutting, d4rl_infos, sources
 from cvlctl.store import Store, verify_store
 from cvlctl.types import Episode
 from cvlctl.writer import write_store
@@ -156,7 +156,7 @@ def test_a_label_of_another_name_is_exported_by_name(tmp_path: Path) -> None:
 def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = write_store(tmp_path / "a.zarr", episodes(9), task="toy")
     monkeypatch.setattr(sources, "BLOCK_BYTES", 50)
-    monkeypatch.setattr(sources, "BLOCK_ROWS", 4)
+    monkeypatch.setattr(cutting, "BATCH_ROWS", 4)
     for format, name in WRITTEN.items():
         out = formats.export_store(format, store, tmp_path / format / name)
         same_store(formats.import_store(format, out, tmp_path / f"{format}.zarr"), store)
@@ -169,7 +169,7 @@ def test_reading_takes_memory_for_a_block_not_for_the_file(
     made = [Episode(np.zeros((501, 40)) + i, np.zeros((500, 4)), np.zeros(500)) for i in range(60)]
     out = formats.export_store(format, write_store(tmp_path / "a.zarr", made, task="toy"), tmp_path / WRITTEN[format])
     monkeypatch.setattr(sources, "BLOCK_BYTES", 2**16)
-    monkeypatch.setattr(sources, "BLOCK_ROWS", 1000)
+    monkeypatch.setattr(cutting, "BATCH_ROWS", 1000)
     tracemalloc.start()
     steps = sum(len(episode) for episode in formats.FORMATS[format].read(out))
     _, peak = tracemalloc.get_traced_memory()
@@ -568,7 +568,7 @@ def test_actions_are_scaled_clipped_or_refused(tmp_path: Path) -> None:
     path = hdf5(tmp_path / "a.hdf5", arrays)
     with pytest.raises(CvlctlError, match=r"a\.hdf5: episode 0 \(rows 0-0\): actions lie in .* outside") as caught:
         read("d4rl", path)
-    assert "action_bounds" in caught.value.hint
+    assert "--action-bounds" in caught.value.hint
     scaled = read("d4rl", path, action_bounds=([-2, -10], [2, 10]))
     for a, b in zip(scaled, episodes(), strict=True):
         np.testing.assert_allclose(a.actions, b.actions, atol=1e-6)

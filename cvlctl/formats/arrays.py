@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cvlctl.errors import CvlctlError
+from cvlctl.formats.cutting import Bounds
 from cvlctl.formats.rows import episodes_of_rows
-from cvlctl.formats.sources import Bounds, Facts, open_arrays
+from cvlctl.formats.sources import Facts, open_arrays
 from cvlctl.types import Episode
 
 NAMES = ("observations", "actions", "rewards", "successes", "terminals", "timeouts", "next_observations")

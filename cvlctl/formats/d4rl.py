@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from cvlctl.errors import CvlctlError
+from cvlctl.formats.cutting import Bounds
 from cvlctl.formats.rows import episodes_of_rows
-from cvlctl.formats.sources import Arrays, Bounds, Facts, fixed_text, open_hdf5, replacing
+from cvlctl.formats.sources import Arrays, Facts, fixed_text, open_hdf5, replacing
 from cvlctl.store import Store
 from cvlctl.types import Episode
 

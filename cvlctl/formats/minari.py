@@ -24,18 +24,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cvlctl.errors import CvlctlError
+from cvlctl.formats.cutting import Bounds, flags, flat, make
 from cvlctl.formats.sources import (
-    Bounds,
     Facts,
     attribute,
     dataset_column,
     dataset_in,
     fixed_text,
-    flags,
-    flat,
     hdf5_file,
     joined,
-    make,
     reading,
     replacing,
 )

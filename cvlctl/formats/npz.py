@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from cvlctl.errors import CvlctlError
-from cvlctl.formats.sources import Arrays, Bounds, Column, Facts, flags, flat, make, open_npz, replacing, same_length
+from cvlctl.formats.cutting import Bounds, flags, flat, make
+from cvlctl.formats.sources import Arrays, Column, Facts, open_npz, replacing, same_length
 from cvlctl.store import Store
 from cvlctl.types import Episode
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from cvlctl.errors import CvlctlError
+from cvlctl.formats.cutting import Bounds, cut, flags, flat, make
 from cvlctl.formats.npz import TABLE, read_table, save, table_arrays, task_and_horizon
-from cvlctl.formats.sources import Bounds, Facts, cut, flags, flat, make, open_npz, same_length
+from cvlctl.formats.sources import Facts, open_npz, same_length
 from cvlctl.store import Store
 from cvlctl.types import Episode
 

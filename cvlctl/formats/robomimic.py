@@ -1,7 +1,7 @@
 """robomimic's HDF5: data/demo_0, data/demo_1, ..., each with actions, rewards, dones, obs/<key>, next_obs/<key>.
 
 Observations are joined from `observation_keys`, default all that are not images, in alphabetical order. The final
-one comes from next_obs; `sources.with_final` says what becomes of a demonstration without. An episode counts as
+one comes from next_obs; `cutting.with_final` says what becomes of a demonstration without. An episode counts as
 terminated where its last `dones` says so; earlier ones (robomimic marks states of success) do not end it.
 """
 
@@ -13,20 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cvlctl.errors import CvlctlError
-from cvlctl.formats.sources import (
-    Bounds,
-    Facts,
-    attribute,
-    dataset_column,
-    flags,
-    flat,
-    hdf5_file,
-    joined,
-    make,
-    reading,
-    same_length,
-    with_final,
-)
+from cvlctl.formats.cutting import Bounds, flags, flat, make, with_final
+from cvlctl.formats.sources import Facts, attribute, dataset_column, hdf5_file, joined, reading, same_length
 from cvlctl.types import Episode
 
 

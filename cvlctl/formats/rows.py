@@ -2,7 +2,7 @@
 
 Row t of an episode holds s_t, a_t, the reward received on arriving at s_(t+1), and whether the episode ended there:
 `terminals` by the environment, `timeouts` by a time limit; where both are set, the environment ended it. The final
-observation s_T has no row. It is the last row's `next_observations`, if the file has them; `sources.with_final` says
+observation s_T has no row. It is the last row's `next_observations`, if the file has them; `cutting.with_final` says
 what becomes of an episode if not. A single row that was cut off leaves nothing then, and is passed over.
 
 Where a row's next observation is not the one in the row after it, an episode ends too, cut off: a reset that no flag
@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from cvlctl.errors import CvlctlError
-from cvlctl.formats.sources import Bounds, Column, cut, cut_at, flags, flat, make, same_length, with_final
+from cvlctl.formats.cutting import Bounds, cut, cut_at, flags, flat, make, with_final
+from cvlctl.formats.sources import Column, same_length
 from cvlctl.types import Episode
 
 TOLERANCE = 1e-4  # relative: files keep observations in one precision and the next ones in another

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from cvlctl.errors import CvlctlError
+from cvlctl.formats.cutting import Bounds, flags
 from cvlctl.formats.rows import episodes_of_rows
-from cvlctl.formats.sources import Arrays, Bounds, Column, Facts, flags, open_npz
+from cvlctl.formats.sources import Arrays, Column, Facts, open_npz
 from cvlctl.types import Episode
 
 REQUIRED = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
