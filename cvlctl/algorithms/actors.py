@@ -11,7 +11,7 @@ from cvlctl import networks
 from cvlctl.losses import policy, td
 from cvlctl.networks import State
 from cvlctl.training import Metrics, adam_init, adam_update, value_and_grad
-from cvlctl.types import OccupancyBatch, Spec
+from cvlctl.types import OccupancyBatch, Spec, TransitionBatch
 
 
 def init(hidden: Sequence[int], spec: Spec, seeds: Sequence[int]) -> State:
@@ -30,7 +30,7 @@ def update(state: State, loss: Callable[[State], tuple[Tensor, Metrics]], learni
 
 def improve(
     state: State,
-    batch: OccupancyBatch,
+    batch: OccupancyBatch | TransitionBatch,
     noise: Tensor,
     q: Callable[[Tensor, Tensor], Tensor],
     *,

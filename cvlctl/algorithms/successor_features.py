@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from cvlctl.losses import contrastive, policy, successor
 from cvlctl.networks import State
 from cvlctl.samplers import Data, Draws, observation_statistics
 from cvlctl.training import Metrics, adam_init, adam_update, value_and_grad
-from cvlctl.types import OccupancyBatch, Spec, TransitionBatch
+from cvlctl.types import Spec, TransitionBatch
 
 LEARNS_FROM = "rewards"
 
@@ -159,7 +159,7 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
         return value - value.detach().mean(dim=1, keepdim=True)
 
     metrics |= actors.improve(
-        state, cast(OccupancyBatch, batch), noise["action"], q,  # it reads the pairs, which both kinds of batch hold
+        state, batch, noise["action"], q,
         boltzmann_temperature=0.0, q_coefficient=1.0, bc_coefficient=config.bc_coefficient,
         learning_rate=config.learning_rate,
     )  # fmt: skip
