@@ -194,7 +194,7 @@ def render(result: dict[str, Any], console: Console) -> None:
         for scored in result["scores"]:
             evaluate.render(scored, console)
         trained = [stage["out"] for stage in result["stages"] if stage["command"] in ("pretrain", "finetune")]
-        stores = [stage["out"] for stage in result["stages"] if stage["command"] == "build-dataset"]
+        stores = [_store_line(stage) for stage in result["stages"] if stage["command"] == "build-dataset"]
         for name, places in (("stores", stores), ("runs", trained)):
             for place in places:
                 console.print(f"{name + ':':8}{place}", markup=False, soft_wrap=True)
@@ -213,6 +213,18 @@ def render(result: dict[str, Any], console: Console) -> None:
     left = sum(stage["estimate_seconds"] for stage in result["stages"] if stage["state"] != "finished")
     console.print(f"out: {result['out']}", markup=False)
     console.print(f"to do: about {rough(left)} on two CPU cores, give or take a factor of two", markup=False)
+
+
+def _store_line(stage: Mapping[str, Any]) -> str:
+    """Where a store lies, and what its episodes achieve; beside a normalised score what it is of."""
+    about, facts = stage.get("result") or {}, []
+    if about.get("return_mean") is not None:
+        facts.append(f"return {about['return_mean']:.4g}")
+    if about.get("success_rate") is not None:
+        facts.append(f"success {about['success_rate']:.1%}")
+    if about.get("normalised") is not None:
+        facts.append(f"normalised {about['normalised']:.1f} on {about['environment']}")
+    return stage["out"] + (f"  {', '.join(facts)}" if facts else "")
 
 
 def rough(seconds: float) -> str:
