@@ -200,7 +200,7 @@ def crossroads() -> MDP:
     terminal = np.arange(5) >= fallen
     transition[terminal] = np.eye(5)[terminal, None]
     policy = np.full((5, 2), 0.5)
-    policy[crossing] = 0.8, 0.2
+    policy[crossing] = 0.7, 0.3
     states, _ = _embed(5, 2, np.random.default_rng(5))
     reward = np.array([0.0, 0.0, 0.0, 1.0, 3.0], np.float32)
     actions = np.array([[-1.0], [1.0]], np.float32)

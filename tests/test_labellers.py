@@ -112,6 +112,8 @@ def test_a_seed_labels_alike_alone_and_in_company(name: str) -> None:
     assert abs(alone[0] - together[1]).max() < 1e-5
     assert abs(together[0] - together[1]).max() > 1e-3
     assert (together > 0).all() and (together < 1).all()
+    for index in labellers._draw(labellers.Config(), 1000, 100, [0, 3], 0, "cpu"):
+        assert not torch.equal(index[0], index[1])  # not the weights alone: each seed has batches of its own
 
 
 # --- through the command

@@ -58,7 +58,7 @@ CRITIC = occupancy.Config(gamma=0.9, hidden=(32, 32), latent_dim=8)
 def state_for(module: ModuleType, config: Any, critic: State, **extra: Tensor) -> State:
     """An algorithm's state on a given critic; statistics as they would be after `init`."""
     actor = actors.init((16,), SPEC, [0, 1])
-    return {**critic, **actor, "reward_mean": torch.zeros(2, 1), "reward_std": torch.full((2, 1), 0.4), **extra}
+    return {**critic, **actor, "reward_mean": torch.full((2, 1), 0.3), "reward_std": torch.full((2, 1), 0.4), **extra}
 
 
 def given_critic() -> State:
