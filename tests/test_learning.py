@@ -38,7 +38,7 @@ ROWS = {
     "cvl": Row("once", {"bank_size": 256, "bc_coefficient": 0.05}, 400, 600),
     # its posterior is flat where success is all but sure: near is as good as exact
     "laeo": Row("once", {"bc_coefficient": 0.1}, 1000, 600, error=0.25),
-    "goal_conditioned": Row("once", {}, 400, 1500),
+    "goal_conditioned": Row("once", {}, 400, 1700),
     "td3_bc": Row("fully", {"ema_rate": 0.05}, 400, 600),
     "cql": Row("fully", {"actor_learning_rate": 3e-3, "num_actions": 2, "conservative_weight": 0.2, **FAST}, 400, 400),
     "iql": Row("fully", {"expectile": 0.9, **FAST}, 600, 600),
