@@ -32,8 +32,10 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 
 # isort: split
 import numpy as np
+import torch
 from critic import SPEC, Contestant, machine, measure, summary, synthetic
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 from cvlctl import envs, report, samplers, scores, training
 from cvlctl.algorithms import ALGORITHMS, cql, iql, td3_bc
@@ -52,6 +54,7 @@ METHODS = ("td3_bc", "iql", "cql")
 STORES = ("data/methods/gym/Hopper-v5.zarr", "data/methods/metaworld/window-open-v3.zarr")
 LIBRARIES = ("cvlctl", "d3rlpy")
 BATCH = 256
+BARE, PRODUCT = "bare matrix products", 2 * 7680 * 256 * 256
 
 
 def library() -> ModuleType:
@@ -168,8 +171,29 @@ def theirs(algo: Any, buffer: Any, settings: Settings) -> Contestant:
     return run
 
 
+def bare_products(settings: Settings) -> Contestant:
+    """What an update could not outdo: matrix products of hidden layers and nothing else, PRODUCT floating-point
+    operations in each, as wide as those of CQL's sampled actions."""
+    x, weight = torch.randn(7680, 256), torch.randn(256, 256)
+
+    def run(updates: int) -> None:
+        training.configure(settings)
+        for _ in range(updates):
+            torch.mm(x, weight)
+
+    return run
+
+
+def operations(run: Contestant) -> float:
+    """Floating-point operations of the matrix products in one update, forward and backward, counted over two."""
+    with FlopCounterMode(display=False) as counter:
+        run(2)
+    return counter.get_total_flops() / 2
+
+
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Updates/s of every form of every method, and the ratio to d3rlpy as shipped."""
+    """Updates/s of every form of every method, the ratio to d3rlpy as shipped, and the operations in an update and the
+    share of the rate of bare matrix products at which they are done."""
     before = machine()
     data = synthetic(args.rows)
     buffer = peer_buffer(data)
@@ -190,9 +214,17 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
             "d3rlpy, our matmul setting": theirs(peer(method, config, data), buffer, eager),
             "cvlctl, eager": ours(method, config, data, eager),
         }
+        work = {name: operations(run) for name, run in contestants.items()}
         if compiled:
             contestants["cvlctl, whole step compiled"] = ours(method, config, data, whole)
-        tables[method] = summary(measure(contestants, args.rounds, args.updates), base)
+            work["cvlctl, whole step compiled"] = work["cvlctl, eager"]
+        rates = measure({**contestants, BARE: bare_products(eager)}, args.rounds, args.updates)
+        best = np.array(rates.pop(BARE)) * PRODUCT
+        table: dict[str, dict[str, float]] = summary(rates, base)
+        for name, row in table.items():
+            row["gflop"] = round(work[name] / 1e9, 3)
+            row["share_of_bare_products"] = round(float(np.median(np.array(rates[name]) * work[name] / best)), 3)
+        tables[method] = table
     return {
         "updates": tables,
         "settings": eager.as_dict() | {"compile": whole.compile},
@@ -301,10 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         found = speed(args)
         for method, table in found["updates"].items():
-            print(f"{f'{method}, updates/s, {args.threads} threads':40}{'median':>10}{'ratio':>8}{'min':>8}{'max':>8}")
+            print(f"{f'{method}, updates/s, {args.threads} threads':40}{'median':>10}{'ratio':>8}{'min':>8}{'max':>8}"
+                  f"{'GFLOP':>8}{'of GEMM':>9}")  # fmt: skip
             for name, row in table.items():
                 print(f"{name:40}{row['updates_per_second']:10.1f}{row['ratio']:7.2f}x"
-                      f"{row['ratio_min']:7.2f}x{row['ratio_max']:7.2f}x")  # fmt: skip
+                      f"{row['ratio_min']:7.2f}x{row['ratio_max']:7.2f}x"
+                      f"{row['gflop']:8.2f}{row['share_of_bare_products']:9.0%}")  # fmt: skip
         state = found["machine"]
         print(f"{state['cpu']}, {state['cpus']} CPUs, load {state['load_average'][0]} before and "
               f"{found['load_average_after'][0]} after; torch {state['versions']['torch']}, "
