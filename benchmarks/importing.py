@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -74,26 +76,48 @@ def raw_copy(path: Path, out: Path) -> None:
         )  # fmt: skip
 
 
-def times(work: Callable[[], Any]) -> Contestant:
-    """A contestant of `critic.measure`."""
+def compare(works: dict[str, Callable[[], Any]], base: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of each, and the median over rounds of the time that it took for each second of the base.
 
-    def run(count: int) -> None:
-        for _ in range(count):
-            work()
+    `cpu_seconds` and their ratio tell what the work costs where other work slows all of it down.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in works}
 
-    return run
+    def contestant(name: str) -> Contestant:
+        def run(count: int) -> None:
+            for _ in range(count):
+                before = time.process_time()
+                works[name]()
+                spent[name].append(time.process_time() - before)
 
+        return run
 
-def compare(rates: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Median seconds of each, and the median over rounds of the time that it took for each second of the base."""
+    rates = measure({name: contestant(name) for name in works}, rounds, 1, warm_up=1)
+    cpu = {name: float(np.median(values[1:])) for name, values in spent.items()}
     ratios = {name: np.array(rates[base]) / np.array(rate) for name, rate in rates.items()}
     return {
         name: {
             "seconds": round(float(np.median(1 / np.array(rate))), 4),
             "ratio": round(float(np.median(ratios[name])), 4),
+            "cpu_seconds": round(cpu[name], 4), "cpu_ratio": round(cpu[name] / cpu[base], 4),
             "ratio_min": round(float(ratios[name].min()), 4), "ratio_max": round(float(ratios[name].max()), 4),
         } for name, rate in rates.items()
     }  # fmt: skip
+
+
+def memory(source: Path, out: Path) -> int:
+    """MB by which an import lets a fresh process grow, at its largest."""
+    program = """
+import sys, zarr, h5py
+from cvlctl import formats
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+formats.import_store("d4rl", sys.argv[1], sys.argv[2], task="toy", force=True)
+print((peak() - before) // 1024)
+"""
+    command = [sys.executable, "-c", program, str(source), str(out)]
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def importing(folder: Path, transitions: int, rounds: int) -> dict[str, Any]:
@@ -101,13 +125,9 @@ def importing(folder: Path, transitions: int, rounds: int) -> dict[str, Any]:
     source, out = folder / "hopper.hdf5", folder / "hopper.zarr"
     write_d4rl(source, transitions)
     take = partial(formats.import_store, "d4rl", source, out, task="gym/Hopper-v5", force=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    store = take()
-    grown = max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert len(store) == transitions
-    contestants = {RAW: times(lambda: raw_copy(source, folder / "raw.zarr")), IMPORT: times(take)}
-    found = compare(measure(contestants, rounds, 1, warm_up=1), RAW)
-    return {"times": found, "memory_mb": round(grown), "file_mb": round(source.stat().st_size / 1e6, 1)}
+    assert len(take()) == transitions
+    found = compare({RAW: lambda: raw_copy(source, folder / "raw.zarr"), IMPORT: take}, RAW, rounds)
+    return {"times": found, "memory_mb": memory(source, out), "file_mb": round(source.stat().st_size / 1e6, 1)}
 
 
 def collect(path: Path, frames: int) -> Store:
@@ -166,18 +186,35 @@ def megabytes(path: Path) -> float:
 def loading(folder: Path, frames: int, store_path: Path | None, rounds: int) -> dict[str, Any]:
     """Seconds of a load, and sizes; only ours where Minari is not installed."""
     store = open_store(store_path) if store_path else collect(folder / "frames.zarr", frames)
-    contestants: dict[str, Contestant] = {}
+    works: dict[str, Callable[[], Any]] = {}
     sizes = {LOAD: megabytes(store.path)}
     if find_spec("minari"):
         sizes[MINARI] = megabytes(write_minari(store, folder))
         assert iterate_minari() == load(store.path)
-        contestants[MINARI] = times(iterate_minari)
-    contestants[LOAD] = times(partial(load, store.path))
-    base = next(iter(contestants))
-    found = compare(measure(contestants, rounds, 1, warm_up=1), base)
+        works[MINARI] = iterate_minari
+    works[LOAD] = partial(load, store.path)
+    base = next(iter(works))
+    found = compare(works, base, rounds)
     for name, row in found.items():
         row |= {"size_mb": round(sizes[name], 1), "size_ratio": round(sizes[name] / sizes[base], 3)}
     return {"times": found, "transitions": len(store), "task": store.task}
+
+
+def show_import(imported: dict[str, Any], transitions: int) -> None:
+    show_times(f"import of {transitions:,} transitions", imported["times"])
+    print(f"memory by which an import grows: {imported['memory_mb']} MB; the file: {imported['file_mb']} MB")
+
+
+def show_load(loaded: dict[str, Any]) -> None:
+    show_times(f"load of {loaded['transitions']:,} transitions", loaded["times"])
+    for name, row in loaded["times"].items():
+        print(f"{name + ', size':40}{row['size_mb']:6.1f} MB{row['size_ratio']:8.3f}x")
+
+
+def show_times(title: str, rows: dict[str, dict[str, float]]) -> None:
+    print(f"{title:40}{'seconds':>9}{'ratio':>9}{'CPU':>9}{'ratio':>9}")
+    for name, row in rows.items():
+        print(f"{name:40}{row['seconds']:9.3f}{row['ratio']:8.3f}x{row['cpu_seconds']:9.3f}{row['cpu_ratio']:8.3f}x")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -191,17 +228,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = machine()
     with tempfile.TemporaryDirectory() as folder:
         imported = importing(Path(folder), args.transitions, args.rounds)
+        show_import(imported, args.transitions)
         loaded = loading(Path(folder), args.frames, args.store, args.rounds)
+        show_load(loaded)
     found = {"import": imported, "load": loaded, "transitions": args.transitions, "rounds": args.rounds,
              "machine": before, "load_average_after": machine()["load_average"]}  # fmt: skip
-    print(f"{f'import of {args.transitions:,} transitions':40}{'seconds':>9}{'ratio':>9}")
-    for name, row in imported["times"].items():
-        print(f"{name:40}{row['seconds']:9.2f}{row['ratio']:8.2f}x")
-    print(f"memory that the import took: {imported['memory_mb']} MB, of a file of {imported['file_mb']} MB")
-    title = f"load of {loaded['transitions']:,} transitions"
-    print(f"{title:40}{'seconds':>9}{'ratio':>9}{'MB':>9}{'ratio':>9}")
-    for name, row in loaded["times"].items():
-        print(f"{name:40}{row['seconds']:9.3f}{row['ratio']:8.3f}x{row['size_mb']:9.1f}{row['size_ratio']:8.3f}x")
     print(f"{before['cpu']}, {before['cpus']} CPUs, load {before['load_average'][0]} before and "
           f"{found['load_average_after'][0]} after")  # fmt: skip
     if args.json:
