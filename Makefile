@@ -51,6 +51,9 @@ bench: install
 	$(BIN)/python benchmarks/critic.py
 	$(BIN)/python benchmarks/sac.py
 	$(BIN)/python benchmarks/evaluation.py
+	$(BIN)/python benchmarks/td_learners.py
+	$(BIN)/python benchmarks/importing.py
+	$(BIN)/python benchmarks/building.py
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache
