@@ -251,12 +251,15 @@ def learn_ours(recipe: FinetuneRecipe, method: str, config: Any) -> tuple[Act, f
 
 
 def learn_theirs(recipe: FinetuneRecipe, method: str, config: Any) -> tuple[Act, float]:
-    """The same with d3rlpy, on the transitions that the recipe names."""
+    """The same with d3rlpy, on the transitions that the recipe names, and with the recipe's matmul setting."""
+    settings = training.resolve_settings(
+        device="cpu", threads=recipe.threads, precision=recipe.precision, compile="false", steps=1, say=print
+    )
     data = train.join([open_store(recipe.stores[0].path)], recipe.stores, None, True)
     buffer = peer_buffer(data)
     library().seed(recipe.seeds[0])
     algo = peer(method, config, data)
-    run = theirs(algo, buffer, Settings("cpu", int(recipe.threads), "float32", False))
+    run = theirs(algo, buffer, settings)
     begin = time.perf_counter()
     run(recipe.steps)
     return lambda observation, step: algo.predict(observation[None])[0], time.perf_counter() - begin
