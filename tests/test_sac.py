@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvlctl import networks, training
-from cvlctl.algorithms import sac
+from cvlctl.algorithms import sac, values
 from cvlctl.types import Spec, TransitionBatch
 
 SPEC = Spec((3,), 2, 10)
@@ -200,7 +200,7 @@ def test_learns_a_task_of_one_step() -> None:
         state, metrics = program(state, batch, noise)
     mean, _ = networks.actor(state, torch.randn(1, 100, 3, generator=g))
     assert (torch.tanh(mean) - best).abs().mean() < 0.1
-    q = sac.q_values(state, torch.zeros(1, 1, 3), best.expand(1, 1, 2))
+    q = values.q_values(state, torch.zeros(1, 1, 3), best.expand(1, 1, 2))
     assert q.abs().max() < 0.15
     assert math.isfinite(float(metrics["temperature"])) and float(metrics["temperature"]) < 0.2
 

@@ -334,7 +334,7 @@ def test_label_by_a_labeller_and_from_a_run(a: Path, tmp_path: Path) -> None:
         transform.label_store(a, "z", tmp_path / "d.zarr", rewards="purl")
     transform.subsample(a, tmp_path / "e.zarr", episodes=3)
     with pytest.raises(CvlctlError, match="holds no rewards of"):
-        transform.label_store(tmp_path / "e.zarr", "z", tmp_path / "f.zarr", rewards=str(tmp_path / "run"))
+        transform.label_store(tmp_path / "e.zarr", "z", tmp_path / "f.zarr", rewards=str(tmp_path / "run"), seed=1)
 
 
 def test_label_refuses_nonsense(a: Path, tmp_path: Path) -> None:
