@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import io
@@ -20,6 +21,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync as zarr_sync
 
 from cvlctl import files, store
 from cvlctl.errors import CvlctlError
@@ -307,16 +309,20 @@ class StoreWriter:
 
     def _write(self, start: int, rows: dict[str, np.ndarray]) -> None:
         """Let arrays end in `rows`, from a chunk's first row on; their metadata is written anew over earlier chunks."""
-        for name, values in rows.items():
-            (self.partial / name / "zarr.json").unlink(missing_ok=True)
-            end, shape = start + len(values), values.shape[1:]
-            array = zarr.create_array(
-                self.partial, name=name, shape=(end, *shape), dtype=values.dtype,
-                chunks=(min(self._chunk_rows, end), *shape), compressors=[ZstdCodec(level=3), Crc32cCodec()],
-                fill_value=0, config={"write_empty_chunks": True},  # a missing chunk is then a lost one
-            )  # fmt: skip
-            if len(values):
-                array[start:] = values
+        try:
+            for name, values in rows.items():
+                (self.partial / name / "zarr.json").unlink(missing_ok=True)
+                end, shape = start + len(values), values.shape[1:]
+                array = zarr.create_array(
+                    self.partial, name=name, shape=(end, *shape), dtype=values.dtype,
+                    chunks=(min(self._chunk_rows, end), *shape), compressors=[ZstdCodec(level=3), Crc32cCodec()],
+                    fill_value=0, config={"write_empty_chunks": True},  # a missing chunk is then a lost one
+                )  # fmt: skip
+                if len(values):
+                    array[start:] = values
+        except BaseException:
+            zarr_sync(_settled())  # of several writes at once one failed: the others would make anew what is removed
+            raise
 
     def _attributes(self) -> dict[str, Any]:
         observation, action = self._pending["data/observation"][0], self._pending["data/action"][0]
@@ -326,6 +332,12 @@ class StoreWriter:
         counts = {"episodes": self.num_episodes, "transitions": self.num_transitions, "rows": self._num_rows}
         described = {"task": self._task, "tasks": self._tasks, "spec": spec, "counts": counts}
         return {"format": store.FORMAT, "version": store.VERSION, **described, "provenance": self._provenance}
+
+
+async def _settled() -> None:
+    """Wait for whatever zarr has under way."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _form(name: str, rows: dict[str, np.ndarray]) -> tuple[tuple[int, ...], np.dtype] | None:

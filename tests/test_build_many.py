@@ -76,6 +76,21 @@ def test_what_is_wrong_with_it(tasks: Any, more: dict[str, Any], words: str, tmp
 
 # --- with real workers
 
+# tells of every frame, and stops amid its work, however fast the machine
+HELD = """
+import json, sys, time
+sys.path[:] = json.loads(sys.argv[1])
+from cvlctl.commands import build_many
+build_many._REPORT_SECONDS = 0
+update = build_many._Reported.update
+def held(self, done, text=""):
+    update(self, done, text)
+    if done >= 200:
+        time.sleep(600)
+build_many._Reported.update = held
+build_many.serve()
+"""
+
 
 def test_killed_resumed_and_one_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -88,11 +103,11 @@ def test_killed_resumed_and_one_that_fails(
         def handle(job: Any, kind: str, content: Any, screen: Any) -> None:
             before(job, kind, content, screen)
             pids.append(job.process.pid)
-            if job.progress.get("done", 0) >= 100 and job.result is None:
+            if job.progress.get("done", 0) >= 200:
                 raise KeyboardInterrupt  # and the workers are killed wherever they are
 
         patched.setattr(build_many, "_handle", handle)
-        patched.setattr(build_many, "_REPORT_SECONDS", 0.1)
+        patched.setattr(build_many, "_COMMAND", HELD)
         with pytest.raises(KeyboardInterrupt):
             build_all(recipe)
     assert all(not Path(f"/proc/{pid}").exists() for pid in pids)

@@ -571,6 +571,25 @@ def test_write_store_leaves_no_trace_where_the_disk_fails(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_writes_under_way_beside_the_one_that_failed_leave_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zarr writes several files at once; a slow one would make its folder anew after the store was removed."""
+    put = zarr.storage._local._put
+
+    def slow_or_failed(path: Path, value: Any, exclusive: bool = False) -> Any:
+        if path.parent.name == "observation":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        time.sleep(0.2)
+        return put(path, value, exclusive)
+
+    monkeypatch.setattr(zarr.storage._local, "_put", slow_or_failed)
+    with pytest.raises(CvlctlError, match="No space left"):
+        write_store(tmp_path / "a.zarr", many(2), task="toy")
+    time.sleep(0.5)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_store_that_appears_meanwhile_is_not_replaced(tmp_path: Path, template: Path) -> None:
     with StoreWriter(tmp_path / "a.zarr", task="toy") as writer:
         writer.append(episode(0))
