@@ -15,7 +15,7 @@ from cvlctl import networks
 from cvlctl.losses import rewards
 from cvlctl.networks import State
 from cvlctl.runs import Progress
-from cvlctl.samplers import generator, observation_statistics
+from cvlctl.samplers import generator
 from cvlctl.training import Metrics, adam_init, adam_update, value_and_grad
 
 LABELLERS = {
@@ -54,8 +54,7 @@ def learn(
         examples: (X, O) of success.
     """
     observation, examples = observation.to(device), examples.to(device)
-    mean, std = observation_statistics(observation)
-    state = networks.normaliser_init(seeds, mean.cpu(), std.cpu())
+    state = networks.normaliser_of(seeds, observation)
     classifier = networks.mlp_init("reward", seeds, [observation.shape[1], *config.hidden, 1])
     state |= classifier | adam_init(classifier, "reward", classifier)
     state = {key: value.to(device) for key, value in state.items()}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvlctl.samplers import generator
+from cvlctl.samplers import generator, observation_statistics
 
 State = dict[str, Tensor]
 
@@ -82,6 +82,12 @@ def normaliser_init(seeds: Sequence[int], mean: Tensor, std: Tensor) -> State:
         "observation_mean": mean.expand(len(seeds), -1).clone(),
         "observation_std": std.expand(len(seeds), -1).clone(),
     }
+
+
+def normaliser_of(seeds: Sequence[int], observation: Tensor) -> State:
+    """The normaliser of all rows (rows, O), on the CPU."""
+    mean, std = observation_statistics(observation)
+    return normaliser_init(seeds, mean.cpu(), std.cpu())
 
 
 def actor_init(seeds: Sequence[int], observation_dim: int, action_dim: int, hidden: Sequence[int]) -> State:

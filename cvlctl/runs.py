@@ -31,6 +31,9 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
+
+
 class Run:
     """One run directory, held by one process at a time.
 

@@ -29,6 +29,7 @@ class Layout(NamedTuple):
     row: Tensor  # (N,) int64: row of the transition's observation and action; the next observation is at row + 1
     last: Tensor  # (N,) int64: row of the final observation of its episode
     terminated: Tensor  # (N,) bool: the episode terminated (it was not cut off)
+    ends: Tensor  # (n,) int64: row of each episode's final observation
 
 
 def layout(episode_ends: np.ndarray, terminated: np.ndarray, device: torch.device | str = "cpu") -> Layout:
@@ -39,7 +40,7 @@ def layout(episode_ends: np.ndarray, terminated: np.ndarray, device: torch.devic
     row = np.delete(row, ends - 1)
     last = np.repeat(ends - 1, lengths)
     flags = np.repeat(np.asarray(terminated, dtype=bool), lengths)
-    return Layout(*(torch.from_numpy(x).to(device) for x in (row, last, flags)))
+    return Layout(*(torch.from_numpy(x).to(device) for x in (row, last, flags, ends - 1)))
 
 
 def geometric_offset(u: Tensor, remaining: Tensor, terminated: Tensor, gamma: float) -> Tensor:
@@ -200,7 +201,7 @@ def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | Trans
 
 def _times(data: Data, row: Tensor) -> Tensor:
     """Steps since the episode began, of rows (E, N)."""
-    ends = torch.unique_consecutive(data.layout.last)  # of episodes, in order
+    ends = data.layout.ends
     first = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
     return row - first[torch.searchsorted(ends, row)]
 
@@ -234,11 +235,16 @@ def reward_statistics(data: Data, gamma: float) -> tuple[Tensor, Tensor]:
     return mean.float(), std.float()
 
 
+def labelled_rewards(data: Data) -> Tensor:
+    """(1 or E, L) float64: the reward of each labelled transition."""
+    return data.arrival_reward[:, data.layout.row[data.labelled] + 1].double()
+
+
 def return_range(data: Data) -> Tensor:
     """Largest minus smallest undiscounted return of the labelled episodes, (1 or E, 1), at least 1e-6."""
     last = data.layout.last[data.labelled]
     episodes, episode = torch.unique(last, return_inverse=True)
-    arrived = data.arrival_reward[:, data.layout.row[data.labelled] + 1].double()
+    arrived = labelled_rewards(data)
     returns = torch.zeros(len(arrived), len(episodes), dtype=torch.float64, device=arrived.device)
     returns.index_add_(1, episode, arrived)
     return (returns.amax(dim=1, keepdim=True) - returns.amin(dim=1, keepdim=True)).clamp_min(1e-6).float()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cvlctl import networks, samplers
-from cvlctl.algorithms import contrastive_ac, values
+from cvlctl.algorithms import actors, contrastive_ac, values
 from cvlctl.commands.train import batches
 from cvlctl.losses import support, td
 from cvlctl.networks import State
@@ -180,7 +180,7 @@ def test_contrast_hardens_with_the_updates() -> None:
     action = torch.full((1, 4096, 1), 0.125)
     shapes = contrastive_ac.draws(config, Spec((3,), 1, 1), 4096).noise
     noise = {name: torch.randn((1, *shape), generator=g) for name, shape in shapes}
-    own = contrastive_ac.act(state, observation)
+    own = actors.greedy(state, observation)
     for count, share in ((0, 0.0), (50, 0.5), (100, 1.0), (1000, 1.0)):
         state["adam/support/count"].fill_(count)
         actions, states = contrastive_ac.contrasted(config, state, observation, action, noise)
@@ -348,7 +348,7 @@ def test_values_of_actions_nobody_tried_stay_below() -> None:
     inside, outside = q["none"]
     assert outside.max() > inside.max() > best + 0.4  # it believes in them, and by them overestimates what it knows
     zero = torch.zeros(1, 1, 1)
-    action = {gate: contrastive_ac.act(s, zero).item() for gate, s in state_of.items()}
+    action = {gate: actors.greedy(s, zero).item() for gate, s in state_of.items()}
     assert -0.6 < action["contrastive"] < 0.3 < 0.9 < action["none"]
 
 
@@ -380,7 +380,7 @@ def test_values_of_states_nobody_was_in_stay_below() -> None:
     found = {}
     for gate in ("contrastive", "none"):
         state = trained(data, gate)
-        greedy = contrastive_ac.act(state, networks.normalise(state, unseen[None]))[0]
+        greedy = actors.greedy(state, networks.normalise(state, unseen[None]))[0]
         found[gate] = q_of(state, unseen, greedy), q_of(state, logged, data.action[data.layout.row])
     most = 0.1 / (1 - 0.8)  # of what our task can pay in all
     outside, inside = found["contrastive"]

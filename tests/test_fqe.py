@@ -13,7 +13,7 @@ import torch
 
 import cvlctl
 from cvlctl import checkpoints, networks, recipes, rollout, samplers, scores
-from cvlctl.algorithms import fqe
+from cvlctl.algorithms import actors, fqe
 from cvlctl.commands import train
 from cvlctl.commands.evaluate import as_text, evaluate
 from cvlctl.commands.finetune import finetune
@@ -34,12 +34,12 @@ def actor_of(state: State, observation: torch.Tensor, action: torch.Tensor) -> S
     state |= adam_init(state, "fit", names)
 
     def loss(params: State) -> tuple[torch.Tensor, State]:
-        found = fqe.act(params, networks.normalise(state, observation))
+        found = actors.greedy(params, networks.normalise(state, observation))
         return (found - action).square().sum(), {}
 
     for _ in range(400):
         adam_update(state, "fit", value_and_grad(loss, state, names)[0], 1e-2)
-    assert (fqe.act(state, networks.normalise(state, observation)) - action).abs().max() < 0.1
+    assert (actors.greedy(state, networks.normalise(state, observation)) - action).abs().max() < 0.1
     return {name: state[name] for name in names}
 
 

@@ -20,10 +20,23 @@ def init(hidden: Sequence[int], spec: Spec, seeds: Sequence[int]) -> State:
     return state | adam_init(state, "actor", list(state))
 
 
+def names(state: State) -> list[str]:
+    return [name for name in state if name.startswith("actor.")]
+
+
+def target(state: State) -> State:
+    """The averaged actor, under the actor's own names."""
+    return {name: state[f"target/{name}"] for name in names(state)}
+
+
+def greedy(params: State, observation: Tensor) -> Tensor:
+    """tanh of the mean (E, B, A), of *normalised* observations (E, B, O)."""
+    return torch.tanh(networks.actor(params, observation)[0])
+
+
 def update(state: State, loss: Callable[[State], tuple[Tensor, Metrics]], learning_rate: float) -> Metrics:
     """One Adam step on the actor."""
-    names = [name for name in state if name.startswith("actor.")]
-    grads, metrics = value_and_grad(loss, state, names)
+    grads, metrics = value_and_grad(loss, state, names(state))
     adam_update(state, "actor", grads, learning_rate)
     return metrics
 

@@ -11,7 +11,7 @@ from cvlctl import networks
 from cvlctl.algorithms import actors
 from cvlctl.losses import policy
 from cvlctl.networks import State
-from cvlctl.samplers import Data, Draws, observation_statistics
+from cvlctl.samplers import Data, Draws
 from cvlctl.training import Metrics
 from cvlctl.types import OccupancyBatch, Spec
 
@@ -35,8 +35,7 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
-    mean, std = observation_statistics(data.observation)
-    normaliser = networks.normaliser_init(seeds, mean.cpu(), std.cpu())
+    normaliser = networks.normaliser_of(seeds, data.observation)
     return normaliser | actors.init(config.hidden, spec, seeds)
 
 

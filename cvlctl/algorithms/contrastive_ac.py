@@ -22,7 +22,7 @@ from cvlctl import networks
 from cvlctl.algorithms import actors, values
 from cvlctl.losses import support, td
 from cvlctl.networks import State
-from cvlctl.samplers import Data, Draws, observation_statistics, reward_statistics
+from cvlctl.samplers import Data, Draws, reward_statistics
 from cvlctl.training import Metrics, adam_init, adam_update, ema_update, value_and_grad
 from cvlctl.types import Spec, TransitionBatch
 
@@ -93,10 +93,9 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
 
     `reward_scale` (E, 1) divides rewards by their root mean square over 1 - gamma, which makes Q of the order of one.
     """
-    mean, std = observation_statistics(data.observation)
-    state = networks.normaliser_init(seeds, mean.cpu(), std.cpu())
+    state = networks.normaliser_of(seeds, data.observation)
     state |= actors.init(config.hidden, spec, seeds) | values.init(config.hidden, spec, seeds)
-    state |= {f"target/{name}": state[name].clone() for name in state if name.startswith("actor.")}
+    state |= {f"target/{name}": state[name].clone() for name in actors.names(state)}
     square = sum(x.cpu().square() for x in reward_statistics(data, config.gamma))
     state["reward_scale"] = ((1 - config.gamma) / torch.as_tensor(square).sqrt()).expand(len(seeds), 1).clone()
     if config.gate == "none":
@@ -110,11 +109,6 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
         return state
     value = networks.mlp_init("value", seeds, [observation_dim, *hidden, 1])
     return state | value | adam_init(value, "value", value)
-
-
-def act(params: State, observation: Tensor) -> Tensor:
-    """pi(s) = tanh of the mean (E, B, A), of *normalised* observations (E, B, O)."""
-    return torch.tanh(networks.actor(params, observation)[0])
 
 
 def action_log_odds(params: State, observation: Tensor, action: Tensor) -> Tensor:
@@ -143,7 +137,7 @@ def contrasted(
     count = state["adam/support/count"]
     of_action, of_state = torch.special.ndtr(noise["kind"]).unbind(dim=1)
     uniform = torch.special.ndtr(noise["uniform"]) * 2 - 1
-    own = td.smoothed_action(act(state, observation), noise["policy"], config.policy_noise, config.noise_clip)
+    own = td.smoothed_action(actors.greedy(state, observation), noise["policy"], config.policy_noise, config.noise_clip)
     easy, a_third = count.new_tensor([1.0, 0.0, 0.0]), count.new_tensor([1 / 3, 1 / 3, 1 / 3])
     hard = count.new_tensor(
         [1 - config.shuffled_share - config.policy_share, config.shuffled_share, config.policy_share]
@@ -203,12 +197,10 @@ def step(
     """One update of classifiers, V and critic, and if `update_actor` one of the actor and the targets."""
     observation = networks.normalise(state, batch.observation)
     next_observation = networks.normalise(state, batch.next_observation)
-    actor = [name for name in state if name.startswith("actor.")]
-    target_actor = {name: state[f"target/{name}"] for name in actor}
     batch_size = batch.action.shape[1]
     metrics: Metrics = {}
 
-    greedy = act(target_actor, next_observation)
+    greedy = actors.greedy(actors.target(state), next_observation)
     next_action = td.smoothed_action(greedy, noise["next_action"], config.policy_noise, config.noise_clip)
     next_q = values.q_values(values.target(state), next_observation, next_action).amin(dim=1)
     observations, actions = observation, batch.action
@@ -246,7 +238,7 @@ def step(
         return state, metrics
 
     def actor_loss(params: State) -> tuple[Tensor, Metrics]:
-        action = act(params, observation)
+        action = actors.greedy(params, observation)
         q = values.q_values(state, observation, action)[:, 0]
         scale = q.detach().abs().mean(dim=1, keepdim=True) + 1e-8
         held = torch.zeros_like(q)
@@ -259,5 +251,5 @@ def step(
         return total.sum(), {"actor/q": q.mean(dim=-1), "actor/hold": held.mean(dim=-1)}
 
     metrics |= actors.update(state, actor_loss, config.learning_rate)
-    ema_update(state, "target", actor, config.ema_rate)
+    ema_update(state, "target", actors.names(state), config.ema_rate)
     return state, metrics

@@ -14,7 +14,7 @@ from cvlctl import networks
 from cvlctl.algorithms import actors, values
 from cvlctl.losses import policy, td
 from cvlctl.networks import State
-from cvlctl.samplers import Data, Draws, observation_statistics
+from cvlctl.samplers import Data, Draws
 from cvlctl.training import Metrics
 from cvlctl.types import Spec, TransitionBatch
 
@@ -53,8 +53,7 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     """As SAC's, with the observations' statistics."""
-    mean, std = observation_statistics(data.observation)
-    state = networks.normaliser_init(seeds, mean.cpu(), std.cpu())
+    state = networks.normaliser_of(seeds, data.observation)
     state |= actors.init(config.hidden, spec, seeds) | values.init(config.hidden, spec, seeds)
     return state | actors.temperature_init(seeds, 1.0)
 

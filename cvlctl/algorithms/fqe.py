@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from cvlctl import networks
-from cvlctl.algorithms import values
+from cvlctl.algorithms import actors, values
 from cvlctl.losses import td
 from cvlctl.networks import State
-from cvlctl.samplers import Data, Draws, generator, observation_statistics
+from cvlctl.samplers import Data, Draws, generator, labelled_rewards
 from cvlctl.training import Metrics
 from cvlctl.types import Spec, TransitionBatch
 
@@ -52,12 +52,11 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     """Twin critic with its target, a policy to be replaced, `initial_observation` (E, n, O), `value_scale` (E, 1)."""
-    mean, std = observation_statistics(data.observation)
-    state = networks.normaliser_init(seeds, mean.cpu(), std.cpu())
+    state = networks.normaliser_of(seeds, data.observation)
     state |= networks.actor_init(seeds, spec.observation_shape[0], spec.action_dim, config.policy_hidden)
     initial = initial_observations(data, config.num_initial)
     state["initial_observation"] = initial.cpu().expand(len(seeds), *initial.shape).clone()
-    reward = data.arrival_reward[:, data.layout.row[data.labelled] + 1].double()
+    reward = labelled_rewards(data)
     scale = reward.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6) / (1 - config.gamma)
     state["value_scale"] = scale.float().cpu().expand(len(seeds), 1).clone()
     state |= values.init(config.hidden, spec, seeds)
@@ -79,15 +78,10 @@ def initial_observations(data: Data, num: int) -> Tensor:
     return data.observation[rows[chosen.to(rows.device)]]
 
 
-def act(state: State, observation: Tensor) -> Tensor:
-    """The policy's greedy action (E, B, A) in *normalised* observations (E, B, O)."""
-    return torch.tanh(networks.actor(state, observation)[0])
-
-
 def estimate(state: State) -> Tensor:
     """Mean over the initial observations of the averaged critic's Q(s0, pi(s0)), (E,), in units of the return."""
     observation = networks.normalise(state, state["initial_observation"])
-    q = values.q_values(values.target(state), observation, act(state, observation))
+    q = values.q_values(values.target(state), observation, actors.greedy(state, observation))
     return q.mean(dim=(1, 2)) * state["value_scale"].squeeze(-1)
 
 
@@ -96,7 +90,7 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     minimum, which would be too low."""
     observation = networks.normalise(state, batch.observation)
     next_observation = networks.normalise(state, batch.next_observation)
-    next_q = values.q_values(values.target(state), next_observation, act(state, next_observation))
+    next_q = values.q_values(values.target(state), next_observation, actors.greedy(state, next_observation))
     reward = batch.reward / state["value_scale"]
     y = td.td_target(reward.unsqueeze(1), batch.discount.unsqueeze(1), next_q)
 

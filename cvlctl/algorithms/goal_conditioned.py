@@ -31,17 +31,13 @@ from cvlctl.types import OccupancyBatch, Spec
 LEARNS_FROM = "actions"
 
 
-def _binary_critic() -> occupancy.Config:
-    return occupancy.Config(loss="binary_nce")
-
-
 @dataclass(frozen=True)
 class Config:
     """Columns of goals and commands belong to the critic: a pretrained one brings its own."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    critic: occupancy.Config = field(default_factory=_binary_critic)  # from scratch only; else the pretrained run's
+    critic: occupancy.Config = field(default_factory=occupancy.binary_nce)  # from scratch; else the pretrained run's
     mode: Literal["auto", "scratch", "continue", "frozen"] = "auto"  # auto: continue with init_from, else scratch
     random_goals: float = 0.5  # share of the actor's goals that are other pairs' futures; the rest are the pair's own
     bc_coefficient: float = 0.05  # of cloning the pair's action for its own future as goal; 1 for f over its mean |f|

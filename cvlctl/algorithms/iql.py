@@ -11,7 +11,7 @@ from cvlctl import networks
 from cvlctl.algorithms import actors, values
 from cvlctl.losses import policy, td
 from cvlctl.networks import State
-from cvlctl.samplers import Data, Draws, observation_statistics, return_range
+from cvlctl.samplers import Data, Draws, return_range
 from cvlctl.training import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.types import Spec, TransitionBatch
 
@@ -45,8 +45,7 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     """Twin critic with its target, state value `value.*`, actor, and the scale of rewards (E, 1)."""
-    mean, std = observation_statistics(data.observation)
-    state = networks.normaliser_init(seeds, mean.cpu(), std.cpu())
+    state = networks.normaliser_of(seeds, data.observation)
     state |= actors.init(config.hidden, spec, seeds) | values.init(config.hidden, spec, seeds)
     value = networks.mlp_init("value", seeds, [spec.observation_shape[0], *config.hidden, 1])
     state["reward_scale"] = (RETURN_RANGE / return_range(data)).cpu().expand(len(seeds), 1).clone()
@@ -77,10 +76,5 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     next_value = networks.mlp(state, "value", next_observation).squeeze(-1)
     y = td.td_target(batch.reward * state["reward_scale"], batch.discount, next_value)
 
-    def critic_loss(params: State) -> tuple[Tensor, Metrics]:
-        q = values.q_values(params, observation, batch.action)
-        error = td.squared_td_error(q, y).mean(dim=-1).sum(dim=-1)
-        return error.sum(), {"critic/td": error, "critic/q": q.mean(dim=(1, 2))}
-
-    metrics |= values.update(state, critic_loss, config.learning_rate, config.ema_rate)
+    metrics |= values.regress(state, observation, batch.action, y, config.learning_rate, config.ema_rate)
     return state, metrics

@@ -26,17 +26,13 @@ from cvlctl.types import OccupancyBatch, Spec
 LEARNS_FROM = "examples"
 
 
-def _binary_critic() -> occupancy.Config:
-    return occupancy.Config(loss="binary_nce")
-
-
 @dataclass(frozen=True)
 class Config:
     """Symbols of the paper in brackets."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    critic: occupancy.Config = field(default_factory=_binary_critic)  # from scratch only; else the pretrained run's
+    critic: occupancy.Config = field(default_factory=occupancy.binary_nce)  # from scratch; else the pretrained run's
     mode: Literal["auto", "scratch", "continue", "frozen"] = "auto"  # auto: continue with init_from, else scratch
     readout: Literal["posterior", "ratio"] = "posterior"  # Q / (1 + Q), or Q itself, the paper's (Eq. 7 to 9)
     num_examples: int = 200  # success examples in each step's average; all of them where there are fewer

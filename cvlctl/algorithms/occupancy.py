@@ -72,6 +72,11 @@ class Config:
             raise ValueError("command_columns and future_columns must not share a column")
 
 
+def binary_nce() -> Config:
+    """The defaults of methods that read e^f as it is: c(s, a) = 0 at the optimum."""
+    return Config(loss="binary_nce")
+
+
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
     return Draws(batch_size, gamma=config.gamma, futures=True)
 

@@ -69,12 +69,7 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     next_q = values.q_values(values.target(state), next_observation, next_action)
     y = td.td_target(batch.reward, batch.discount, td.soft_value(next_q, next_log_prob, temperature))
 
-    def critic_loss(params: State) -> tuple[Tensor, Metrics]:
-        q = values.q_values(params, observation, batch.action)
-        error = td.squared_td_error(q, y).mean(dim=-1).sum(dim=-1)
-        return error.sum(), {"critic/td": error, "critic/q": q.mean(dim=(1, 2))}
-
-    metrics = values.update(state, critic_loss, config.learning_rate, config.ema_rate)
+    metrics = values.regress(state, observation, batch.action, y, config.learning_rate, config.ema_rate)
 
     def q(action: Tensor) -> Tensor:
         return values.q_values(state, observation, action).amin(dim=1)

@@ -21,7 +21,7 @@ from cvlctl import networks
 from cvlctl.algorithms import actors, values
 from cvlctl.losses import contrastive, policy, successor
 from cvlctl.networks import State
-from cvlctl.samplers import Data, Draws, observation_statistics
+from cvlctl.samplers import Data, Draws, labelled_rewards
 from cvlctl.training import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.types import Spec, TransitionBatch
 
@@ -65,19 +65,15 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     """Actor; Psi, twin, as `critic` (E, 2, ...) with its target; encoders of next states `feature` and of pairs `pair`;
     the reward's weights `reward.weight` (E, d + 1), and its scale (E, 1)."""
     (width,) = spec.observation_shape
-    mean, std = observation_statistics(data.observation)
-    state = networks.normaliser_init(seeds, mean.cpu(), std.cpu()) | actors.init(config.hidden, spec, seeds)
+    state = networks.normaliser_of(seeds, data.observation) | actors.init(config.hidden, spec, seeds)
     dim = config.feature_dim if config.features == "contrastive" else width
     learned = {"reward.weight": torch.zeros(len(seeds), dim + 1)}
     if config.features == "contrastive":
         learned |= networks.mlp_init("feature", seeds, [width, *config.hidden, dim])
         learned |= networks.mlp_init("pair", seeds, [width + spec.action_dim, *config.hidden, dim])
     state |= learned | adam_init(learned, "features", learned)
-    critic = networks.mlp_init("critic", seeds, [width + spec.action_dim, *config.hidden, dim + 1], copies=2)
-    state |= critic | adam_init(critic, "critic", critic)
-    state |= {f"target/{name}": value.clone() for name, value in critic.items()}
-    reward = data.arrival_reward[:, data.layout.row[data.labelled] + 1]
-    scale = reward.double().square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6).float()
+    state |= values.init(config.hidden, spec, seeds, dim + 1)
+    scale = labelled_rewards(data).square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6).float()
     return state | {"reward_scale": scale.cpu().expand(len(seeds), 1).clone()}
 
 

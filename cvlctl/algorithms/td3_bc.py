@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cvlctl import networks
 from cvlctl.algorithms import actors, values
 from cvlctl.losses import td
 from cvlctl.networks import State
-from cvlctl.samplers import Data, Draws, observation_statistics
+from cvlctl.samplers import Data, Draws
 from cvlctl.training import Metrics, ema_update
 from cvlctl.types import Spec, TransitionBatch
 
@@ -50,15 +49,9 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     """Twin critic, deterministic actor (the mean of the tanh-Gaussian network), and averages of both as targets."""
-    mean, std = observation_statistics(data.observation)
-    state = networks.normaliser_init(seeds, mean.cpu(), std.cpu())
+    state = networks.normaliser_of(seeds, data.observation)
     state |= actors.init(config.hidden, spec, seeds) | values.init(config.hidden, spec, seeds)
-    return state | {f"target/{name}": state[name].clone() for name in state if name.startswith("actor.")}
-
-
-def act(params: State, observation: Tensor) -> Tensor:
-    """pi(s) = tanh of the mean (E, B, A), of *normalised* observations (E, B, O)."""
-    return torch.tanh(networks.actor(params, observation)[0])
+    return state | {f"target/{name}": state[name].clone() for name in actors.names(state)}
 
 
 def step(
@@ -67,25 +60,19 @@ def step(
     """One update of the critic, and if `update_actor` one of the actor and the targets."""
     observation = networks.normalise(state, batch.observation)
     next_observation = networks.normalise(state, batch.next_observation)
-    actor = [name for name in state if name.startswith("actor.")]
-    target_actor = {name: state[f"target/{name}"] for name in actor}
 
-    greedy = act(target_actor, next_observation)
+    greedy = actors.greedy(actors.target(state), next_observation)
     next_action = td.smoothed_action(greedy, noise["next_action"], config.policy_noise, config.noise_clip)
     next_q = values.q_values(values.target(state), next_observation, next_action).amin(dim=1)
     y = td.td_target(batch.reward, batch.discount, next_q)
 
-    def critic_loss(params: State) -> tuple[Tensor, Metrics]:
-        q = values.q_values(params, observation, batch.action)
-        error = td.squared_td_error(q, y).mean(dim=-1).sum(dim=-1)
-        return error.sum(), {"critic/td": error, "critic/q": q.mean(dim=(1, 2))}
-
-    metrics = values.update(state, critic_loss, config.learning_rate, config.ema_rate if update_actor else 0.0)
+    ema_rate = config.ema_rate if update_actor else 0.0
+    metrics = values.regress(state, observation, batch.action, y, config.learning_rate, ema_rate)
     if not update_actor:
         return state, metrics
 
     def actor_loss(params: State) -> tuple[Tensor, Metrics]:
-        action = act(params, observation)
+        action = actors.greedy(params, observation)
         q = values.q_values(state, observation, action)[:, 0]
         scale = q.detach().abs().mean(dim=1, keepdim=True) + 1e-8
         cloning = (action - batch.action).square().mean(dim=-1)
@@ -93,5 +80,5 @@ def step(
         return total.sum(), {"actor/bc": cloning.mean(dim=-1)}
 
     metrics |= actors.update(state, actor_loss, config.learning_rate)
-    ema_update(state, "target", actor, config.ema_rate)
+    ema_update(state, "target", actors.names(state), config.ema_rate)
     return state, metrics

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from cvlctl import networks
+from cvlctl.losses import td
 from cvlctl.networks import State
 from cvlctl.training import Metrics, adam_init, adam_update, ema_update, value_and_grad
 from cvlctl.types import Spec
 
 
-def init(hidden: Sequence[int], spec: Spec, seeds: Sequence[int]) -> State:
+def init(hidden: Sequence[int], spec: Spec, seeds: Sequence[int], outputs: int = 1) -> State:
     """Twin critic (E, 2, in, out), its target, and its Adam moments, on the CPU."""
-    sizes = [spec.observation_shape[0] + spec.action_dim, *hidden, 1]
+    sizes = [spec.observation_shape[0] + spec.action_dim, *hidden, outputs]
     critic = networks.mlp_init("critic", seeds, sizes, copies=2)
     state = critic | {f"target/{name}": value.clone() for name, value in critic.items()}
     return state | adam_init(state, "critic", critic)
@@ -57,3 +58,16 @@ def update(
     adam_update(state, "critic", grads, learning_rate)
     ema_update(state, "target", list(grads), ema_rate)
     return metrics
+
+
+def regress(
+    state: State, observation: Tensor, action: Tensor, y: Tensor, learning_rate: float, ema_rate: float
+) -> Metrics:
+    """One update on (Q_i(s,a) - y)^2 / 2, both twins towards the same target y (E, B)."""
+
+    def loss(params: State) -> tuple[Tensor, Metrics]:
+        q = q_values(params, observation, action)
+        error = td.squared_td_error(q, y).mean(dim=-1).sum(dim=-1)
+        return error.sum(), {"critic/td": error, "critic/q": q.mean(dim=(1, 2))}
+
+    return update(state, loss, learning_rate, ema_rate)

@@ -20,7 +20,7 @@ from cvlctl.labellers import LABELLERS
 from cvlctl.networks import State
 from cvlctl.policies import load_policy
 from cvlctl.recipes import FinetuneRecipe, resolved, with_defaults
-from cvlctl.runs import Run
+from cvlctl.runs import LABELS_FILE, Run
 from cvlctl.samplers import Data
 from cvlctl.training import Settings
 from cvlctl.types import Spec
@@ -71,8 +71,8 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
 
 
 def labels(name: str, recipe: FinetuneRecipe, data: Data, digests: list[str], out: Path, settings: Settings) -> Tensor:
-    """Learned rewards (E, rows), kept in the run as labels.safetensors: learned once, and read again on resume."""
-    file = out / "labels.safetensors"
+    """Learned rewards (E, rows), kept in the run as LABELS_FILE: learned once, and read again on resume."""
+    file = out / LABELS_FILE
     if file.exists():
         return checkpoints.load(file)[0]["reward"]
     reward = labellers.learn(name, recipe.labeller, data.observation, data.examples, recipe.seeds, settings.device)

@@ -220,10 +220,11 @@ def train(
             "settings": settings.as_dict(),
         }
         seconds = _loop(recipe, module, config, memory, spec, run, state, settings, metadata, start)
-        report.plot_metrics(read_metrics(run.out), run.out / "metrics.png")
+        logged = read_metrics(run.out)
+        report.plot_metrics(logged, run.out / "metrics.png")
         run.finish(
             algorithm=algorithm, task=task, seeds=seeds, steps=recipe.steps, settings=settings.as_dict(),
-            metrics=read_metrics(run.out)[-1],
+            metrics=logged[-1],
         )  # fmt: skip
     finally:
         run.close()

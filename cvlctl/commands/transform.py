@@ -28,6 +28,7 @@ from cvlctl.commands.derive import (
     summary,
 )
 from cvlctl.errors import CvlctlError
+from cvlctl.runs import LABELS_FILE
 from cvlctl.store import Store, open_store
 
 
@@ -188,8 +189,8 @@ def label_store(
         store.require_label(label, "success")
     elif rewards in ("oril", "purl"):
         learned = _learn(rewards, store, examples, seed)
-    elif (Path(rewards) / "labels.safetensors").is_file():
-        learned = _learned_in(Path(rewards) / "labels.safetensors", store, seed)
+    elif (Path(rewards) / LABELS_FILE).is_file():
+        learned = _learned_in(Path(rewards) / LABELS_FILE, store, seed)
     elif rewards != "zeros" and not rewards.endswith(".npy"):
         store.require_label(rewards)
     file = _reward_file(Path(rewards), store) if rewards.endswith(".npy") else learned
