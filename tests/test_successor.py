@@ -19,7 +19,6 @@ from cvlctl.commands import train
 from cvlctl.commands.finetune import finetune
 from cvlctl.losses import successor
 from cvlctl.networks import State
-from cvlctl.runs import read_metrics
 from cvlctl.types import Spec
 
 # --- losses: twins (2, B = 2, d = 2)
@@ -176,26 +175,6 @@ def test_a_seed_trains_alike_alone_and_in_company(algorithm: str, store: Path, t
     assert alone.keys() == together.keys()
     assert all((value[0] - together[key][1]).abs().max() < 1e-5 for key, value in alone.items() if value.dim())
     assert (together["actor.0.weight"][0] - together["actor.0.weight"][1]).abs().max() > 1e-2
-
-
-def test_a_resumed_run_ends_with_the_same_bits(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    run(store, tmp_path / "whole", CONTRASTIVE)
-    save = checkpoints.save
-
-    def save_then_die(path: Path, state: dict, metadata: dict) -> None:
-        save(path, state, metadata)
-        raise KeyboardInterrupt
-
-    for _ in range(2):
-        monkeypatch.setattr(checkpoints, "save", save_then_die)
-        with pytest.raises(KeyboardInterrupt):
-            run(store, tmp_path / "cut", CONTRASTIVE, "checkpoint_seconds=1e-9")
-    monkeypatch.setattr(checkpoints, "save", save)
-    assert run(store, tmp_path / "cut", CONTRASTIVE, "checkpoint_seconds=1e-9")["status"] == "trained"
-    whole, cut = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
-    assert read_metrics(tmp_path / "whole") == read_metrics(tmp_path / "cut")
 
 
 def test_the_step_is_one_graph() -> None:

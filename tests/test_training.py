@@ -60,13 +60,14 @@ def state_of(out: Path) -> dict[str, torch.Tensor]:
     return checkpoints.load(out / "checkpoints" / "last.safetensors")[0]
 
 
-ALL = ["occupancy", "cvl", "cvl-fourier", "laeo", "bc", "goal_conditioned", "goal_conditioned-command"]
+TD = [name for name in ALGORITHMS if name not in ("cvl", "laeo", "bc", "goal_conditioned", "fqe")]  # fqe: test_fqe.py
+ALL = ["occupancy", "cvl", "cvl-fourier", "laeo", "bc", "goal_conditioned", "goal_conditioned-command", *TD]
 
 
 def recipe_of(name: str, store: Path, out: Path, *overrides: str) -> Any:
     if name == "occupancy":
         return load("pretrain", store, out, f"steps: 100, critic: {CRITIC}", *overrides)
-    algorithm = {
+    algorithm = {name: f"{{name: {name}, hidden: [32]}}" for name in TD} | {
         "bc": "{name: bc, hidden: [32]}",
         "goal_conditioned": f"{{name: goal_conditioned, hidden: [32], critic: {CRITIC}}}",
         "goal_conditioned-command": "{name: goal_conditioned, hidden: [32], "
@@ -75,9 +76,9 @@ def recipe_of(name: str, store: Path, out: Path, *overrides: str) -> Any:
         "cvl": f"{{name: cvl, hidden: [32], bank_size: 64, num_actions: 2, critic: {CRITIC}}}",
         "cvl-fourier": "{name: cvl, readout: fourier, num_features: 64, xi_ema_rate: 0.5, hidden: [32], "
         f"critic: {CRITIC}}}",
-    }[name]
+    }
     examples = f", success_examples: {{from: '{store}'}}" if name == "laeo" else ""
-    return load("finetune", store, out, f"steps: 100, algorithm: {algorithm}{examples}", *overrides)
+    return load("finetune", store, out, f"steps: 100, algorithm: {algorithm[name]}{examples}", *overrides)
 
 
 def run(name: str, store: Path, out: Path, *overrides: str) -> dict[str, Any]:
@@ -480,9 +481,10 @@ def test_auto_decides_by_length_and_by_compiler(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(not training.have_compiler(), reason="no C++ compiler")
-def test_compiled_and_eager_steps_agree(store: Path, tmp_path: Path) -> None:
-    run("cvl", store, tmp_path / "eager")
-    run("cvl", store, tmp_path / "compiled", "compile=true")
+@pytest.mark.parametrize("name", ["cvl", *(pytest.param(n, marks=pytest.mark.slow) for n in ALL if n != "cvl")])
+def test_compiled_and_eager_steps_agree(name: str, store: Path, tmp_path: Path) -> None:
+    run(name, store, tmp_path / "eager")
+    run(name, store, tmp_path / "compiled", "compile=true")
     eager, compiled = state_of(tmp_path / "eager"), state_of(tmp_path / "compiled")
     for key, value in eager.items():
         assert (value - compiled[key]).abs().max() < 2e-3, key
