@@ -96,6 +96,8 @@ def configure(settings: Settings) -> None:
     torch.set_num_threads(settings.threads)
     torch.set_float32_matmul_precision("medium" if settings.precision == "medium" else "highest")
     _keep_freed_memory()
+    if settings.compile:
+        torch.compiler.reset()  # an experiment's runs share a process, and torch compiles one function 8 times at most
 
 
 def _keep_freed_memory() -> None:

@@ -490,6 +490,15 @@ def test_compiled_and_eager_steps_agree(name: str, store: Path, tmp_path: Path) 
         assert (value - compiled[key]).abs().max() < 2e-3, key
 
 
+@pytest.mark.skipif(not training.have_compiler(), reason="no C++ compiler")
+def test_any_number_of_compiled_runs_in_one_process(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **{**k, "backend": "eager", "mode": None}))
+    for width in range(8, 18):  # torch's limit is 8 for one function
+        more = ("compile=true", "steps=2", f"algorithm.hidden=[{width}]")
+        assert run("bc", store, tmp_path / str(width), *more)["status"] == "trained"
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", ALL)
