@@ -147,7 +147,7 @@ def ours(method: str, config: Any, data: Data, settings: Settings) -> Contestant
     module = ALGORITHMS[method]
     draws = module.draws(config, SPEC, BATCH)
     state = module.init(config, SPEC, [0], data)
-    programs = train._programs(module, config, settings)
+    programs = training.programs(module, config, settings)
     stream = train.batches(data, draws, [0], 0, 2**40)
 
     def run(updates: int) -> None:

@@ -29,7 +29,7 @@ class Layout(NamedTuple):
     row: Tensor  # (N,) int64: row of the transition's observation and action; the next observation is at row + 1
     last: Tensor  # (N,) int64: row of the final observation of its episode
     terminated: Tensor  # (N,) bool: the episode terminated (it was not cut off)
-    ends: Tensor  # (n,) int64: row of each episode's final observation
+    first: Tensor  # (n,) int64: row of each episode's first observation, ascending
 
 
 def layout(episode_ends: np.ndarray, terminated: np.ndarray, device: torch.device | str = "cpu") -> Layout:
@@ -40,7 +40,7 @@ def layout(episode_ends: np.ndarray, terminated: np.ndarray, device: torch.devic
     row = np.delete(row, ends - 1)
     last = np.repeat(ends - 1, lengths)
     flags = np.repeat(np.asarray(terminated, dtype=bool), lengths)
-    return Layout(*(torch.from_numpy(x).to(device) for x in (row, last, flags, ends - 1)))
+    return Layout(*(torch.from_numpy(x).to(device) for x in (row, last, flags, ends - lengths - 1)))
 
 
 def geometric_offset(u: Tensor, remaining: Tensor, terminated: Tensor, gamma: float) -> Tensor:
@@ -201,9 +201,8 @@ def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | Trans
 
 def _times(data: Data, row: Tensor) -> Tensor:
     """Steps since the episode began, of rows (E, N)."""
-    ends = data.layout.ends
-    first = torch.cat([ends.new_zeros(1), ends[:-1] + 1])
-    return row - first[torch.searchsorted(ends, row)]
+    first = data.layout.first
+    return row - first[torch.searchsorted(first, row, right=True) - 1]
 
 
 def _rows(source: Tensor, index: Tensor) -> Tensor:

@@ -342,6 +342,37 @@ def read_chunk(array: zarr.Array, chunk: Chunk) -> np.ndarray:
         raise _damaged(chunk.store, what, chunk.file) from error
 
 
+class Column:
+    """One array of a store, read chunk by chunk; the last chunk is kept, so that each is read once in ascending order.
+
+    Raises:
+        CvlctlError: the array is missing or of another type, a chunk is damaged, or its values are not legal.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name, self._array = store, name, store._open(name)
+        self._chunks = list(chunks(store.path, name, self._array))
+        self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start, ...) rows."""
+        size = self._array.chunks[0]
+        parts = []
+        for i in range(start // size, (stop - 1) // size + 1):
+            values = self._chunk(i)
+            parts.append(values[max(start - i * size, 0) : stop - i * size])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _chunk(self, i: int) -> np.ndarray:
+        if self._held[0] != i:
+            values = read_chunk(self._array, self._chunks[i])
+            if problem := self._store._problem(self._name, values):
+                what = f"{self._store.path}: {self._chunks[i].name}: {problem}"
+                raise CvlctlError(what, f"`cvlctl data verify {self._store.path}` lists all that is damaged")
+            self._held = (i, values)
+        return self._held[1]
+
+
 def read_array(path: Path, name: str, array: zarr.Array) -> np.ndarray:
     if all(chunk.file.is_file() for chunk in chunks(path, name, array)):
         with contextlib.suppress(Exception):  # all at once, in threads; if that fails, one by one finds the culprit

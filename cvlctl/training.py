@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -182,6 +183,19 @@ def whole_step(step: Program, settings: Settings) -> Program:
     warnings.filterwarnings("ignore", module=r"torch\._inductor")  # its own deprecations are no news to our users
     compiled = torch.no_grad()(torch.compile(step, fullgraph=True, dynamic=False))
     return _captured(compiled) if settings.device.startswith("cuda") else compiled
+
+
+def programs(module: ModuleType, config: Any, settings: Settings) -> list[Program]:
+    """The module's step, or where the actor learns every n-th step alone: n of them, the first of which updates it.
+
+    Update number i, counted from 1, is by programs[i % n].
+    """
+    every = getattr(config, "actor_every", 1)
+    if every == 1:
+        return [whole_step(lambda s, b, n: module.step(config, s, b, n), settings)]
+    both = whole_step(lambda s, b, n: module.step(config, s, b, n, True), settings)
+    critic_alone = whole_step(lambda s, b, n: module.step(config, s, b, n, False), settings)
+    return [both, *[critic_alone] * (every - 1)]
 
 
 def _captured(step: Program) -> Program:

@@ -13,7 +13,7 @@ import torch
 from tabular import MDP, Array
 
 import cvlctl
-from cvlctl import networks, samplers
+from cvlctl import networks, samplers, training
 from cvlctl.algorithms import ALGORITHMS, values
 from cvlctl.commands import train
 from cvlctl.networks import State
@@ -70,7 +70,7 @@ def learn(name: str, config: Any, data: samplers.Data, steps: int, batch_size: i
     """The loop of the commands, without stores, checkpoints and logs."""
     module, spec = ALGORITHMS[name], Spec((data.observation.shape[1],), data.action.shape[1], 100)
     draws, state = module.draws(config, spec, batch_size), module.init(config, spec, [0], data)
-    programs = train._programs(module, config, Settings("cpu", 1, "highest", False))
+    programs = training.programs(module, config, Settings("cpu", 1, "highest", False))
     for step, (indices, noise) in train.batches(data, draws, [0], 0, steps):
         batch = samplers.gather(data, indices, draws)
         state, _ = programs[(step + 1) % len(programs)](state, batch, noise)

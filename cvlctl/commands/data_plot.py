@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cvlctl import files
-from cvlctl.commands.derive import Column, Part, bounds, column_rows
+from cvlctl.commands.derive import Part, bounds, column_rows
 from cvlctl.errors import CvlctlError
-from cvlctl.store import Store, open_store
+from cvlctl.store import Column, Store, open_store
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -269,7 +269,7 @@ def _loop(
     start: int,
 ) -> float:
     draws = module.draws(config, spec, recipe.batch_size)
-    programs = _programs(module, config, settings)
+    programs = training.programs(module, config, settings)
     begin = saved_at = time.monotonic()
     what = f"{metadata['algorithm']} ({len(recipe.seeds)} seeds)"
     with interruptible() as interrupted, Progress(what, recipe.steps, "updates", start) as progress:
@@ -296,16 +296,6 @@ def _loop(
                     say(f"{run.out}: stopped at step {done}; the same command goes on from there")
                     raise KeyboardInterrupt
     return time.monotonic() - begin
-
-
-def _programs(module: ModuleType, config: Any, settings: Settings) -> list[training.Program]:
-    """The step, or where the actor learns every n-th step alone: n of them, the first of which updates it."""
-    every = getattr(config, "actor_every", 1)
-    if every == 1:
-        return [training.whole_step(lambda s, b, n: module.step(config, s, b, n), settings)]
-    both = training.whole_step(lambda s, b, n: module.step(config, s, b, n, True), settings)
-    critic_alone = training.whole_step(lambda s, b, n: module.step(config, s, b, n, False), settings)
-    return [both, *[critic_alone] * (every - 1)]
 
 
 def batches(
