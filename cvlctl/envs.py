@@ -68,6 +68,9 @@ class Env:
         task: full name, such as "metaworld/drawer-close-v3".
         seed: with the episode's number, decides how an episode begins.
         spec: observation shape (O,), action dimensions A, and the time limit in steps.
+        raw: the simulator behind it.
+        begin: what starts episode number n, and returns its first observation; to be replaced where another start is
+            wanted (the parity check's).
     """
 
     def __init__(
@@ -84,8 +87,8 @@ class Env:
         self.task = task
         self.seed = seed
         self.spec = Spec(tuple(raw.observation_space.shape), int(space.shape[0]), horizon)
-        self._raw = raw
-        self._begin = begin
+        self.raw = raw
+        self.begin = begin
         self._has_success = has_success
         self._versions = versions
         self._scale = None if np.all(space.high == 1) and np.all(space.low == -1) else (space.high - space.low) / 2
@@ -95,7 +98,7 @@ class Env:
     def reset(self, episode: int) -> np.ndarray:
         """Begin episode number `episode` (>= 0); returns its first observation (O,), float32."""
         self._step = 0
-        return np.array(self._begin(episode), dtype=np.float32)
+        return np.array(self.begin(episode), dtype=np.float32)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, bool | None]:
         """One step.
@@ -121,7 +124,7 @@ class Env:
             )
         if self._scale is not None:
             action = self._centre + self._scale * action
-        observation, reward, terminated, _, info = self._raw.step(action)
+        observation, reward, terminated, _, info = self.raw.step(action)
         self._step += 1
         truncated = self._step >= self.spec.horizon and not terminated
         if terminated or truncated:
@@ -131,7 +134,7 @@ class Env:
 
     def close(self) -> None:
         """Free what the simulator holds."""
-        self._raw.close()
+        self.raw.close()
 
     def versions(self) -> dict[str, str]:
         """What decides the numbers: package versions and the environment's settings, for provenance."""

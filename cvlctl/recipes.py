@@ -110,6 +110,7 @@ class _Rollouts(_Strict):
 
     episodes: Count | None = None
     transitions: Count | None = None
+    backend: Literal["gymnasium", "envpool"] = "gymnasium"  # what simulates: see docs/datasets.md on their differences
 
     @model_validator(mode="after")
     def _one_measure(self) -> Self:

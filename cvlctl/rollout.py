@@ -53,6 +53,46 @@ class PolicyJob:
     goals: GoalUse | None = None  # for a policy that is told where to go
 
 
+@dataclass(frozen=True)
+class PolicyAct:
+    """A checkpoint playing one episode of at most H steps: (observation (O,), step) -> action (A,)."""
+
+    policy: NumpyPolicy
+    sampling: np.ndarray | None  # (H, A) standard normal; None: greedy
+    noise: np.ndarray  # (H, A), added to the action
+
+    def __call__(self, observation: np.ndarray, step: int) -> np.ndarray:
+        action = self.policy(observation, None if self.sampling is None else self.sampling[step])
+        return np.clip(action + self.noise[step], -1.0, 1.0)
+
+
+def act_together(
+    acts: Sequence[Act | None], observations: np.ndarray, steps: Sequence[int], action_dim: int
+) -> np.ndarray:
+    """Actions (N, A) of N episodes at once: row i for `acts[i]` at `observations[i]` and `steps[i]`; None: zeros.
+
+    A policy answers all rows in one product, those of others too: so what it answers to a row is the same whichever
+    the others are.
+    """
+    actions = np.zeros((len(acts), action_dim), dtype=np.float32)
+    groups: dict[int, dict[int, PolicyAct]] = {}
+    for row, act in enumerate(acts):
+        if isinstance(act, PolicyAct):
+            groups.setdefault(id(act.policy), {})[row] = act
+        elif act is not None:
+            actions[row] = act(observations[row], steps[row])
+    for group in groups.values():
+        sampling, noise = np.zeros_like(actions), np.zeros_like(actions)
+        for row, one in group.items():
+            noise[row] = one.noise[steps[row]]
+            if one.sampling is not None:
+                sampling[row] = one.sampling[steps[row]]
+        answers = one.policy(observations, None if one.sampling is None else sampling)
+        rows = list(group)
+        actions[rows] = np.clip(answers[rows] + noise[rows], -1.0, 1.0)
+    return actions
+
+
 def collect_episode(env: Env, act: Act, episode: int, *, collected_at: int = 0) -> Episode:
     """Episode number `episode` of `env` under `act`, (observation (O,), step) -> action (A,), clipped to [-1, 1]."""
     observations, actions, rewards, successes, terminated = _roll(env, act, episode)

@@ -10,7 +10,7 @@ LAYERS = [
     ["cli", "cli_data", "__main__"],
     ["commands"],
     ["recipes"],
-    ["algorithms", "rollout", "report", "critics", "labellers", "formats"],
+    ["algorithms", "rollout", "envpool_backend", "report", "critics", "labellers", "formats"],
     ["training", "checkpoints", "runs", "scores", "envs", "policies", "workers", "console", "experiments"],
     ["recipefile"],
     ["store", "writer", "networks"],

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cvlctl import envs, files
+from cvlctl import envpool_backend, envs, files
 from cvlctl.commands import collect_sac, measured
 from cvlctl.errors import CvlctlError
-from cvlctl.policies import NumpyPolicy, RandomPolicy, load_policy
+from cvlctl.policies import RandomPolicy, load_policy
 from cvlctl.recipes import (
     BuildManyRecipe,
     BuildRecipe,
@@ -28,7 +28,7 @@ from cvlctl.recipes import (
     built_as,
     resolved,
 )
-from cvlctl.rollout import Outcome, check_fit, collect_episode, in_words, outcome
+from cvlctl.rollout import Outcome, PolicyAct, check_fit, collect_episode, in_words, outcome
 from cvlctl.runs import Progress, say
 from cvlctl.store import Store, open_store
 from cvlctl.types import Episode
@@ -72,11 +72,11 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
     if recipe.out.exists() and not force:
         return finished(recipe)
     env = measured.make_env(recipe, recipe.seed)
-    provenance = {"recipe": plain, "environment": env.versions(), "seeds": [recipe.seed]}
-    open_writer = partial(
-        StoreWriter, recipe.out, task=recipe.task, horizon=env.spec.horizon, provenance=provenance, force=force
-    )
     try:
+        provenance = {"recipe": plain, "environment": _versions(recipe, env), "seeds": [recipe.seed]}
+        open_writer = partial(
+            StoreWriter, recipe.out, task=recipe.task, horizon=env.spec.horizon, provenance=provenance, force=force
+        )
         if isinstance(recipe.source, SacSource):
             store = collect_sac.collect(recipe, recipe.source, env, open_writer, force, progress)
         else:
@@ -118,10 +118,17 @@ def _summary(store: Store, status: str, seconds: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _versions(recipe: BuildRecipe, env: envs.Env) -> dict[str, str]:
+    """What simulates the collection."""
+    other = getattr(recipe.source, "backend", "gymnasium") == "envpool"
+    return envpool_backend.versions(recipe.task) if other else env.versions()
+
+
 def _environment(store: Store) -> str:
     """The task, which names the environment's version, and what simulated it: a score means nothing without."""
     versions = store.provenance.get("environment") or {}
-    packages = [f"{name} {versions[name]}" for name in ("mujoco", "gymnasium", "metaworld") if name in versions]
+    named = ("envpool", "mujoco", "gymnasium", "metaworld")
+    packages = [f"{name} {versions[name]}" for name in named if name in versions]
     return " ".join([store.task, *([f"({', '.join(packages)})"] if packages else [])])
 
 
@@ -158,10 +165,20 @@ def _rolled_out(
     act_of, turns, facts = _actors(source, recipe, env)
     episodes = (source.episodes or 0) * turns
 
-    def roll() -> Iterator[Episode]:
-        while writer.num_transitions < (source.transitions or 0) or writer.num_episodes < episodes:
-            number = writer.num_episodes
+    def in_turn() -> Iterator[Episode]:
+        for number in itertools.count(writer.num_episodes):
             yield collect_episode(env, act_of(number), number, collected_at=writer.num_transitions)
+
+    def at_once() -> Iterator[Episode]:
+        return envpool_backend.collect(
+            env.task, env.spec, env.seed, act_of, first=writer.num_episodes, total=episodes or None,
+            collected_at=writer.num_transitions, threads=None if recipe.threads == "auto" else recipe.threads,
+        )  # fmt: skip
+
+    def roll() -> Iterator[Episode]:
+        found = at_once() if source.backend == "envpool" else in_turn()
+        while writer.num_transitions < (source.transitions or 0) or writer.num_episodes < episodes:
+            yield next(found)
 
     if source.transitions is not None:
         return Plan(roll(), source.transitions, "transitions", facts)
@@ -192,14 +209,10 @@ def _actors(
     def act_of(number: int) -> envs.Act:
         place = number % len(policies) if source.episodes is None else number // source.episodes
         policy = policies[place]
-        act = _greedy(policy) if source.greedy else measured.sampled(policy, env, number)
-        return _noisy(act, source.noise, measured.normal(spec, seed, number, 0))
+        sampling = None if source.greedy else measured.normal(spec, seed, number, 1)
+        return PolicyAct(policy, sampling, np.float32(source.noise) * measured.normal(spec, seed, number, 0))
 
     return act_of, len(policies), facts
-
-
-def _greedy(policy: NumpyPolicy) -> envs.Act:
-    return lambda observation, step: policy(observation)
 
 
 def _noisy(act: envs.Act, scale: float, noise: np.ndarray) -> envs.Act:

@@ -1,0 +1,254 @@
+"""EnvPool as the simulator of a collection: `NUM_SLOTS` environments of one task, stepped by native threads.
+
+Episode number n of a seed is the same whoever collects it, and after whatever: it is start number n div 8 of slot
+n mod 8, each slot has a seed of its own, and a start depends on nothing that was done before it. That is what lets a
+killed collection resume. It is not the same episode as the other simulator's: starts are drawn anew each time, without
+Metaworld's 50 goals. What EnvPool does otherwise than gymnasium, and what is made of it here:
+
+* It hides Metaworld's goal unless told otherwise (`partially_observable=False`).
+* A step past an episode's end is answered by a row of no episode, the next one's first observation (next-step
+  autoreset). Here a slot is reset by name as soon as its episode is over, so such a row never comes.
+* An end on the very step of the time limit counts as a truncation even where the environment ended the episode: its
+  limit is therefore set one step further than ours, which cuts the episode off here.
+* No goal can be commanded: the `-fixed` Fetch tasks are refused.
+* It has a MuJoCo of its own inside, and tasks whose rewards or observations are not the reference's: `DIFFERENT`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cvlctl import envs
+from cvlctl.envs import Act
+from cvlctl.errors import CvlctlError
+from cvlctl.rollout import act_together
+from cvlctl.types import Episode, Spec
+
+NUM_SLOTS = 8  # decides which episodes there are: changing it changes every collection
+
+
+def check(task: str) -> None:
+    """Raises CvlctlError where EnvPool is not installed, or does not have `task`."""
+    _package()
+    envs.check_task(task)
+    if task.endswith("-fixed"):
+        raise CvlctlError(f"EnvPool cannot command {task}'s goal", "use backend: gymnasium for it")
+
+
+def versions(task: str) -> dict[str, str]:
+    """What decides the numbers, for provenance: as `Env.versions` says it of the other simulator.
+
+    Raises:
+        CvlctlError: see `check`.
+    """
+    check(task)
+    found = {"backend": "envpool", "envpool": metadata.version("envpool"), "numpy": metadata.version("numpy")}
+    simulator = _mujoco(task)
+    return found | ({"mujoco": simulator} if simulator else {}) | {"starts": "drawn anew for each episode"}
+
+
+def name_of(task: str) -> str:
+    """What EnvPool calls `task`: metaworld/drawer-close-v3 is MetaWorld/DrawerClose-v3."""
+    prefix, name = task.split("/")
+    if prefix != "metaworld":
+        return name
+    return f"MetaWorld/{''.join(map(str.capitalize, name.removesuffix('-v3').split('-')))}-v3"
+
+
+class Pool:
+    """`NUM_SLOTS` environments of `task`; actions, observations and limits as `envs.Env` has them.
+
+    Args:
+        spec: of the same task's `Env`: its horizon is where `collect` cuts episodes off.
+        threads: None: one for each CPU that this process may use.
+
+    Raises:
+        CvlctlError: see `check`.
+    """
+
+    def __init__(self, task: str, spec: Spec, seed: int, threads: int | None = None) -> None:
+        check(task)
+        options = {"partially_observable": False} if task.startswith("metaworld/") else {}
+        seeds = [int(np.random.SeedSequence([seed, slot]).generate_state(1)[0] >> 1) for slot in range(NUM_SLOTS)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the precision of its bounds
+            self._pool: Any = _package().make_gymnasium(
+                name_of(task),
+                num_envs=NUM_SLOTS,
+                num_threads=min(threads or _cpus(), NUM_SLOTS),
+                env_seed=seeds,
+                max_episode_steps=spec.horizon + 1,
+                **options,
+            )
+            _ = self._pool.observation_space  # made, and warned of, at the first use
+        self.task, self.spec = task, spec
+        action = self._pool.spec.action_array_spec["action"]
+        self._centre, self._scale = (action.maximum + action.minimum) / 2, (action.maximum - action.minimum) / 2
+
+    def reset(self, slots: np.ndarray) -> np.ndarray:
+        """The next start of each of `slots` (k,), ascending; returns first observations (k, O), float32."""
+        return _flat(self._pool.reset(slots.astype(np.int32))[0])
+
+    def step(
+        self, slots: np.ndarray, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+        """One step of each of `slots` (k,), ascending.
+
+        Args:
+            actions: (k, A), clipped to [-1, 1], then scaled to the environment's own bounds.
+
+        Returns:
+            observations (k, O) float32, rewards (k,), terminated (k,), successes (k,) bool (None where the task has no
+            notion of it).
+
+        Raises:
+            CvlctlError: where an action is not finite: a policy gone wrong.
+        """
+        if not np.isfinite(actions).all():
+            raise CvlctlError(
+                f"{self.task}: an action is NaN or infinite",
+                "the policy may have diverged: look at its training metrics",
+            )
+        actions = self._centre + self._scale * np.clip(actions, -1.0, 1.0)
+        observations, rewards, terminated, _, info = self._pool.step(actions, slots.astype(np.int32))
+        success = info.get("success", info.get("is_success"))
+        return _flat(observations), rewards, terminated, None if success is None else success > 0
+
+    def close(self) -> None:
+        """End its threads."""
+        self._pool.close()
+
+
+@dataclass
+class _Played:
+    """The episode that a slot is playing; `act` is None in a slot that has no more to play."""
+
+    number: int
+    act: Act | None
+    observations: list[np.ndarray]
+    actions: list[np.ndarray] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    successes: list[bool] = field(default_factory=list)
+    terminated: bool = False
+
+
+def collect(
+    task: str,
+    spec: Spec,
+    seed: int,
+    act_of: Callable[[int], Act],
+    *,
+    first: int = 0,
+    total: int | None = None,
+    collected_at: int = 0,
+    threads: int | None = None,
+) -> Iterator[Episode]:
+    """Whole episodes number `first`, `first` + 1, ... in this order: each one that is begun, however long it takes.
+
+    Args:
+        act_of: from an episode's number to what acts in it.
+        total: the number of the first that is not wanted; None: no end.
+        collected_at: environment steps of the episodes before `first`.
+
+    Raises:
+        CvlctlError: see `check` and `Pool.step`.
+    """
+
+    def begin(number: int, observation: np.ndarray) -> _Played:
+        return _Played(number, act_of(number) if total is None or number < total else None, [observation])
+
+    slots, over = np.arange(NUM_SLOTS), dict[int, _Played]()
+    rounds, ahead = divmod(first, NUM_SLOTS)
+    with closing(Pool(task, spec, seed, threads)) as pool:
+        for _ in range(rounds):  # the starts of episodes that are there already
+            pool.reset(slots)
+        starts = pool.reset(slots)
+        if ahead:
+            starts[:ahead] = pool.reset(slots[:ahead])
+        numbers = slots + NUM_SLOTS * (rounds + (slots < ahead))
+        playing = [begin(number, start) for number, start in zip(numbers.tolist(), starts, strict=True)]
+        while total is None or first < total:
+            ended = _step(pool, playing)
+            if len(ended):
+                for slot, start in zip(ended, pool.reset(ended), strict=True):
+                    over[playing[slot].number] = playing[slot]
+                    playing[slot] = begin(playing[slot].number + NUM_SLOTS, start)
+            while first in over:
+                episode = _episode(over.pop(first), task, seed, collected_at)
+                first, collected_at = first + 1, collected_at + len(episode)
+                yield episode
+
+
+def _step(pool: Pool, playing: Sequence[_Played]) -> np.ndarray:
+    """One step of every slot that plays; returns those whose episode is over now, ascending."""
+    slots = np.flatnonzero([played.act is not None for played in playing])
+    observations = np.stack([played.observations[-1] for played in playing])
+    acts, times = [played.act for played in playing], [len(played.actions) for played in playing]
+    actions = np.clip(act_together(acts, observations, times, pool.spec.action_dim), -1.0, 1.0)
+    observations, rewards, terminated, successes = pool.step(slots, actions[slots])
+    ended = []
+    for row, slot in enumerate(slots.tolist()):
+        played = playing[slot]
+        played.observations.append(observations[row])
+        played.actions.append(actions[slot])
+        played.rewards.append(rewards[row])
+        if successes is not None:
+            played.successes.append(successes[row])
+        played.terminated = bool(terminated[row])
+        if played.terminated or len(played.actions) >= pool.spec.horizon:
+            ended.append(slot)
+    return np.array(ended, dtype=int)
+
+
+def _episode(played: _Played, task: str, seed: int, collected_at: int) -> Episode:
+    return Episode(
+        observations=np.stack(played.observations),
+        actions=np.stack(played.actions),
+        rewards=np.array(played.rewards, dtype=np.float32),
+        successes=np.array(played.successes, dtype=bool) if played.successes else None,
+        terminated=played.terminated,
+        task=task,
+        collected_at=collected_at,
+        seed=seed,
+    )
+
+
+def _flat(observation: Any) -> np.ndarray:
+    """Fetch's as `envs` has them: the robot's state, then the commanded goal."""
+    if isinstance(observation, dict):
+        observation = np.concatenate([observation["observation"], observation["desired_goal"]], axis=-1)
+    return np.array(observation, dtype=np.float32)
+
+
+def _package() -> Any:
+    try:
+        import envpool
+    except ImportError as error:
+        what = "backend: envpool, and EnvPool cannot be imported: " + str(error)
+        raise CvlctlError(what, "install it: pip install 'cvlctl[envpool]'") from error
+    return envpool
+
+
+def _mujoco(task: str) -> str | None:
+    """The version of the MuJoCo that EnvPool has inside, asked of its library; None: the task has none, or it hides."""
+    if task in ("gym/Pendulum-v1", "gym/MountainCarContinuous-v0"):
+        return None
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(str(Path(_package().__file__).parent / "mujoco" / "robotics_envpool.so"))
+        library.mj_versionString.restype = ctypes.c_char_p
+        return library.mj_versionString().decode()
+    return None
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
