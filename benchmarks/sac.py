@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from critic import measure
 
-from cvlctl import envs, training
+from cvlctl import envs, replay, training
 from cvlctl.algorithms import sac
 from cvlctl.rollout import EVALUATION_SEED, collect_episode
 from cvlctl.types import Episode, Spec
@@ -95,20 +95,20 @@ def ours(compiled: bool, threads: int) -> Callable[[int], None]:
     config = sac.Config()
     state = sac.init(config, SPEC, [0])
     program = training.whole_step(partial(sac.step, config), settings)
-    replay = sac.Replay(FILLED, SPEC)
+    buffer, wanted = replay.Replay(FILLED, SPEC), sac.draws(config, SPEC, 256)
     rng = np.random.default_rng(0)
     for _ in range(FILLED):
         o, o2 = rng.standard_normal((2, *SPEC.observation_shape), dtype=np.float32)
-        replay.add(o, rng.uniform(-1, 1, SPEC.action_dim), 0.0, False, o2)
-    frame, draws = 0, sac.draw(config, SPEC, [0], 0)
+        buffer.add(o, rng.uniform(-1, 1, SPEC.action_dim), 0.0, False, o2)
+    frame, draws = 0, replay.draw("sac", wanted, SPEC, [0], 0)
 
     def run(updates: int) -> None:
         nonlocal frame, draws
         training.configure(settings)
         for _ in range(updates):
-            if frame % sac.BLOCK == 0:
-                draws = sac.draw(config, SPEC, [0], frame // sac.BLOCK)
-            program(state, *draws.batch(frame % sac.BLOCK, replay, config.gamma))
+            if frame % replay.BLOCK == 0:
+                draws = replay.draw("sac", wanted, SPEC, [0], frame // replay.BLOCK)
+            program(state, *draws.batch(frame % replay.BLOCK, buffer, config.gamma))
             frame += 1
 
     return run

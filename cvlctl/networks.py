@@ -84,6 +84,11 @@ def normaliser_init(seeds: Sequence[int], mean: Tensor, std: Tensor) -> State:
     }
 
 
+def no_normaliser(seeds: Sequence[int], observation_dim: int) -> State:
+    """Observations as they are, but for the clip: where there are no data yet to take statistics of."""
+    return normaliser_init(seeds, torch.zeros(observation_dim), torch.ones(observation_dim))
+
+
 def normaliser_of(seeds: Sequence[int], observation: Tensor) -> State:
     """The normaliser of all rows (rows, O), on the CPU."""
     mean, std = observation_statistics(observation)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from cvlctl import envs, experiments, labellers, recipefile
-from cvlctl.algorithms import ALGORITHMS, occupancy
+from cvlctl.algorithms import ALGORITHMS, ONLINE, occupancy
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments import text_of
 from cvlctl.labellers import LABELLERS
@@ -91,10 +91,12 @@ class _Strict(BaseModel):
 # --- build-dataset
 
 
-class SacSource(_Strict):
-    """Soft actor-critic; its replay buffer is the dataset. `steps` are environment steps, with one update each."""
+class OnlineSource(_Strict):
+    """An online learner; its replay buffer is the dataset. `steps` are environment steps, with one update each."""
 
-    name: Literal["sac"]
+    title: ClassVar[str]  # in messages
+
+    name: str
     steps: Steps
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (256, 256)
     batch_size: Annotated[Count, Field(ge=2)] = 256
@@ -103,6 +105,59 @@ class SacSource(_Strict):
     learning_rate: Rate = 3e-4
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.99
     policy_every_steps: Count | None = None  # policy checkpoints kept along the way; None: ten of them
+
+    @property
+    def config(self) -> Any:
+        """The learner's own Config: the source's keys, and its defaults where the source has none."""
+        config = ONLINE[self.name].Config
+        return config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(config) if hasattr(self, f.name)})
+
+    @model_validator(mode="after")
+    def _check_config(self) -> Self:
+        _ = self.config  # raises ValueError
+        return self
+
+
+class SacSource(OnlineSource):
+    """Soft actor-critic."""
+
+    title: ClassVar[str] = "SAC"
+
+    name: Literal["sac"]
+
+
+class ContrastiveSource(OnlineSource):
+    """Contrastive actor-critic, or with `gate: none` TD3: a deterministic policy, collected with Gaussian noise on it.
+
+    The other keys are those of the algorithm's Config.
+    """
+
+    title: ClassVar[str] = "contrastive actor-critic"
+
+    name: Literal["contrastive_ac"]
+    exploration_noise: Noise = 0.1  # standard deviation
+
+
+def _fields_of(config: Any, besides: Container[str] = ()) -> dict[str, Any]:
+    """The fields of a Config as those of a model."""
+    hints = get_type_hints(config)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        factory: Any = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else Field(default_factory=factory)
+        if field.name not in besides:
+            fields[field.name] = (hints[field.name], default)
+    return fields
+
+
+if TYPE_CHECKING:
+    _Contrastive = ContrastiveSource
+else:
+    _Contrastive = create_model(
+        "contrastive_source",
+        __base__=ContrastiveSource,
+        **_fields_of(ONLINE["contrastive_ac"].Config, besides=ContrastiveSource.model_fields),
+    )
 
 
 class _Rollouts(_Strict):
@@ -133,12 +188,12 @@ class ScriptedSource(_Rollouts):
 
 
 class Reaching(_Strict):
-    """A checkpoint of a SAC collection: the first with a mean return of at least `reaches` times that of the last.
+    """A checkpoint of an online collection: the first with a mean return of at least `reaches` times that of the last.
 
     Each is measured over `episodes` episodes of sampled actions, whose starts are apart from those of any collection.
     """
 
-    run: Path  # the policies beside a store of `source: {name: sac}`
+    run: Path  # the policies beside a store of `source: {name: sac}` or contrastive_ac
     reaches: Share
     episodes: Count = 10
 
@@ -157,14 +212,14 @@ class PolicySource(_Rollouts):
 
 
 class MixSource(_Strict):
-    """Rolls out checkpoints of a SAC collection so that a share `success_rate` of the episodes succeeds.
+    """Rolls out checkpoints of an online collection so that a share `success_rate` of the episodes succeeds.
 
     Every checkpoint's rate is measured first; the checkpoint of each episode is then chosen by what the episodes so far
     lack, and every episode is kept. It is an error where the share ends further than `tolerance` from the request.
     """
 
     name: Literal["mix"]
-    run: Path  # the policies beside a store of `source: {name: sac}`
+    run: Path  # the policies beside a store of `source: {name: sac}` or contrastive_ac
     success_rate: Annotated[float, BeforeValidator(_not_bool), Field(gt=0, lt=1)]
     episodes: Count
     tolerance: Rate = 0.025
@@ -194,7 +249,8 @@ class BuildRecipe(_Computed):
 
     task: Annotated[str, AfterValidator(_known_task)]
     source: Annotated[
-        SacSource | RandomSource | ScriptedSource | PolicySource | MixSource | StoresSource, Field(discriminator="name")
+        SacSource | _Contrastive | RandomSource | ScriptedSource | PolicySource | MixSource | StoresSource,
+        Field(discriminator="name"),
     ]
     out: Out
     seed: Seed = 0
@@ -328,13 +384,7 @@ class AlgorithmUse(_Strict):
 
 
 def _algorithm_model(name: str) -> type[AlgorithmUse]:
-    config = ALGORITHMS[name].Config
-    hints = get_type_hints(config)
-    fields: dict[str, Any] = {"name": (Literal[name], ...)}
-    for field in dataclasses.fields(config):
-        factory: Any = field.default_factory
-        default = field.default if factory is dataclasses.MISSING else Field(default_factory=factory)
-        fields[field.name] = (hints[field.name], default)
+    fields = {"name": (Literal[name], ...), **_fields_of(ALGORITHMS[name].Config)}
     return create_model(f"{name}_algorithm", __base__=AlgorithmUse, **fields)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,23 @@ import numpy as np
 import pytest
 import torch
 
-from cvlctl import checkpoints, envs, networks
-from cvlctl.algorithms import sac
+from cvlctl import checkpoints, envs, networks, replay, samplers
+from cvlctl.algorithms import contrastive_ac, sac
 from cvlctl.commands import build_dataset, measured
 from cvlctl.commands.build_dataset import build
-from cvlctl.commands.collect_sac import acting, policies_dir
+from cvlctl.commands.collect import acting, policies_dir
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import load_policy
-from cvlctl.recipes import BuildRecipe, resolved
+from cvlctl.recipes import BuildRecipe, load, resolved
 from cvlctl.runs import read_metrics, read_run
 from cvlctl.store import Store, open_store, verify_store
 from cvlctl.types import Spec
 from cvlctl.writer import StoreWriter
 
 PENDULUM = "gym/Pendulum-v1"
+SPEC = Spec((3,), 1, 200)  # Pendulum's
 SAC = {"name": "sac", "steps": 650, "learning_starts": 40, "hidden": [16], "batch_size": 16, "policy_every_steps": 300}
+CONTRASTIVE = SAC | {"name": "contrastive_ac", "steps": 450, "learning_starts": 240}
 
 
 def recipe_for(out: Path, source: dict[str, Any] | None = None, **more: Any) -> BuildRecipe:
@@ -110,13 +113,13 @@ class Killed(Exception):
     pass
 
 
-def die_in_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def die_in_step(monkeypatch: pytest.MonkeyPatch, number: int = 477) -> None:
     before, calls = envs.Env.step, 0
 
     def step(self: envs.Env, action: np.ndarray) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 477:
+        if calls == number:
             raise Killed
         return before(self, action)
 
@@ -178,6 +181,111 @@ def test_killed_and_resumed_equals_uninterrupted(
     ours, theirs = (checkpoints.load(policies_dir(p) / "checkpoints" / "last.safetensors")[0] for p in (out, built[0]))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not list((policies_dir(out) / "checkpoints").glob("episodes-*"))
+
+
+@pytest.fixture(scope="module")
+def contrastive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("contrastive") / "pendulum.zarr"
+    build(recipe_for(out, CONTRASTIVE))
+    return out
+
+
+@pytest.mark.parametrize(("calls", "frame"), [(230, 200), (430, 400)])  # before learning starts, and after
+def test_contrastive_killed_and_resumed_equals_uninterrupted(
+    calls: int, frame: int, contrastive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "pendulum.zarr"
+    with monkeypatch.context() as patched:
+        die_in_step(patched, calls)
+        with pytest.raises(Killed):
+            build(recipe_for(out, CONTRASTIVE))
+    build(recipe_for(out, CONTRASTIVE))
+    assert f"resuming at frame {frame}" in capsys.readouterr().err
+    resumed, whole = open_store(out), open_store(contrastive)
+    assert resumed.digest() == whole.digest() and resumed.label_digest() == whole.label_digest()
+    assert read_metrics(policies_dir(out)) == read_metrics(policies_dir(contrastive))  # reward scale and all
+    ours, theirs = (
+        checkpoints.load(policies_dir(p) / "checkpoints" / "last.safetensors")[0] for p in (out, contrastive)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_contrastive_acts_with_gaussian_noise_on_the_greedy_action(tmp_path: Path) -> None:
+    """With a policy that stays as it is: frame by frame clip(tanh(mean) + 0.1 n), not a sample of the tanh-Gaussian."""
+    out, source = tmp_path / "still.zarr", CONTRASTIVE | {"learning_rate": 1e-30, "steps": 400, "learning_starts": 60}
+    build(recipe_for(out, source))
+    wanted = samplers.Draws(batch_size=1)
+    noise = np.concatenate([replay.draw("contrastive_ac", wanted, SPEC, [0], i).exploration for i in range(7)])[:400]
+    store, policy = open_store(out), load_policy(policies_dir(out))
+    observations = np.concatenate([episode.observations[:-1] for episode in store.episodes()])
+    actions = np.concatenate([episode.actions for episode in store.episodes()])
+    greedy = policy(observations)
+    expected = np.clip(greedy + 0.1 * noise, -1, 1)
+    np.testing.assert_allclose(actions[60:], expected[60:], atol=1e-5)
+    assert 0.08 < (actions - greedy)[60:].std() < 0.12
+    assert 0.4 < actions[:60].std() < 0.7 and np.abs(actions[:60] - expected[:60]).mean() > 0.3  # random until then
+    build(recipe_for(tmp_path / "calm.zarr", source | {"exploration_noise": 0.0, "steps": 100}))
+    (calm,) = open_store(tmp_path / "calm.zarr").episodes()
+    np.testing.assert_allclose(calm.actions[60:], policy(calm.observations[60:-1]), atol=1e-5)
+
+
+def test_contrastive_policies_are_those_of_any_other_source(contrastive: Path, tmp_path: Path) -> None:
+    folder = policies_dir(contrastive)
+    source = {"name": "policy", "checkpoints": [str(folder)], "episodes": 1}
+    build(recipe_for(tmp_path / "p.zarr", source))
+    (episode,) = open_store(tmp_path / "p.zarr").episodes()
+    aside = episode.actions - load_policy(folder, 0)(episode.observations[:-1])
+    assert 0.05 < aside.std() < 0.15  # a sample is about what the collection did: no loss moves the actor's own head
+    steps = [one.step for one in measured.checkpoints_of(folder, envs.make(PENDULUM, 0))]
+    assert steps == [300, 450]
+    record = read_run(folder)
+    offline = record["recipe"] | {"algorithm": {"name": "contrastive_ac"}}
+    (tmp_path / "finetuned").mkdir()
+    (tmp_path / "finetuned" / "run.json").write_text(json.dumps(record | {"recipe": offline}))
+    with pytest.raises(CvlctlError, match="finished online"):
+        measured.checkpoints_of(tmp_path / "finetuned", envs.make(PENDULUM, 0))
+
+
+def test_contrastive_store_says_where_it_comes_from(contrastive: Path) -> None:
+    store, run = open_store(contrastive), read_run(policies_dir(contrastive))
+    assert store.attributes["collector"]["contrastive_ac"]["gate"] == "contrastive"
+    assert store.provenance["recipe"]["source"]["exploration_noise"] == 0.1
+    assert (run["status"], run["algorithm"], run["steps"]) == ("finished", "contrastive_ac", 450)
+    rows = read_metrics(policies_dir(contrastive))
+    assert "critic/td" not in rows[0] and {"critic/td", "actor/q", "gate/action"} <= rows[1].keys() == rows[2].keys()
+
+
+def test_a_delayed_actor_learns_every_second_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, before = [], contrastive_ac.step
+
+    def step(*args: Any) -> Any:
+        seen.append(args[-1])
+        return before(*args)
+
+    monkeypatch.setattr(contrastive_ac, "step", step)
+    build(recipe_for(tmp_path / "x.zarr", CONTRASTIVE | {"steps": 49, "learning_starts": 40, "actor_every": 3}))
+    assert seen == [False, False, True] * 3
+
+
+@pytest.mark.parametrize(
+    "more", [{"name": "sac"}, {"name": "contrastive_ac"}, {"name": "contrastive_ac", "gate": "none"}]
+)
+def test_online_learners_learn(one_step: None, tmp_path: Path, more: dict[str, Any]) -> None:
+    """A step pays 1 + the action: 3 an episode at random, 6 at best."""
+    source = {
+        "steps": 600,
+        "learning_starts": 60,
+        "hidden": [32],
+        "batch_size": 64,
+        "learning_rate": 3e-3,
+        "gamma": 0.5,
+    }
+    build(recipe_for(tmp_path / "x.zarr", source | more, checkpoint_seconds=60))
+    store = open_store(tmp_path / "x.zarr")
+    returns = np.add.reduceat(store.rewards(), np.append(0, store.episode_ends()[:-1]))
+    assert abs(returns[:20].mean() - 3) < 0.7 and returns[-20:].mean() > 5
+    gated = "contrastive_ac" in store.attributes["collector"] and "gate" not in more
+    assert ("gate/action" in read_metrics(policies_dir(tmp_path / "x.zarr"))[-1]) == gated
 
 
 def test_damaged_learner_starts_over(
@@ -405,7 +513,7 @@ def test_mix_says_why_not(one_step: None, tmp_path: Path) -> None:
     with pytest.raises(CvlctlError, match=r"no mix .* 47\.5%.* 0% at 10"):
         build(recipe_for(tmp_path / "x.zarr", source, horizon=1))
     unfinished = agent(tmp_path / "more.policies", BIASES, status="started")
-    with pytest.raises(CvlctlError, match="finished SAC"):
+    with pytest.raises(CvlctlError, match="finished online"):
         build(recipe_for(tmp_path / "x.zarr", source | {"run": str(unfinished)}))
     few = MIX | {"run": str(agent(tmp_path / "b.policies", BIASES)), "episodes": 3, "tolerance": 0.01}
     with pytest.raises(CvlctlError, match=r"of 3 episodes succeed, 47\.5% asked for"):
@@ -492,6 +600,23 @@ def test_a_store_of_an_earlier_version_is_still_of_its_recipe(tmp_path: Path) ->
     del recorded["horizon"], recorded["source"]["transitions"]  # keys that came later
     attributes.write_text(json.dumps(text))
     assert build(recipe)["status"] == "finished already"
+
+
+@pytest.mark.parametrize(
+    ("source", "what", "hint"),
+    [
+        ("{name: contrastive_ac, steps: 9, gat: none}", "unknown key source.gat", "did you mean gate"),
+        ("{name: contrastive_ac, steps: 9, gate: off}", "expected 'contrastive', 'actor' or 'none'", ""),
+        ("{name: contrastive_ac, steps: 9, slack: 0}", "slack must be above 0", ""),
+        ("{name: contrastive, steps: 9}", "unknown name 'contrastive'", "did you mean contrastive_ac"),
+        ("{name: sac, steps: 9, gate: none}", "unknown key source.gate", "legal keys here: batch_size, gamma"),
+    ],
+)
+def test_wrong_keys_of_online_sources(tmp_path: Path, source: str, what: str, hint: str) -> None:
+    (tmp_path / "r.yaml").write_text(f"task: {PENDULUM}\nout: {tmp_path}/x.zarr\nsource: {source}\n")
+    with pytest.raises(CvlctlError, match=re.escape(what)) as caught:
+        load(tmp_path / "r.yaml")
+    assert hint in caught.value.hint
 
 
 def test_how_much_is_rolled_out() -> None:

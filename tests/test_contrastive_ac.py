@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvlctl import networks, samplers
+from cvlctl import networks, samplers, training
 from cvlctl.algorithms import actors, contrastive_ac, values
 from cvlctl.commands.train import batches
 from cvlctl.losses import support, td
@@ -413,6 +413,78 @@ def test_ablations_train_what_they_need(gate: str) -> None:
     state = trained(bandit(), gate, 4)
     assert ("of_action.0.weight" in state) == (gate == "actor")
     assert "value.0.weight" not in state
+
+
+# --- online
+
+
+def test_online_starts_without_data() -> None:
+    config, spec = contrastive_ac.Config(hidden=(8, 8)), Spec((3,), 2, 10)
+    state = contrastive_ac.init_online(config, spec, [0, 1], 0.1)
+    offline = contrastive_ac.init(contrastive_ac.Config(hidden=(8, 8)), Spec((1,), 1, 20), [0, 1], bandit())
+    assert state.keys() == offline.keys()
+    assert torch.equal(networks.normalise(state, torch.full((2, 1, 3), 7.0)), torch.full((2, 1, 3), 7.0))
+    for params in (state, actors.target(state)):
+        _, log_std = networks.actor(params, torch.randn(2, 5, 3))
+        torch.testing.assert_close(log_std.exp(), torch.full((2, 5, 2), 0.1))
+    _, log_std = networks.actor(contrastive_ac.init_online(config, spec, [0], 0.0), torch.randn(1, 5, 3))
+    assert (log_std == networks.LOG_STD_MIN).all()
+
+
+def test_rewards_are_scaled_by_the_first_ones_and_never_blown_up() -> None:
+    config, spec = contrastive_ac.Config(gamma=0.9, hidden=(8,)), Spec((3,), 2, 10)
+    for rewards, scale in (([3.0, -4.0], 0.1 / math.sqrt(12.5)), ([0.0, 0.01], 1.0), ([0.0, 0.0], 1.0), ([], 1.0)):
+        state = contrastive_ac.init_online(config, spec, [0, 1], 0.1)
+        held = state["reward_scale"]
+        contrastive_ac.scale_rewards(config, state, torch.tensor(rewards))
+        assert held.tolist() == [[pytest.approx(scale)]] * 2  # in place
+
+
+def test_without_the_gate_it_is_td3() -> None:
+    """Against autograd and torch.optim, delayed actor and all."""
+    config, spec = contrastive_ac.Config(gate="none", hidden=(16,), learning_rate=1e-3), Spec((3,), 2, 10)
+    state = contrastive_ac.init_online(config, spec, [3], 0.1)
+
+    def net(name: str, *twin: int) -> list[Tensor]:
+        picked = [state[f"{name}.{i}.{part}"][(0, *twin)] for i in range(2) for part in ("weight", "bias")]
+        return [p.clone().requires_grad_() for p in picked]
+
+    def apply(weights: list[Tensor], *x: Tensor) -> Tensor:
+        return torch.relu(torch.cat(x, -1) @ weights[0] + weights[1]) @ weights[2] + weights[3]
+
+    actor, target_actor = net("actor"), net("target/actor")
+    critics, targets = ([net(f"{name}critic", i) for i in range(2)] for name in ("", "target/"))
+    of_actor, of_critics = (torch.optim.Adam(weights, lr=1e-3) for weights in (actor, critics[0] + critics[1]))
+    g = torch.Generator().manual_seed(0)
+    programs = training.programs(contrastive_ac, config, training.Settings("cpu", 1, "float32", False))
+    for update in range(1, 6):
+        o, o2, r = (torch.randn(8, n, generator=g) for n in (3, 3, 1))
+        a, n = torch.rand(8, 2, generator=g) * 2 - 1, torch.randn(8, 2, generator=g)
+        discount = 0.99 * (torch.rand(8, 1, generator=g) < 0.7)
+        batch = TransitionBatch(*(x[None] for x in (o, a, r[:, 0], discount[:, 0], o2)))
+        state, _ = programs[update % 2](state, batch, {"next_action": n[None]})
+        with torch.no_grad():
+            smoothed = (torch.tanh(apply(target_actor, o2)[:, :2]) + (0.2 * n).clamp(-0.5, 0.5)).clamp(-1, 1)
+            y = r + discount * torch.minimum(*(apply(t, o2, smoothed) for t in targets))
+        of_critics.zero_grad()
+        (0.5 * sum((apply(c, o, a) - y).square().mean() for c in critics)).backward()  # type: ignore[union-attr]
+        of_critics.step()
+        if update % 2 == 0:
+            q = apply(critics[0], o, torch.tanh(apply(actor, o)[:, :2]))
+            of_actor.zero_grad()
+            (-2.5 * q / q.detach().abs().mean()).mean().backward()
+            of_actor.step()
+            with torch.no_grad():
+                for average, weights in ((target_actor, actor), *zip(targets, critics, strict=True)):
+                    for old, new in zip(average, weights, strict=True):
+                        old.lerp_(new, 0.005)
+    for name, ours in (("actor", actor), ("target/actor", target_actor)):
+        for theirs, found in zip(net(name), ours, strict=True):
+            torch.testing.assert_close(theirs, found, atol=1e-6, rtol=1e-5)
+    for i in range(2):
+        for name, found in (("critic", critics[i]), ("target/critic", targets[i])):
+            for one, other in zip(net(name, i), found, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
 BAD = [("gamma", 1.0), ("shuffled_share", 0.6), ("floor_quantile", -0.1), ("curriculum_steps", 0), ("near", -1.0)]

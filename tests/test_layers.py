@@ -13,7 +13,7 @@ LAYERS = [
     ["algorithms", "rollout", "envpool_backend", "report", "critics", "labellers", "formats"],
     ["training", "checkpoints", "runs", "scores", "envs", "policies", "workers", "console", "experiments"],
     ["recipefile"],
-    ["store", "writer", "networks"],
+    ["store", "writer", "networks", "replay"],
     ["losses", "samplers"],
     ["types"],
     ["files"],

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvlctl import networks, training
+from cvlctl import networks, replay, samplers, training
 from cvlctl.algorithms import sac, values
 from cvlctl.types import Spec, TransitionBatch
 
 SPEC = Spec((3,), 2, 10)
-CONFIG = sac.Config(hidden=(16, 16), batch_size=8)
+CONFIG, BATCH = sac.Config(hidden=(16, 16)), 8
+DRAWS = sac.draws(CONFIG, SPEC, BATCH)
 EAGER = training.Settings("cpu", 1, "float32", False)
 
 
@@ -26,7 +27,7 @@ def _one_thread() -> None:
 
 def random_batch(seed: int, members: int = 1) -> tuple[TransitionBatch, dict[str, Tensor]]:
     g = torch.Generator().manual_seed(seed)
-    n = CONFIG.batch_size
+    n = BATCH
     batch = TransitionBatch(
         observation=torch.randn(members, n, 3, generator=g),
         action=torch.rand(members, n, 2, generator=g) * 2 - 1,
@@ -131,7 +132,7 @@ def test_members_learn_alike_alone_and_in_company() -> None:
 def test_compiled_update_equals_the_eager_one() -> None:
     if not training.have_compiler():
         pytest.skip("no C++ compiler")
-    settings, config = training.Settings("cpu", 1, "float32", True), sac.Config(hidden=(16,), batch_size=8)
+    settings, config = training.Settings("cpu", 1, "float32", True), sac.Config(hidden=(16,))
     states = [sac.init(config, SPEC, [0]) for _ in range(2)]
     programs = [training.whole_step(lambda s, b, n: sac.step(config, s, b, n), s) for s in (EAGER, settings)]
     held = states[1]["actor.0.weight"]
@@ -145,12 +146,12 @@ def test_compiled_update_equals_the_eager_one() -> None:
 
 
 def test_replay_gives_back_what_was_added() -> None:
-    replay = sac.Replay(4, SPEC)
+    buffer = replay.Replay(4, SPEC)
     rng = np.random.default_rng(0)
     rows = [(rng.normal(size=3), rng.normal(size=2), float(i), i == 2, rng.normal(size=3)) for i in range(4)]
     for row in rows:
-        replay.add(*row)
-    batch = replay.gather(torch.tensor([[2, 0, 3]]), gamma=0.9, device="cpu")
+        buffer.add(*row)
+    batch = buffer.gather(torch.tensor([[2, 0, 3]]), gamma=0.9, device="cpu")
     assert batch.reward.tolist() == [[2.0, 0.0, 3.0]]
     assert batch.discount.tolist() == [pytest.approx([0.0, 0.9, 0.9])]  # 2 terminated
     for place, i in enumerate((2, 0, 3)):
@@ -160,25 +161,39 @@ def test_replay_gives_back_what_was_added() -> None:
 
 
 def test_draws_are_a_function_of_seed_and_block() -> None:
-    first, again = sac.draw(CONFIG, SPEC, [7], 3), sac.draw(CONFIG, SPEC, [7], 3)
-    for name in sac.Draws._fields:
-        assert np.array_equal(getattr(first, name), getattr(again, name))
-    assert not torch.equal(sac.draw(CONFIG, SPEC, [7], 4).place, first.place)
-    company = sac.draw(CONFIG, SPEC, [0, 7], 3)
-    assert torch.equal(company.place[:, 1:], first.place) and torch.equal(company.action[:, 1:], first.action)
-    assert not torch.equal(first.action, first.next_action)
+    first, again = (replay.draw("sac", DRAWS, SPEC, [7], 3) for _ in range(2))
+    for ours, theirs in zip((*first[:3], *first.noise.values()), (*again[:3], *again.noise.values()), strict=True):
+        assert np.array_equal(ours, theirs)
+    assert not torch.equal(replay.draw("sac", DRAWS, SPEC, [7], 4).place, first.place)
+    company = replay.draw("sac", DRAWS, SPEC, [0, 7], 3)
+    assert torch.equal(company.place[:, 1:], first.place)
+    assert torch.equal(company.noise["action"][:, 1:], first.noise["action"])
+    assert not torch.equal(first.noise["action"], first.noise["next_action"])
+
+
+def test_draws_of_a_seed_stay_as_they_were() -> None:
+    """Stores on disk were drawn so: uniform action, exploration, then place, action, next_action of one generator."""
+    drawn = replay.draw("sac", DRAWS, SPEC, [7], 3)
+    g = samplers.generator(7, "sac/act", 3)
+    uniform = 2 * torch.rand(64, 2, generator=g) - 1
+    assert np.array_equal(drawn.uniform_action, uniform)
+    assert np.array_equal(drawn.exploration, torch.randn(64, 2, generator=g))
+    g = samplers.generator(7, "sac/batch", 3)
+    assert torch.equal(drawn.place[:, 0], torch.rand(64, 8, generator=g, dtype=torch.float64))
+    for name in ("action", "next_action"):
+        assert torch.equal(drawn.noise[name][:, 0], torch.randn(64, 8, 2, generator=g))
 
 
 def test_batches_are_uniform_over_what_is_there() -> None:
-    replay = sac.Replay(10, SPEC)
+    buffer = replay.Replay(10, SPEC)
     for i in range(5):  # half full: the empty half must never be drawn
-        replay.add(np.full(3, i), np.zeros(2), float(i), False, np.zeros(3))
-    config = sac.Config(batch_size=256)
+        buffer.add(np.full(3, i), np.zeros(2), float(i), False, np.zeros(3))
+    wanted = sac.draws(CONFIG, SPEC, 256)
     counts = np.zeros(5)
     for block in range(2):
-        draws = sac.draw(config, SPEC, [0], block)
-        for i in range(sac.BLOCK):
-            batch, _ = draws.batch(i, replay, 0.9)
+        draws = replay.draw("sac", wanted, SPEC, [0], block)
+        for i in range(replay.BLOCK):
+            batch, _ = draws.batch(i, buffer, 0.9)
             counts += np.bincount(batch.reward.flatten().int().numpy(), minlength=5)
     expected = counts.sum() / 5
     assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi-square, 4 degrees of freedom: p = 0.001
@@ -186,7 +201,7 @@ def test_batches_are_uniform_over_what_is_there() -> None:
 
 def test_learns_a_task_of_one_step() -> None:
     """Reward -(a - 0.6)^2 - (a' + 0.3)^2, then the end: the greedy action is (0.6, -0.3), and Q the reward alone."""
-    config = sac.Config(hidden=(32, 32), batch_size=64, learning_rate=3e-3, target_entropy=-6.0)
+    config = sac.Config(hidden=(32, 32), learning_rate=3e-3, target_entropy=-6.0)
     state = sac.init(config, SPEC, [0])
     program = training.whole_step(lambda s, b, n: sac.step(config, s, b, n), EAGER)
     g = torch.Generator().manual_seed(0)
@@ -206,6 +221,12 @@ def test_learns_a_task_of_one_step() -> None:
 
 
 def test_config_refuses_nonsense() -> None:
-    for wrong in ({"gamma": 1.0}, {"learning_rate": 0.0}, {"batch_size": 0}, {"ema_rate": 0.0}, {"hidden": ()}):
+    for wrong in (
+        {"gamma": 1.0},
+        {"learning_rate": 0.0},
+        {"initial_temperature": 0.0},
+        {"ema_rate": 0.0},
+        {"hidden": ()},
+    ):
         with pytest.raises(ValueError):
             sac.Config(**wrong)

@@ -11,6 +11,7 @@ state V is a guess as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -93,11 +94,45 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
 
     `reward_scale` (E, 1) divides rewards by their root mean square over 1 - gamma, which makes Q of the order of one.
     """
-    state = networks.normaliser_of(seeds, data.observation)
-    state |= actors.init(config.hidden, spec, seeds) | values.init(config.hidden, spec, seeds)
+    mean, std = (x.cpu() for x in reward_statistics(data, config.gamma))
+    scale = reward_scale(config, mean.square() + std.square())
+    actor = actors.init(config.hidden, spec, seeds)
+    return networks.normaliser_of(seeds, data.observation) | _init(config, spec, seeds, actor, scale)
+
+
+def init_online(config: Config, spec: Spec, seeds: Sequence[int], exploration_noise: float) -> State:
+    """The same where there are no data yet: observations as they are, rewards as they come until `scale_rewards`.
+
+    The head of the actor's log standard deviation, which no loss ever moves, says `exploration_noise` in every state:
+    whoever samples the policy's actions later gets about what the collection did.
+    """
+    actor = actors.init(config.hidden, spec, seeds)
+    last = f"actor.{len(config.hidden)}"
+    actor[f"{last}.weight"][..., spec.action_dim :] = 0.0
+    actor[f"{last}.bias"][..., spec.action_dim :] = math.log(max(exploration_noise, math.exp(networks.LOG_STD_MIN)))
+    normaliser = networks.no_normaliser(seeds, *spec.observation_shape)
+    return normaliser | _init(config, spec, seeds, actor, torch.ones(1, 1))
+
+
+def scale_rewards(config: Config, state: State, rewards: Tensor) -> None:
+    """Take `reward_scale` from the rewards (N,) of the first, random frames, in place; never above 1.
+
+    Rewards that grow as the policy learns make Q grow beyond one; where hardly any were seen at random, and a scale
+    from them would blow up those to come, they stay as they are.
+    """
+    if len(rewards):
+        state["reward_scale"].copy_(reward_scale(config, rewards.square().mean()).clamp(max=1.0))
+
+
+def reward_scale(config: Config, mean_square: Tensor) -> Tensor:
+    """What rewards are multiplied by: (1 - gamma) over their root mean square."""
+    return (1 - config.gamma) / mean_square.sqrt()
+
+
+def _init(config: Config, spec: Spec, seeds: Sequence[int], actor: State, scale: Tensor) -> State:
+    state = actor | values.init(config.hidden, spec, seeds)
     state |= {f"target/{name}": state[name].clone() for name in actors.names(state)}
-    square = sum(x.cpu().square() for x in reward_statistics(data, config.gamma))
-    state["reward_scale"] = ((1 - config.gamma) / torch.as_tensor(square).sqrt()).expand(len(seeds), 1).clone()
+    state["reward_scale"] = scale.expand(len(seeds), 1).clone()
     if config.gate == "none":
         return state
     observation_dim, (action_dim, hidden) = spec.observation_shape[0], (spec.action_dim, config.hidden)

@@ -1,4 +1,4 @@
-"""`cvlctl build-dataset`: a store of one task's episodes, from SAC, random actions, experts, checkpoints or stores."""
+"""`cvlctl build-dataset`: a store of episodes of one task: by online learners, at random, by experts or policies."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cvlctl import envpool_backend, envs, files
-from cvlctl.commands import collect_sac, measured
+from cvlctl.commands import collect, measured
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import RandomPolicy, load_policy
 from cvlctl.recipes import (
     BuildManyRecipe,
     BuildRecipe,
     MixSource,
+    OnlineSource,
     PolicySource,
     RandomSource,
     Reaching,
-    SacSource,
     ScriptedSource,
     StoresSource,
     built_as,
@@ -77,8 +77,8 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
         open_writer = partial(
             StoreWriter, recipe.out, task=recipe.task, horizon=env.spec.horizon, provenance=provenance, force=force
         )
-        if isinstance(recipe.source, SacSource):
-            store = collect_sac.collect(recipe, recipe.source, env, open_writer, force, progress)
+        if isinstance(recipe.source, OnlineSource):
+            store = collect.collect(recipe, recipe.source, env, open_writer, force, progress)
         else:
             with open_writer() as writer:
                 facts = _collect(recipe, env, writer, progress)
@@ -101,8 +101,8 @@ def finished(recipe: BuildRecipe) -> dict[str, Any]:
     if not built_as(store.provenance.get("recipe"), recipe):
         what = f"{recipe.out} holds a store of another recipe"
         raise CvlctlError(what, "choose another out, or --force to replace it")
-    if isinstance(recipe.source, SacSource):
-        collect_sac.finish_run(recipe, recipe.source)
+    if isinstance(recipe.source, OnlineSource):
+        collect.finish_run(recipe, recipe.source)
     return _summary(store, "finished already", 0.0)
 
 
@@ -140,7 +140,7 @@ def _collect(recipe: BuildRecipe, env: envs.Env, writer: StoreWriter, progress: 
     elif isinstance(source, MixSource):
         plan = _mixed(source, recipe, env, writer)
     else:
-        assert not isinstance(source, SacSource)
+        assert not isinstance(source, OnlineSource)
         plan = _rolled_out(source, recipe, env, writer)
     saved_at = time.monotonic()
     latest: list[Outcome] = []
@@ -216,7 +216,7 @@ def _actors(
 
 
 def _noisy(act: envs.Act, scale: float, noise: np.ndarray) -> envs.Act:
-    return lambda observation, step: np.clip(act(observation, step) + np.float32(scale) * noise[step], -1.0, 1.0)
+    return lambda observation, step: collect.disturbed(act(observation, step), scale, noise[step])
 
 
 # --- checkpoints, mixed to a success rate

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cvlctl import envs
+from cvlctl.algorithms import ONLINE
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import NumpyPolicy, load_policy
 from cvlctl.recipes import BuildRecipe, MixSource, Reaching
@@ -56,7 +57,7 @@ def sampled(policy: NumpyPolicy, env: envs.Env, number: int) -> envs.Act:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A policy checkpoint of a finished SAC collection."""
+    """A policy checkpoint of a finished online collection."""
 
     file: Path
     step: int  # environment steps of the collection by then
@@ -67,13 +68,15 @@ def checkpoints_of(run: Path, env: envs.Env) -> list[Checkpoint]:
     """Those that were kept along the way, in order; the last stands for the end of the collection.
 
     Raises:
-        CvlctlError: no such run, one that is not finished or no SAC collection, or policies that do not fit `env`.
+        CvlctlError: no such run, one that is not finished or no online collection, or policies that do not fit `env`.
     """
     record = read_run(run)
     steps = record.get("steps")
-    if record["status"] != "finished" or record.get("algorithm") != "sac" or not isinstance(steps, int):
-        what = f"{run} is not the run of a finished SAC collection"
-        raise CvlctlError(what, "collect it first: cvlctl build-dataset with source: {name: sac}")
+    # contrastive_ac learns offline too: the recipe of such a run names it as `algorithm`, a collection's as `source`
+    collected = record.get("algorithm") in ONLINE and "algorithm" not in record.get("recipe", {})
+    if record["status"] != "finished" or not collected or not isinstance(steps, int):
+        what = f"{run} is not the run of a finished online collection"
+        raise CvlctlError(what, "collect it first: cvlctl build-dataset with source: {name: sac} or contrastive_ac")
     files = {int(file.stem.removeprefix("step-")): file for file in (run / "checkpoints").glob("step-*.safetensors")}
     files[steps] = run / "checkpoints" / "last.safetensors"
     (seed,) = record["seeds"]

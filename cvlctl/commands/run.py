@@ -19,7 +19,7 @@ from cvlctl import recipes
 from cvlctl.commands import function
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments import text_of
-from cvlctl.recipes import ExperimentRecipe, Job
+from cvlctl.recipes import ExperimentRecipe, Job, OnlineSource
 from cvlctl.runs import clock, read_run, say
 
 if TYPE_CHECKING:
@@ -127,9 +127,12 @@ def _size(job: Job, experiment: ExperimentRecipe) -> tuple[str, float]:
     recipe: Any = job.recipe
     if job.command == "build-dataset":
         source = recipe.source
-        if source.name == "sac":
-            weights = 5 * _weights(OBSERVATION_DIM, *source.hidden)  # two critics, their targets, the actor
-            return f"{source.steps:,} steps of SAC", source.steps * (_step(source.batch_size * weights) + 1 / SIMULATED)
+        if isinstance(source, OnlineSource):
+            # two critics, their targets, the actor; with the gate V, two classifiers, and three times the critics
+            passes = 5 if getattr(source, "gate", "none") == "none" else 14
+            weights = passes * _weights(OBSERVATION_DIM, *source.hidden)
+            seconds = _step(source.batch_size * weights) + 1 / SIMULATED
+            return f"{source.steps:,} steps of {source.title}", source.steps * seconds
         if source.name == "stores":
             return f"episodes of {_count(len(source.stores), 'store')}", 10.0
         checkpoints = getattr(source, "checkpoints", ())

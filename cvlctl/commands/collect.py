@@ -1,4 +1,4 @@
-"""SAC's replay buffer as a store: the collector behind `cvlctl build-dataset` with `source: {name: sac}`.
+"""An online learner's replay buffer as a store: the collector behind `cvlctl build-dataset` with SAC and the like.
 
 Beside the store lies a run directory (data/x.zarr: data/x.policies/): policies along the way, and what a killed
 collection resumes from. The rule that keeps the two together: at an episode's end the learner's state is written first,
@@ -14,18 +14,19 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cvlctl import checkpoints, envs, networks, training
-from cvlctl.algorithms import sac
+from cvlctl import checkpoints, envs, networks, replay, training
+from cvlctl.algorithms import ONLINE, contrastive_ac, sac
 from cvlctl.errors import CvlctlError
 from cvlctl.networks import State
 from cvlctl.policies import NumpyPolicy
-from cvlctl.recipes import BuildRecipe, SacSource, resolved, with_defaults
+from cvlctl.recipes import BuildRecipe, ContrastiveSource, OnlineSource, resolved, with_defaults
 from cvlctl.rollout import Outcome, in_words, outcome
 from cvlctl.runs import Progress, Run, read_run, say
 from cvlctl.store import Store
@@ -35,7 +36,7 @@ from cvlctl.writer import StoreWriter
 
 
 def policies_dir(out: Path) -> Path:
-    """Where the policies of a SAC collection into `out` are kept."""
+    """Where the policies of an online collection into `out` are kept."""
     return out.with_name(out.name.removesuffix(".zarr") + ".policies")
 
 
@@ -45,7 +46,7 @@ def _run(recipe: BuildRecipe) -> Run:
 
 def collect(
     recipe: BuildRecipe,
-    source: SacSource,
+    source: OnlineSource,
     env: envs.Env,
     open_writer: Callable[..., StoreWriter],
     force: bool,
@@ -65,9 +66,9 @@ def collect(
             collector = _Collector(recipe, source, env, run, writer, saved)
             collector.collect(progress)
             settings = collector.settings.as_dict()
-            about = {"sac": asdict(collector.config), "settings": settings}
+            about = {source.name: asdict(collector.config), "settings": settings}
             store = writer.finish(collector=about, reference=envs.references(recipe.task))
-        run.finish(algorithm="sac", task=recipe.task, seeds=[recipe.seed], steps=source.steps, settings=settings)
+        _finish(run, recipe, source, settings=settings)
         for file in run.checkpoints.glob("episodes-*.safetensors"):
             file.unlink()
     finally:
@@ -87,12 +88,16 @@ def _take(run: Run, force: bool) -> None:
         run.open(force=True)
 
 
-def finish_run(recipe: BuildRecipe, source: SacSource) -> None:
+def finish_run(recipe: BuildRecipe, source: OnlineSource) -> None:
     """The store is finished: mark the run beside it as finished too, where a kill came between the two."""
     run = _run(recipe)
     if (run.out / "run.json").exists() and read_run(run.out)["status"] != "finished":
         run.open()
-        run.finish(algorithm="sac", task=recipe.task, seeds=[recipe.seed], steps=source.steps)
+        _finish(run, recipe, source)
+
+
+def _finish(run: Run, recipe: BuildRecipe, source: OnlineSource, **more: Any) -> None:
+    run.finish(algorithm=source.name, task=recipe.task, seeds=[recipe.seed], steps=source.steps, **more)
 
 
 def _state_file(run: Run, episodes: int) -> Path:
@@ -108,25 +113,62 @@ def _saved(run: Run, episodes: int) -> tuple[State, dict[str, Any]] | None:
         return None
 
 
+Act = Callable[[np.ndarray, np.ndarray | None], np.ndarray]  # observation (O,), noise (A,) or None: greedy -> (A,)
+
+
+class Learner(NamedTuple):
+    """Where online learners differ, beside their module's `draws` and `step`."""
+
+    module: ModuleType
+    config: Any
+    init: Callable[[Spec, list[int]], State]
+    begin: Callable[[State, Tensor], None]  # learning begins, after random frames with rewards (N,); state in place
+    explore: Callable[[Act, np.ndarray, np.ndarray], np.ndarray]  # how it acts: observation (O,), noise (A,)
+
+
+def learner_of(source: OnlineSource) -> Learner:
+    """The learner that a recipe asks for."""
+    module, config = ONLINE[source.name], source.config
+    if isinstance(source, ContrastiveSource):
+        scale = source.exploration_noise
+        return Learner(
+            module, config,
+            init=lambda spec, seeds: contrastive_ac.init_online(config, spec, seeds, scale),
+            begin=partial(contrastive_ac.scale_rewards, config),
+            explore=lambda act, observation, noise: disturbed(act(observation, None), scale, noise),
+        )  # fmt: skip
+    return Learner(
+        module, config,
+        init=partial(sac.init, config),
+        begin=lambda state, rewards: None,
+        explore=lambda act, observation, noise: act(observation, noise),
+    )  # fmt: skip
+
+
+def disturbed(action: np.ndarray, scale: float, noise: np.ndarray) -> np.ndarray:
+    """The action (A,) with Gaussian noise of standard deviation `scale` on it, inside [-1, 1]."""
+    return np.clip(action + np.float32(scale) * noise, -1.0, 1.0)
+
+
 class _Collector:
-    """One SAC collection: environment, learner, replay and store, from the first frame or a resumed one to the last."""
+    """One collection: environment, learner, replay and store, from the first frame or a resumed one to the last."""
 
     def __init__(
         self,
         recipe: BuildRecipe,
-        source: SacSource,
+        source: OnlineSource,
         env: envs.Env,
         run: Run,
         writer: StoreWriter,
         saved: tuple[State, dict[str, Any]] | None,
     ) -> None:
         self.recipe, self.source, self.env, self.run, self.writer = recipe, source, env, run, writer
-        self.config = sac.Config(
-            gamma=source.gamma, hidden=source.hidden, learning_rate=source.learning_rate, batch_size=source.batch_size
-        )
+        self.learner = learner_of(source)
+        self.config = self.learner.config
+        self.wanted = self.learner.module.draws(self.config, env.spec, source.batch_size)
         self.frame, self.block = writer.num_transitions, -1
         self.latest: list[Outcome] = []
-        self.replay = sac.Replay(source.steps, env.spec)
+        self.replay = replay.Replay(source.steps, env.spec)
         if saved is not None:
             state, metadata = saved
             self.settings = Settings(**metadata["settings"])
@@ -135,7 +177,7 @@ class _Collector:
             run.cut_metrics(self.frame)
             say(f"{recipe.out}: resuming at frame {self.frame}, episode {writer.num_episodes}")
         else:
-            state = sac.init(self.config, env.spec, [recipe.seed])
+            state = self.learner.init(env.spec, [recipe.seed])
             # a step this small gains a third from a second thread where the machine is idle, and loses a factor of five
             # to any neighbour where it is not
             threads = 1 if recipe.threads == "auto" else recipe.threads
@@ -146,28 +188,26 @@ class _Collector:
         training.configure(self.settings)
         self.state = {name: value.to(self.settings.device) for name, value in state.items()}
         self.metadata = {
-            "algorithm": "sac", "task": recipe.task, "spec": asdict(env.spec), "seeds": [recipe.seed],
+            "algorithm": source.name, "task": recipe.task, "spec": asdict(env.spec), "seeds": [recipe.seed],
             "recipe": run.recipe, "settings": self.settings.as_dict(),
         }  # fmt: skip
 
     def collect(self, report: type[Progress]) -> None:
-        source, what = self.source, f"sac on {self.recipe.task}"
+        source, what = self.source, f"{self.source.name} on {self.recipe.task}"
         every = source.policy_every_steps or max(1, source.steps // 10)
-        program = training.whole_step(lambda s, b, n: sac.step(self.config, s, b, n), self.settings)
+        programs = training.programs(self.learner.module, self.config, self.settings)
         act, saved_at = acting(self.state, self.env.spec), time.monotonic()
         if self.settings.compile:
             say(f"{what}: compiling the training step (10-40 s, once)")
         with report(what, source.steps, "frames", self.frame) as progress:
             while self.frame < source.steps:
-                self._episode(act, program, every, progress)
+                self._episode(act, programs, every, progress)
                 done = self.frame == source.steps
                 if done or time.monotonic() - saved_at >= self.recipe.checkpoint_seconds:
                     self._checkpoint()
                     saved_at = time.monotonic()
 
-    def _episode(
-        self, act: Callable[..., np.ndarray], program: training.Program, every: int, progress: Progress
-    ) -> None:
+    def _episode(self, act: Act, programs: list[training.Program], every: int, progress: Progress) -> None:
         """Collect one episode and learn from it, one update a frame."""
         source, env, number = self.source, self.env, self.writer.num_episodes
         begin, terminated, over = self.frame, False, False
@@ -175,9 +215,13 @@ class _Collector:
         observations, actions, rewards, successes = [env.reset(number)], [], [], []
         while not over:
             draws, i = self._draws()
-            observation, random = observations[-1], self.frame < source.learning_starts
+            observation, update = observations[-1], self.frame - source.learning_starts + 1
+            if update == 1:
+                self.learner.begin(self.state, self.replay.rewards)
             action = (
-                draws.uniform_action[i - i % source.random_repeat] if random else act(observation, draws.exploration[i])
+                self.learner.explore(act, observation, draws.exploration[i])
+                if update > 0
+                else draws.uniform_action[i - i % source.random_repeat]
             )
             after, reward, terminated, truncated, success = env.step(action)
             self.replay.add(observation, action, reward, terminated, after)
@@ -185,9 +229,10 @@ class _Collector:
             actions.append(action)
             rewards.append(reward)
             successes.append(success)
-            if not random:
+            if update > 0:
                 batch, noise = draws.batch(i, self.replay, self.config.gamma, self.settings.device)
-                self.state, metrics = program(self.state, batch, noise)
+                self.state, found = programs[update % len(programs)](self.state, batch, noise)
+                metrics |= found  # a delayed actor's are those of its own last update
             self.frame += 1
             over = terminated or truncated or self.frame == source.steps
             if self.frame % every == 0:
@@ -204,15 +249,16 @@ class _Collector:
         self.latest = [*self.latest[-9:], (total, succeeded)]
         values = {name: float(value) for name, value in metrics.items()}
         if not np.isfinite(list(values.values())).all():
-            raise CvlctlError(f"SAC diverged at frame {self.frame}: {values}", "lower learning_rate")
+            raise CvlctlError(f"{source.title} diverged at frame {self.frame}: {values}", "lower learning_rate")
         row = {"episode": number, "episode_return": total, "length": len(episode), "success": succeeded}
         self.run.log(self.frame, row | values)
 
-    def _draws(self) -> tuple[sac.Draws, int]:
+    def _draws(self) -> tuple[replay.Draws, int]:
         """The draws of this frame's block, and its place there."""
-        block, i = divmod(self.frame, sac.BLOCK)
+        block, i = divmod(self.frame, replay.BLOCK)
         if block != self.block:
-            self.block, self.draws = block, sac.draw(self.config, self.env.spec, [self.recipe.seed], block)
+            seeds = [self.recipe.seed]
+            self.block, self.draws = block, replay.draw(self.source.name, self.wanted, self.env.spec, seeds, block)
         return self.draws, i
 
     def _remember(self, episode: Episode) -> None:
@@ -238,8 +284,8 @@ class _Collector:
         checkpoints.save(self.run.checkpoints / f"{name}.safetensors", kept, {**self.metadata, "step": self.frame})
 
 
-def acting(state: State, spec: Spec) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """The policy of member 0: (observation (O,), noise (A,)) -> action (A,). It follows the weights as they change."""
+def acting(state: State, spec: Spec) -> Act:
+    """The policy of member 0. It follows the weights as they change."""
     depth = sum(name.startswith("actor.") for name in state) // 2
     names = [(f"actor.{i}.weight", f"actor.{i}.bias") for i in range(depth)]
     if state["actor.0.weight"].device.type == "cpu":  # numpy on the same memory: no copy
@@ -247,10 +293,12 @@ def acting(state: State, spec: Spec) -> Callable[[np.ndarray, np.ndarray], np.nd
         return NumpyPolicy(layers, state["observation_mean"][0].numpy(), state["observation_std"][0].numpy(), spec)
 
     @torch.inference_mode()
-    def act(observation: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    def act(observation: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
         given = _on(state, observation)
         mean, log_std = networks.actor(state, networks.normalise(state, given))
-        return torch.tanh(mean + log_std.exp() * _on(state, noise))[0, 0].cpu().numpy()
+        if noise is not None:
+            mean = mean + log_std.exp() * _on(state, noise)
+        return torch.tanh(mean)[0, 0].cpu().numpy()
 
     return act
 
