@@ -15,6 +15,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self, Union, get_type_hints
 
+import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -286,7 +287,18 @@ class StoreUse(_Strict):
     @property
     def from_store(self) -> bool:
         """Whether the label is one that the store holds."""
-        return self.rewards not in ("none", "zeros", *LABELLERS)
+        return self.rewards not in ("none", "zeros") and not self.learned
+
+    @property
+    def learned(self) -> bool:
+        """Whether the label is learned from success examples."""
+        return self.rewards in LABELLERS
+
+    def kept(self, episodes: int) -> np.ndarray:
+        """(episodes,) bool: which keep their label; the first of a fixed permutation, whatever the seed."""
+        flags = np.zeros(episodes, dtype=bool)
+        flags[np.random.default_rng(0).permutation(episodes)[: max(1, round(self.fraction * episodes))]] = True
+        return flags
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -326,6 +338,9 @@ class _TrainRecipe(_Computed):
     seeds: Seeds = (0,)
     checkpoint_every_steps: Count | None = None  # numbered checkpoints are kept: learning curves; None: the last alone
     log_every_steps: Count = 100
+    memory_gb: Rate | Literal["auto"] = (
+        "auto"  # what the data may take: larger stores are streamed; auto: half of what is free
+    )
     out: Out
 
     @model_validator(mode="after")

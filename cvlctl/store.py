@@ -49,7 +49,7 @@ class Store:
             self.provenance: dict[str, Any] = dict(attributes["provenance"])
             self.task_names = [str(name) for name in attributes["tasks"]]
             counts = (int(attributes["counts"][key]) for key in ("episodes", "transitions", "rows"))
-            self.num_episodes, self.num_transitions, self._rows = counts
+            self.num_episodes, self.num_transitions, self.num_rows = counts
             self._checksums = {str(name): str(value) for name, value in attributes["checksums"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"{path / 'zarr.json'}: the store's attributes lack or garble {error}"
@@ -60,7 +60,7 @@ class Store:
         return self.num_transitions
 
     def __repr__(self) -> str:
-        shape = (self._rows, *self.spec.observation_shape)
+        shape = (self.num_rows, *self.spec.observation_shape)
         return f"Store({str(self.path)!r}, task={self.task!r}, episodes={self.num_episodes}, observations={shape})"
 
     def observations(self) -> np.ndarray:
@@ -168,7 +168,7 @@ class Store:
     def _digest(self, names: list[str], extra: dict[str, Any]) -> str:
         spec = [self.spec.observation_shape, self.spec.action_dim, self.spec.pixels]
         content: dict[str, Any] = {name: self._checksums[name] for name in names}
-        return json_digest({**content, "spec": spec, "rows": self._rows, **extra})
+        return json_digest({**content, "spec": spec, "rows": self.num_rows, **extra})
 
     def _label(self, label: str, array: str) -> np.ndarray:
         self.require_label(label, array)
@@ -203,8 +203,8 @@ class Store:
             lengths = np.diff(values, prepend=0) - 1
             if len(values) == 0 or (lengths < 1).any():
                 return f"episode {int(np.argmax(lengths < 1)) if len(values) else 0} has fewer than 2 rows"
-            if values[-1] != self._rows:
-                return f"the last episode ends at row {int(values[-1])} of {self._rows}"
+            if values[-1] != self.num_rows:
+                return f"the last episode ends at row {int(values[-1])} of {self.num_rows}"
         elif name == "meta/task" and len(values) and (values.min() < 0 or values.max() >= len(self.task_names)):
             return f"indices outside the {len(self.task_names)} task names"
         return ""
@@ -212,13 +212,13 @@ class Store:
     def _open(self, name: str) -> zarr.Array:
         """An array, of the type and shape that the attributes say."""
         dtype: type[np.generic] = np.bool_ if name.endswith("/success") else np.float32
-        shape: tuple[int, ...] = (self._rows,)
+        shape: tuple[int, ...] = (self.num_rows,)
         if name in META:
             dtype, shape = META[name], (self.num_episodes,)
         elif name == "data/observation":
-            dtype, shape = np.uint8 if self.spec.pixels else dtype, (self._rows, *self.spec.observation_shape)
+            dtype, shape = np.uint8 if self.spec.pixels else dtype, (self.num_rows, *self.spec.observation_shape)
         elif name == "data/action":
-            shape = (self._rows, self.spec.action_dim)
+            shape = (self.num_rows, self.spec.action_dim)
         array = open_array(self.path, name)
         if array.dtype != dtype or array.shape != shape:
             what = f"{name}: is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
@@ -362,6 +362,10 @@ class Column:
             values = self._chunk(i)
             parts.append(values[max(start - i * size, 0) : stop - i * size])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), ...) single rows; `rows` ascend."""
+        return np.concatenate([self.rows(row, row + 1) for row in rows.tolist()])
 
     def _chunk(self, i: int) -> np.ndarray:
         if self._held[0] != i:

@@ -38,6 +38,7 @@ class Settings:
     threads: int
     precision: str  # "float32" (the library's default) or "medium" (oneDNN on a CPU, TF32 on a GPU)
     compile: bool
+    window_rows: int = 0  # of stores that do not fit in memory; 0: they do
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,6 +13,7 @@ from torch import Tensor
 from cvlctl import checkpoints, labellers
 from cvlctl.algorithms import ALGORITHMS
 from cvlctl.commands import train
+from cvlctl.commands.stream import Stream
 from cvlctl.critics import read_critics
 from cvlctl.errors import CvlctlError
 from cvlctl.files import checkpoint_file, sha256
@@ -57,14 +58,14 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     plain = {**resolved(recipe), "mode": getattr(config, "mode", "scratch")}
     run = Run(recipe.out, plain, inputs, partial(with_defaults, "finetune"))
 
-    def data(settings: Settings) -> Data:
-        joined = train.join(stores, recipe.stores, examples, learns_from == "rewards")
-        if labeller is None or learns_from != "rewards":
+    def data(settings: Settings) -> Data | Stream:
+        joined = train.load(recipe, stores, examples, learns_from == "rewards", settings)
+        if labeller is None or learns_from != "rewards" or isinstance(joined, Stream):
             return joined
         return joined._replace(arrival_reward=labels(labeller, recipe, joined, digests, run.out, settings))
 
     return train.train(
-        recipe, ALGORITHMS[algorithm], config, data, spec, run,
+        recipe, ALGORITHMS[algorithm], config, stores, data, run,
         algorithm=recipe.label or algorithm, task=task, critic=getattr(config, "critic", None), initial=initial,
         force=force,
     )  # fmt: skip

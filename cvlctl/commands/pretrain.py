@@ -17,6 +17,6 @@ def pretrain(recipe: PretrainRecipe, *, force: bool = False) -> dict[str, Any]:
     inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
     run = Run(recipe.out, resolved(recipe), inputs, partial(with_defaults, "pretrain"))
     return train.train(
-        recipe, occupancy, recipe.critic, lambda _: train.join(stores, recipe.stores, None, False), stores[0].spec,
+        recipe, occupancy, recipe.critic, stores, lambda settings: train.load(recipe, stores, None, False, settings),
         run, algorithm="occupancy", task=stores[0].task, critic=recipe.critic, force=force,
     )  # fmt: skip

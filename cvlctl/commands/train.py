@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NamedTuple
@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from cvlctl import checkpoints, report, samplers, training
+from cvlctl.commands.stream import Stream, window_rows
 from cvlctl.errors import CvlctlError
 from cvlctl.networks import State
 from cvlctl.recipes import FinetuneRecipe, PretrainRecipe, StoreUse, SuccessExamples
 from cvlctl.runs import Progress, Run, read_metrics, say
 from cvlctl.samplers import Data, Indices
-from cvlctl.store import Store, open_store
+from cvlctl.store import Column, Store, open_store
 from cvlctl.training import Settings
 from cvlctl.types import Spec
 
@@ -55,6 +56,20 @@ class Part(NamedTuple):
     terminated: np.ndarray  # (n,) bool
 
 
+def load(
+    recipe: PretrainRecipe | FinetuneRecipe,
+    stores: Sequence[Store],
+    examples: np.ndarray | None,
+    rewards: bool,
+    settings: Settings,
+) -> Data | Stream:
+    """The stores in memory, or windows on them where that is too small."""
+    if settings.window_rows == 0:
+        return join(stores, recipe.stores, examples, rewards)
+    draws = BLOCK * recipe.batch_size
+    return Stream(stores, recipe.stores, examples, rewards, settings.window_rows, draws, settings.device)
+
+
 def join(stores: Sequence[Store], uses: Sequence[StoreUse], examples: np.ndarray | None, rewards: bool) -> Data:
     """The stores in memory, row axes joined. Without `rewards` no label is opened, except to find `top`."""
     parts = [read_part(store, use, rewards) for store, use in zip(stores, uses, strict=True)]
@@ -75,13 +90,12 @@ def join(stores: Sequence[Store], uses: Sequence[StoreUse], examples: np.ndarray
 
 
 def read_part(store: Store, use: StoreUse, rewards: bool) -> Part:
-    """Of a store with fraction < 1 the first episodes of a fixed permutation keep their label, whatever the seed."""
+    """What `use` says of a store, read into memory."""
     observation, action, ends = store.observations(), store.actions(), store.episode_ends()
     lengths, count = np.diff(ends, prepend=0), len(ends)
     reward, keeps_label = np.zeros(len(observation), dtype=np.float32), np.zeros(count, dtype=bool)
     if rewards and use.rewards != "none":
-        chosen = np.random.default_rng(0).permutation(count)[: max(1, round(use.fraction * count))]
-        keeps_label[chosen] = True
+        keeps_label = use.kept(count)
         if use.from_store:
             # the reward of row t is received on arriving at row t + 1; an episode's last row is padding
             reward[1:] = store.rewards(use.rewards)[:-1]
@@ -110,10 +124,11 @@ def success_examples(source: SuccessExamples, spec: Spec, key: str = "success_ex
     """Success examples (X, O), by rule from a store or from a file; a seeded choice of at most `num`."""
     if source.file is not None:
         found, where = _examples_file(source.file, f"{key}.file"), f"{key}.file: {source.file}"
+        found = found[_choice(len(found), source.num)]
     else:
         assert source.from_ is not None
         store = open_store(source.from_)
-        observations, ends = store.observations(), store.episode_ends()
+        ends = store.episode_ends()
         if source.rule == "last":
             rows = np.concatenate(
                 [
@@ -129,12 +144,17 @@ def success_examples(source: SuccessExamples, spec: Spec, key: str = "success_ex
                     f"{source.from_}: no step is labelled a success",
                     "take rule: last, or examples from another store or file",
                 )
-        found, where = observations[rows], f"{key}.from: {source.from_}"
+        where = f"{key}.from: {source.from_}"
+        found = Column(store, "data/observation").take(rows[_choice(len(rows), source.num)])
     if found.shape[1:] != tuple(spec.observation_shape):
         what = f"{where}: the examples have shape {found.shape}; expected (X, {spec.observation_shape[0]})"
         raise CvlctlError(what, "take examples from the robot and task that the stores are of")
-    keep = np.sort(np.random.default_rng(0).permutation(len(found))[: source.num])
-    return np.ascontiguousarray(found[keep], dtype=np.float32)
+    return np.ascontiguousarray(found, dtype=np.float32)
+
+
+def _choice(count: int, num: int) -> np.ndarray:
+    """At most `num` of `count`, the same for every seed, in order."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:num])
 
 
 def _examples_file(path: Path, key: str) -> np.ndarray:
@@ -167,8 +187,8 @@ def train(
     recipe: PretrainRecipe | FinetuneRecipe,
     module: ModuleType,
     config: Any,
-    data: Callable[[Settings], Data],
-    spec: Spec,
+    stores: Sequence[Store],
+    data: Callable[[Settings], Data | Stream],
     run: Run,
     *,
     algorithm: str,
@@ -181,13 +201,15 @@ def train(
 
     Args:
         module: exports draws, init and step.
+        stores: what `data` is read from.
         critic: the occupancy critic's Config, or None; kept in the checkpoints.
         initial: tensors (E, ...) that replace the fresh ones (a pretrained critic, a finished policy).
     """
     status = run.open(force=force)
     if status == "finished":
         return {"status": "finished already", "out": str(run.out), "steps": recipe.steps, "algorithm": algorithm}
-    seeds = list(recipe.seeds)
+    seeds, spec = list(recipe.seeds), stores[0].spec
+    source: Data | Stream | None = None
     try:
         start, saved = 0, None
         if status == "resume":
@@ -204,9 +226,14 @@ def train(
                 device=recipe.device, threads=recipe.threads, precision=recipe.precision, compile=recipe.compile,
                 steps=recipe.steps, say=say,
             )  # fmt: skip
+            settings = replace(settings, window_rows=window_rows(stores, recipe.memory_gb, settings.device))
         training.configure(settings)
-        memory = to_device(data(settings), settings.device)
-        state = saved or module.init(config, spec, seeds, memory)
+        source = data(settings)
+        if isinstance(source, Stream):
+            say(f"{run.out}: streaming: of {sum(s.num_rows for s in stores):,} rows {settings.window_rows:,} in memory")
+        else:
+            source = to_device(source, settings.device)
+        state = saved or module.init(config, spec, seeds, source.sample() if isinstance(source, Stream) else source)
         if saved is None and initial is not None:
             state = take_over(state, initial)
         state = {name: value.to(settings.device) for name, value in state.items()}
@@ -219,7 +246,7 @@ def train(
             "critic": None if critic is None else asdict(critic),
             "settings": settings.as_dict(),
         }
-        seconds = _loop(recipe, module, config, memory, spec, run, state, settings, metadata, start)
+        seconds = _loop(recipe, module, config, source, spec, run, state, settings, metadata, start)
         logged = read_metrics(run.out)
         report.plot_metrics(logged, run.out / "metrics.png")
         run.finish(
@@ -227,6 +254,8 @@ def train(
             metrics=logged[-1],
         )  # fmt: skip
     finally:
+        if isinstance(source, Stream):
+            source.close()
         run.close()
     rate = (recipe.steps - start) / max(seconds, 1e-9)
     return {
@@ -260,7 +289,7 @@ def _loop(
     recipe: PretrainRecipe | FinetuneRecipe,
     module: ModuleType,
     config: Any,
-    data: Data,
+    source: Data | Stream,
     spec: Spec,
     run: Run,
     state: State,
@@ -276,8 +305,8 @@ def _loop(
         if settings.compile:
             say(f"{what}: compiling the training step (10-40 s, once)")
         text = ""
-        for step, (indices, noise) in batches(data, draws, list(recipe.seeds), start, recipe.steps):
-            done = step + 1
+        for step, (indices, noise) in batches(source, draws, list(recipe.seeds), start, recipe.steps):
+            done, data = step + 1, at(source, step // BLOCK)
             state, metrics = programs[done % len(programs)](state, samplers.gather(data, indices, draws), noise)
             if done % recipe.log_every_steps == 0 or done == recipe.steps:
                 values = {name: value.tolist() for name, value in metrics.items()}
@@ -298,12 +327,17 @@ def _loop(
     return time.monotonic() - begin
 
 
+def at(source: Data | Stream, block: int) -> Data:
+    """What the updates of a block draw from."""
+    return source.at(block) if isinstance(source, Stream) else source
+
+
 def batches(
-    data: Data, draws: samplers.Draws, seeds: list[int], start: int, stop: int
+    source: Data | Stream, draws: samplers.Draws, seeds: list[int], start: int, stop: int
 ) -> Iterator[tuple[int, tuple[Indices, dict[str, torch.Tensor]]]]:
     """(step, (indices, noise)) for steps start..stop-1: what step i sees does not depend on where the run started."""
     for block in range(start // BLOCK, -(-stop // BLOCK)):
-        indices, noise = samplers.draw(data, draws, seeds, block, BLOCK)
+        indices, noise = samplers.draw(at(source, block), draws, seeds, block, BLOCK)
         for step in range(max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)):
             i = step - block * BLOCK
             yield step, (Indices(*(x[i] for x in indices)), {name: value[i] for name, value in noise.items()})
