@@ -15,6 +15,7 @@ from cvlctl import cli_data
 from cvlctl.cli_data import Json, Quiet
 from cvlctl.commands import function
 from cvlctl.console import console, execute, present
+from cvlctl.errors import CvlctlError
 from cvlctl.version import __version__
 
 HELP = "From logged trajectories to policies and honest score tables: contrastive occupancy critics for offline RL."
@@ -160,6 +161,42 @@ def run(
         render(result, console())
 
     present(work, show, as_json, quiet)
+
+
+@app.command(rich_help_panel=LOOK, epilog=_example("cvlctl doctor --parity metaworld/pick-place-v3 gym/Hopper-v5"))
+def doctor(
+    tasks: Annotated[
+        list[str] | None, typer.Argument(metavar="TASKS", help="Of --parity; default: four of Metaworld, two others.")
+    ] = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Compare EnvPool's simulation of the tasks with gymnasium's.")
+    ] = False,
+    episodes: Annotated[int, typer.Option("--episodes", help="Of --parity: whole episodes of a task.")] = 10,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what this installation and machine offer: versions, extras, devices, compiler, memory.
+
+    `--parity` asks whether EnvPool (`source.backend` of build-dataset) simulates what gymnasium does: from the same
+    starts, by the same actions. Exit code 1 where a task differs.
+    """
+    if tasks and not parity:
+        raise CvlctlError(f"doctor: {' '.join(tasks)} is for --parity alone", "cvlctl doctor --parity TASKS")
+
+    def work() -> Any:
+        from cvlctl.commands import doctor
+        from cvlctl.commands import parity as compare
+
+        return compare.parity(tasks or [], episodes) if parity else doctor.doctor()
+
+    def show(result: Any) -> None:
+        from cvlctl.commands import doctor
+        from cvlctl.commands import parity as compare
+
+        (compare if parity else doctor).render(result, console())
+
+    result = present(work, show, as_json, quiet)
+    raise typer.Exit(1 if parity and not all(row["agrees"] for row in result) else 0)
 
 
 @recipes_app.command("ls", epilog=_example("cvlctl recipes ls"))

@@ -1,6 +1,7 @@
 """What people and programs see of a command: results on stdout, progress and errors on stderr, exit codes.
 
-Exit code 0: done; 1: `data verify` found faults; 2: something a user can mend; 70: a bug; 130: interrupted.
+Exit code 0: done; 1: `data verify` or `doctor --parity` found faults; 2: something a user can mend; 70: a bug; 130:
+interrupted.
 """
 
 from __future__ import annotations

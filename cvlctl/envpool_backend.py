@@ -17,7 +17,6 @@ Metaworld's 50 goals. What EnvPool does otherwise than gymnasium, and what is ma
 from __future__ import annotations
 
 import ctypes
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -33,6 +32,7 @@ from cvlctl.envs import Act
 from cvlctl.errors import CvlctlError
 from cvlctl.rollout import act_together
 from cvlctl.types import Episode, Spec
+from cvlctl.workers import num_cpus
 
 NUM_SLOTS = 8  # decides which episodes there are: changing it changes every collection
 
@@ -65,6 +65,11 @@ def name_of(task: str) -> str:
     return f"MetaWorld/{''.join(map(str.capitalize, name.removesuffix('-v3').split('-')))}-v3"
 
 
+def horizon_of(task: str) -> int:
+    """EnvPool's own time limit of `task`."""
+    return int(_package().make_spec(name_of(task)).config.max_episode_steps)
+
+
 class Pool:
     """`NUM_SLOTS` environments of `task`; actions, observations and limits as `envs.Env` has them.
 
@@ -85,7 +90,7 @@ class Pool:
             self._pool: Any = _package().make_gymnasium(
                 name_of(task),
                 num_envs=NUM_SLOTS,
-                num_threads=min(threads or _cpus(), NUM_SLOTS),
+                num_threads=min(threads or num_cpus(), NUM_SLOTS),
                 env_seed=seeds,
                 max_episode_steps=spec.horizon + 1,
                 **options,
@@ -248,7 +253,3 @@ def _mujoco(task: str) -> str | None:
         library.mj_versionString.restype = ctypes.c_char_p
         return library.mj_versionString().decode()
     return None
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -243,25 +243,29 @@ class _Fetch:
     def __init__(self, raw: Any, goal: tuple[float, float, float] | None) -> None:
         from gymnasium.spaces import Box
 
-        self._raw, self._goal, self.action_space = raw, goal, raw.action_space
+        self.inside, self._goal, self.action_space = raw, goal, raw.action_space
         spaces = raw.observation_space
         self.observation_space = Box(
             -np.inf, np.inf, (spaces["observation"].shape[0] + spaces["desired_goal"].shape[0],)
         )
 
     def reset(self, seed: int) -> tuple[np.ndarray, dict[str, Any]]:
-        observation, info = self._raw.reset(seed=seed)
+        observation, info = self.inside.reset(seed=seed)
         if self._goal is not None:
-            self._raw.goal = np.array(self._goal)
-            observation = observation | {"desired_goal": self._raw.goal}
+            self.inside.goal = np.array(self._goal)
+            observation = observation | {"desired_goal": self.inside.goal}
         return self._flat(observation), info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self._raw.step(action)
+        observation, reward, terminated, truncated, info = self.inside.step(action)
         return self._flat(observation), reward, terminated, truncated, {"success": info["is_success"]}
 
     def close(self) -> None:
-        self._raw.close()
+        self.inside.close()
+
+    def seen(self) -> np.ndarray:
+        """The observation (O,) of the state that it is in."""
+        return self._flat(self.inside._get_obs())
 
     @staticmethod
     def _flat(observation: dict[str, np.ndarray]) -> np.ndarray:

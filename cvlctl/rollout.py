@@ -8,7 +8,6 @@ so their rows agree up to the rounding of the matrix products.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from cvlctl.envs import Act, Env, make
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import NumpyPolicy, load_policy
 from cvlctl.types import Episode, EpisodeResult
-from cvlctl.workers import share_out
+from cvlctl.workers import num_cpus, share_out
 
 EVALUATION_SEED = 1_000_003  # environment seed = this + seed: apart from the seeds 0, 1, ... of collection and training
 
@@ -165,7 +164,7 @@ def run_episodes(
     numbers = _numbers(jobs, episodes)
     items = [(index, episode) for index in order for episode in numbers[index]]
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = num_cpus()
     workers = min(workers, len(items))
     rows: dict[tuple[int, int], EpisodeResult] = {}
     with closing(_answers(jobs, items, seed, workers)) as answers:  # closing: whatever happens here, the workers end

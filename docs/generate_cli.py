@@ -24,7 +24,8 @@ to stdout, progress to stderr; `--json` prints one JSON document, for errors too
 command can be interrupted and run again: it goes on from where it was saved last, and says so where it has finished
 already.
 
-Exit codes: 0 done, 1 `data verify` found faults, 2 something to mend (two lines say what and how), 130 interrupted.
+Exit codes: 0 done, 1 `data verify` or `doctor --parity` found faults, 2 something to mend (two lines say what and how),
+130 interrupted.
 """
 
 
