@@ -5,16 +5,20 @@ Only these two files import zarr. Pretraining opens `data/` and `meta/` alone; l
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import zarr
+from numcodecs import Zstd
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode, Spec
@@ -28,6 +32,7 @@ META: dict[str, type[np.generic]] = {
     "meta/collected_at": np.int64,
     "meta/seed": np.int64,
 }
+NATIVE = (BytesCodec(), BytesCodec(endian=None))  # bytes as they lie in this machine's memory
 DATA = ("data/observation", "data/action", *META)  # the reward-free part
 
 
@@ -330,16 +335,48 @@ def chunks(path: Path, name: str, array: zarr.Array) -> Iterator[Chunk]:
         yield Chunk(path, f"{name} chunk {i} (rows {start}-{stop - 1})", file, slice(start, stop))
 
 
-def read_chunk(array: zarr.Array, chunk: Chunk) -> np.ndarray:
-    """A chunk's rows; a damaged or missing one is named."""
+def read_chunk(array: zarr.Array, chunk: Chunk, out: np.ndarray | None = None) -> np.ndarray:
+    """A chunk's rows, in `out` if that is given; a damaged or missing one is named."""
     if not chunk.file.is_file():  # zarr would read a lost chunk as zeros
         raise _damaged(chunk.store, f"{chunk.name}: the chunk {chunk.file} is missing", chunk.file)
+    if out is None:
+        out = np.empty((chunk.rows.stop - chunk.rows.start, *array.shape[1:]), array.dtype)
     try:
-        return np.asarray(array[chunk.rows])
+        if not _unpack(array, chunk.file, out):
+            out[...] = array[chunk.rows]
     except Exception as error:  # crc32c, zstd and the file system each raise their own
         said = " ".join(str(error).split())
         what = f"{chunk.name}: checksum/crc fails in {chunk.file}: {said}"
         raise _damaged(chunk.store, what, chunk.file) from error
+    return out
+
+
+def _unpack(array: zarr.Array, file: Path, out: np.ndarray) -> bool:
+    """Decode a chunk to where its rows belong. False: not sound, or not encoded as docs/store.md says: zarr's turn.
+
+    Zarr takes new memory for every step of every chunk, and hands it to another thread: that costs more than decoding.
+    """
+    plain = array.serializer in NATIVE and not array.filters
+    if not plain or [type(codec) for codec in array.compressors] != [ZstdCodec, Crc32cCodec]:
+        return False
+    content = file.read_bytes()
+    packed = np.frombuffer(content[:-4], np.uint8)
+    whole = out if len(out) == array.chunks[0] else np.empty(array.chunks, array.dtype)  # the last chunk is padded
+    sound = google_crc32c.value(packed) == int.from_bytes(content[-4:], "little")
+    if not sound or _unpacked_bytes(content) != whole.nbytes:  # what is too short would leave `whole` as it was found
+        return False
+    Zstd().decode(packed, whole)
+    if whole is not out:
+        out[...] = whole[: len(out)]
+    return True
+
+
+def _unpacked_bytes(frame: bytes) -> int:
+    """How long the content of a zstd frame is, by its header (RFC 8878, 3.1.1.1); 0 where that does not tell."""
+    flags = frame[4] if len(frame) > 4 else 0
+    start = 5 + (not flags & 32) + (0, 1, 2, 4)[flags & 3]
+    size = (flags >> 5 & 1, 2, 4, 8)[flags >> 6]
+    return int.from_bytes(frame[start : start + size], "little") + (256 if size == 2 else 0)
 
 
 class Column:
@@ -378,12 +415,11 @@ class Column:
 
 
 def read_array(path: Path, name: str, array: zarr.Array) -> np.ndarray:
-    if all(chunk.file.is_file() for chunk in chunks(path, name, array)):
-        with contextlib.suppress(Exception):  # all at once, in threads; if that fails, one by one finds the culprit
-            return np.asarray(array[:])
-    values = np.empty(array.shape, array.dtype)
-    for chunk in chunks(path, name, array):
-        values[chunk.rows] = read_chunk(array, chunk)
+    """All of an array, chunks in threads; the first that is damaged or missing is named."""
+    values, parts = np.empty(array.shape, array.dtype), list(chunks(path, name, array))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        each = pool.map if len(parts) > 1 else map  # starting a thread for one chunk would only cost
+        list(each(lambda chunk: read_chunk(array, chunk, values[chunk.rows]), parts))
     return values
 
 
