@@ -53,6 +53,7 @@ bench: install
 	$(BIN)/python benchmarks/evaluation.py
 	$(BIN)/python benchmarks/td_learners.py
 	$(BIN)/python benchmarks/importing.py
+	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/building.py
 
 clean:

@@ -218,8 +218,11 @@ def _rewards(data: Data, row: Tensor) -> Tensor:
 
 
 def observation_statistics(observation: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (O,) over all rows, in float64 sums."""
-    return observation.double().mean(dim=0).float(), observation.double().std(dim=0, unbiased=False).float()
+    """Mean and standard deviation (O,) over all rows, in float64 sums: piece by piece, no copy of all in float64."""
+    pieces = observation.split(65_536)
+    mean = torch.stack([x.double().sum(dim=0) for x in pieces]).sum(dim=0) / len(observation)
+    square = torch.stack([(x.double() - mean).square().sum(dim=0) for x in pieces]).sum(dim=0) / len(observation)
+    return mean.float(), square.sqrt().float()
 
 
 def reward_statistics(data: Data, gamma: float) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     """Imports a script by name, as it would import its neighbours."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("critic", "evaluation", "mountain_car", "td_learners"):
+    for name in ("critic", "evaluation", "mountain_car", "streaming", "td_learners"):
         sys.modules.pop(name, None)
 
 
@@ -231,3 +231,10 @@ def test_td_learners_script(
         assert set(speed["updates"]) == {"td3_bc", "iql"}
         for table in speed["updates"].values():  # the same work, less what d3rlpy does twice
             assert 0.8 < table["cvlctl, eager"]["gflop"] / table["d3rlpy, as shipped"]["gflop"] <= 1
+
+
+def test_streaming_and_memory_train_the_same_store(script: Script) -> None:
+    found = script("streaming").benchmark(rows=100_000, share=0.3, updates=20, rounds=1)
+    assert found["data_megabytes"] == 23 and found["allowed_megabytes"] == 7
+    streamed, whole = (found["rounds"][name][0] for name in ("streamed", "in memory"))
+    assert streamed["updates_per_second"] > 0 and whole["updates_per_second"] > 0 and found["ratio"] > 0

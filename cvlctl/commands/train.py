@@ -77,16 +77,20 @@ def join(stores: Sequence[Store], uses: Sequence[StoreUse], examples: np.ndarray
     ends = np.concatenate([part.episode_ends + start for part, start in zip(parts, starts, strict=False)])
     where = samplers.layout(ends, np.concatenate([part.terminated for part in parts]))
     labelled = torch.from_numpy(np.concatenate([part.labelled for part in parts]))
-    observation = np.concatenate([part.observation for part in parts])
+    observation = _concatenated([part.observation for part in parts])
     empty = np.zeros((0, observation.shape[1]), dtype=np.float32)
     return Data(
         observation=torch.from_numpy(observation),
-        action=torch.from_numpy(np.concatenate([part.action for part in parts])),
-        arrival_reward=torch.from_numpy(np.concatenate([part.arrival_reward for part in parts])).unsqueeze(0),
+        action=torch.from_numpy(_concatenated([part.action for part in parts])),
+        arrival_reward=torch.from_numpy(_concatenated([part.arrival_reward for part in parts])).unsqueeze(0),
         layout=where,
         labelled=labelled[where.row].nonzero().squeeze(1),
         examples=torch.from_numpy(empty if examples is None else examples),
     )
+
+
+def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)  # a single store is not copied
 
 
 def read_part(store: Store, use: StoreUse, rewards: bool) -> Part:
