@@ -1,0 +1,103 @@
+"""A store ten times larger than the memory that data may take: streamed, and in memory.
+
+    python benchmarks/streaming.py [--rows 3000000] [--share 0.1] [--updates 600] [--rounds 3] [--json streaming.json]
+
+The store is synthetic: episodes of 500 steps, 39 observations and 4 actions, chunks as shipped. Each round trains the
+occupancy critic (256x256, batch 256, eager, one thread) twice with `cvlctl pretrain`'s own code, each time in a process
+of its own: with all rows in memory, and with `memory_gb` a share of what they take. Updates/s are those of the loop,
+after loading; memory is the process's peak, less the peak of a process that trains on a single segment's worth of rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from critic import machine
+
+import cvlctl
+from cvlctl.commands.stream import row_bytes
+
+LENGTH = 500
+CHILD = """
+import json, resource, sys
+from cvlctl import recipes
+from cvlctl.commands.pretrain import pretrain
+result = pretrain(recipes.load(sys.argv[1], [], "pretrain"))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"updates_per_second": result["updates_per_second"], "megabytes": round(peak)}))
+"""
+
+
+def episodes(rows: int) -> Iterator[cvlctl.Episode]:
+    rng = np.random.default_rng(0)
+    for _ in range(max(1, rows // (LENGTH + 1))):
+        observation = rng.standard_normal((LENGTH + 1, 39), dtype=np.float32)
+        yield cvlctl.Episode(observation, rng.uniform(-1, 1, (LENGTH, 4)).astype(np.float32))
+
+
+def train(folder: Path, store: Path, name: str, memory_gb: float | str, updates: int) -> dict[str, Any]:
+    """Rate and peak memory of one training in a process of its own."""
+    plain = {
+        "stores": [str(store)], "critic": {"hidden": [256, 256]}, "batch_size": 256, "steps": updates, "threads": 1,
+        "device": "cpu", "compile": "false", "memory_gb": memory_gb, "out": str(folder / name),
+    }  # fmt: skip
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(json.dumps(plain))
+    child = subprocess.run([sys.executable, "-c", CHILD, str(recipe)], capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(child.stderr)
+    return dict(json.loads(child.stdout))
+
+
+def benchmark(rows: int, share: float, updates: int, rounds: int) -> dict[str, Any]:
+    before = machine()
+    found: dict[str, list[dict[str, Any]]] = {"in memory": [], "streamed": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        store = cvlctl.write_store(folder / "big.zarr", episodes(rows), task="synthetic")
+        small = cvlctl.write_store(folder / "small.zarr", episodes(int(rows * share / 10)), task="synthetic")
+        data_mb = store.num_rows * row_bytes(store) / 1e6
+        bare = train(folder, small.path, "bare", "auto", 50)["megabytes"]
+        for i in range(rounds):
+            for name, memory in (("in memory", 2 * data_mb / 1e3), ("streamed", share * data_mb / 1e3)):
+                found[name].append(train(folder, store.path, f"{name}-{i}".replace(" ", "-"), memory, updates))
+    ratios = [s["updates_per_second"] / m["updates_per_second"] for m, s in zip(*found.values(), strict=True)]
+    return {
+        "rows": rows, "data_megabytes": round(data_mb), "allowed_megabytes": round(share * data_mb),
+        "bare_megabytes": bare, "rounds": found, "ratio": round(float(np.median(ratios)), 2),
+        "machine": before, "load_average_after": machine()["load_average"],
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=3_000_000)
+    parser.add_argument("--share", type=float, default=0.1, help="of what the rows take: the memory that data may take")
+    parser.add_argument("--updates", type=int, default=600)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the numbers there too")
+    args = parser.parse_args(arguments)
+    found = benchmark(args.rows, args.share, args.updates, args.rounds)
+    print(f"{found['data_megabytes']} MB of data, {found['allowed_megabytes']} MB allowed; {args.updates} updates")
+    for name, results in found["rounds"].items():
+        rates = ", ".join(f"{one['updates_per_second']:.0f}" for one in results)
+        peaks = ", ".join(f"{one['megabytes'] - found['bare_megabytes']}" for one in results)
+        print(f"{name:<10} updates/s {rates}; MB beyond a bare run {peaks}")
+    print(f"ratio      {found['ratio']:.2f}x")
+    state = found["machine"]
+    load = f"load {state['load_average'][0]} before and {found['load_average_after'][0]} after"
+    print(f"{state['cpu']}, {state['cpus']} CPUs, {load}; torch {state['versions']['torch']}")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
