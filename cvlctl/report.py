@@ -140,7 +140,8 @@ def _reference(record: Record) -> str:
     if record["random_success"] is not None and record["scripted_success"] is not None:
         low += f" (random actions, {record['random_success']:.0%} success)"
         high += f" (scripted expert, {record['scripted_success']:.0%})"
-    return f"{record['task'].rsplit('/', 1)[-1]}: normalised 0 is return {low}, 100 is {high}"
+    played = f" ({record['simulator']})" if record.get("simulator") else ""
+    return f"{record['task'].rsplit('/', 1)[-1]}{played}: normalised 0 is return {low}, 100 is {high}"
 
 
 def _short_names(tasks: Sequence[str]) -> dict[str, str]:

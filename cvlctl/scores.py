@@ -231,7 +231,8 @@ def score_table(
 
     Keys: task, algorithm, runs, episodes, step (the least of the runs' last steps), uneven_steps; for each metric the
     estimates <metric>_mean, <metric>_<aggregate>, and the list <metric>_runs: all None where the task lacks the metric.
-    What the task's reference policies score stands beside: reference_min, _max, random_success, scripted_success.
+    What the task's reference policies score stands beside: reference_min, _max, random_success, scripted_success; and
+    in which simulator the rows were played.
     """
     records, names = [], dict.fromkeys(["mean", *aggregates])
     for (task, algorithm), runs in _final(rows).items():
@@ -244,7 +245,7 @@ def score_table(
             record[f"{metric}_runs"] = scores[0][:, 0].tolist() if scores else None
         reference = (references or {}).get(task) or {}
         record |= {"reference_min": reference.get("min"), "reference_max": reference.get("max")}
-        record |= {key: reference.get(key) for key in ("random_success", "scripted_success")}
+        record |= {key: reference.get(key) for key in ("random_success", "scripted_success", "simulator")}
         records.append(record)
     return records
 

@@ -150,7 +150,10 @@ def test_references_stand_under_the_table() -> None:
     known = {TASKS[0]: {"min": 1416.0, "max": 4249.0, "random_success": 0.42, "scripted_success": 1.0}}
     text = rendered(scores.score_table(rows(), references=known))
     floor = "normalised 0 is return 1416 (random actions, 42% success), 100 is 4249 (scripted expert, 100%)"
-    assert floor in " ".join(text.split())
+    assert f"{TASKS[0].rsplit('/')[-1]}: {floor}" in " ".join(text.split())
+    known[TASKS[0]]["simulator"] = "mujoco 3.3.0"
+    text = rendered(scores.score_table(rows(), references=known))
+    assert f"(mujoco 3.3.0): {floor}" in " ".join(text.split())
     assert "normalised 0" not in rendered(scores.score_table(rows()))
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FORMAT = 1
+SIMULATOR = ("mujoco", "metaworld", "gymnasium")  # physics, and with them scores, differ between versions
 SAVE_SECONDS = 30.0  # between two saves: what a kill may cost
 TABLES = {
     "table": "scores", "aggregate": "over all tasks", "pairwise": "against the baseline",
@@ -270,7 +271,8 @@ def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Episodes, 
 
 def _tables(rows: list[EpisodeResult], recipe: EvaluateRecipe, baseline: str) -> dict[str, Any]:
     known = {task: envs.references(task) for task in dict.fromkeys(row.task for row in rows)}
-    references: Any = {task: reference for task, reference in known.items() if reference}
+    played = ", ".join(f"{name} {versions()[name]}" for name in SIMULATOR if name in versions())
+    references: Any = {task: {**reference, "simulator": played} for task, reference in known.items() if reference}
     confidence: Any = recipe.confidence.model_dump()
     return {
         "table": scores.score_table(rows, references=references, aggregates=recipe.aggregate, **confidence),
