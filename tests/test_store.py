@@ -830,7 +830,7 @@ def test_values_that_would_garble_training_are_refused_when_read(
         list(store.episodes())
     assert f"cvlctl data verify {written}" in caught.value.hint
     if not name.startswith("labels/"):
-        assert store.rewards().shape == (store._rows,)  # the others can still be read
+        assert store.rewards().shape == (store.num_rows,)  # the others can still be read
 
 
 def test_verify_checks_shapes_counts_and_lost_labels(written: Path) -> None:
