@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,13 @@ def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pyt
     out = capsys.readouterr().out
     assert str(tmp_path / "e" / "scores" / "scores.png") in out
     assert f"runs:   {tmp_path / 'e' / 'finetune' / 'gym' / 'Pendulum-v1' / 'cvl'}" in out
+
+    # a run of an earlier version, which lacks keys that came since, is as finished
+    for file in (tmp_path / "e").rglob("run.json"):
+        before = json.loads(file.read_text())
+        before["recipe"].pop("memory_gb", None)
+        file.write_text(json.dumps(before))
+    assert states(experiment) == ["finished"] * 6
 
     # one stage changed: it alone is another recipe, and says so before anything is lost
     changed = "stages.cloning.steps=5"

@@ -115,7 +115,7 @@ def _state(job: Job) -> str:
             before = read_run(out)
     except CvlctlError:
         return "another recipe"
-    recorded = before["recipe"]
+    recorded = recipes.with_defaults(job.command, before["recipe"])
     same = all(recorded.get(key) == value for key, value in plain.items() if key != "out")
     if job.command != "evaluate" and not same:
         return "another recipe"
