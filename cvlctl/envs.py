@@ -54,6 +54,8 @@ FETCH_TASKS: dict[str, tuple[float, float, float] | None] = {
     "FetchReachDense-v4-fixed": (1.3, 0.3, 0.9),  # reward: minus the distance to the goal
     "FetchPush-v4": None,
     "FetchPush-v4-fixed": (1.4, 0.9, 0.4247),
+    "FetchPushDense-v4": None,
+    "FetchPushDense-v4-fixed": (1.4, 0.9, 0.4247),
     "FetchPickAndPlace-v4": None,
     "FetchSlide-v4": None,
 }
