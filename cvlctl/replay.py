@@ -39,11 +39,6 @@ class Replay:
         row[:a], row[a:r], row[r], row[t], row[n:] = observation, action, reward, not terminated, next_observation
         self.size += 1
 
-    @property
-    def rewards(self) -> Tensor:
-        """(size,): the rewards so far."""
-        return self._rows[: self.size, self._cuts[1]]
-
     def gather(self, index: Tensor, gamma: float, device: str) -> TransitionBatch:
         """The transitions `index` (E, B), int64."""
         rows = self._rows.index_select(0, index.flatten()).unflatten(0, index.shape).to(device)

@@ -203,7 +203,7 @@ def test_contrastive_killed_and_resumed_equals_uninterrupted(
     assert f"resuming at frame {frame}" in capsys.readouterr().err
     resumed, whole = open_store(out), open_store(contrastive)
     assert resumed.digest() == whole.digest() and resumed.label_digest() == whole.label_digest()
-    assert read_metrics(policies_dir(out)) == read_metrics(policies_dir(contrastive))  # reward scale and all
+    assert read_metrics(policies_dir(out)) == read_metrics(policies_dir(contrastive))
     ours, theirs = (
         checkpoints.load(policies_dir(p) / "checkpoints" / "last.safetensors")[0] for p in (out, contrastive)
     )

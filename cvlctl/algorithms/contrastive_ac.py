@@ -95,13 +95,13 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     `reward_scale` (E, 1) divides rewards by their root mean square over 1 - gamma, which makes Q of the order of one.
     """
     mean, std = (x.cpu() for x in reward_statistics(data, config.gamma))
-    scale = reward_scale(config, mean.square() + std.square())
+    scale = (1 - config.gamma) / (mean.square() + std.square()).sqrt()
     actor = actors.init(config.hidden, spec, seeds)
     return networks.normaliser_of(seeds, data.observation) | _init(config, spec, seeds, actor, scale)
 
 
 def init_online(config: Config, spec: Spec, seeds: Sequence[int], exploration_noise: float) -> State:
-    """The same where there are no data yet: observations as they are, rewards as they come until `scale_rewards`.
+    """The same where there are no data yet: observations and rewards as they are.
 
     The head of the actor's log standard deviation, which no loss ever moves, says `exploration_noise` in every state:
     whoever samples the policy's actions later gets about what the collection did.
@@ -112,21 +112,6 @@ def init_online(config: Config, spec: Spec, seeds: Sequence[int], exploration_no
     actor[f"{last}.bias"][..., spec.action_dim :] = math.log(max(exploration_noise, math.exp(networks.LOG_STD_MIN)))
     normaliser = networks.no_normaliser(seeds, *spec.observation_shape)
     return normaliser | _init(config, spec, seeds, actor, torch.ones(1, 1))
-
-
-def scale_rewards(config: Config, state: State, rewards: Tensor) -> None:
-    """Take `reward_scale` from the rewards (N,) of the first, random frames, in place; never above 1.
-
-    Rewards that grow as the policy learns make Q grow beyond one; where hardly any were seen at random, and a scale
-    from them would blow up those to come, they stay as they are.
-    """
-    if len(rewards):
-        state["reward_scale"].copy_(reward_scale(config, rewards.square().mean()).clamp(max=1.0))
-
-
-def reward_scale(config: Config, mean_square: Tensor) -> Tensor:
-    """What rewards are multiplied by: (1 - gamma) over their root mean square."""
-    return (1 - config.gamma) / mean_square.sqrt()
 
 
 def _init(config: Config, spec: Spec, seeds: Sequence[int], actor: State, scale: Tensor) -> State:

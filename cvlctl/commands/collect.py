@@ -122,7 +122,6 @@ class Learner(NamedTuple):
     module: ModuleType
     config: Any
     init: Callable[[Spec, list[int]], State]
-    begin: Callable[[State, Tensor], None]  # learning begins, after random frames with rewards (N,); state in place
     explore: Callable[[Act, np.ndarray, np.ndarray], np.ndarray]  # how it acts: observation (O,), noise (A,)
 
 
@@ -134,13 +133,11 @@ def learner_of(source: OnlineSource) -> Learner:
         return Learner(
             module, config,
             init=lambda spec, seeds: contrastive_ac.init_online(config, spec, seeds, scale),
-            begin=partial(contrastive_ac.scale_rewards, config),
             explore=lambda act, observation, noise: disturbed(act(observation, None), scale, noise),
         )  # fmt: skip
     return Learner(
         module, config,
         init=partial(sac.init, config),
-        begin=lambda state, rewards: None,
         explore=lambda act, observation, noise: act(observation, noise),
     )  # fmt: skip
 
@@ -216,8 +213,6 @@ class _Collector:
         while not over:
             draws, i = self._draws()
             observation, update = observations[-1], self.frame - source.learning_starts + 1
-            if update == 1:
-                self.learner.begin(self.state, self.replay.rewards)
             action = (
                 self.learner.explore(act, observation, draws.exploration[i])
                 if update > 0
