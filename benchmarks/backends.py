@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,64 +32,63 @@ PROCESSES = 2  # and threads of EnvPool
 _env = lru_cache(maxsize=1)(lambda task: envs.make(task, 0))
 
 
-def play(request: dict[str, Any]) -> dict[str, float]:
-    """Some episodes in gymnasium, in this process: how many steps in how many seconds."""
+Done = dict[str, float]  # steps, seconds, cpu_seconds
+
+
+def play(request: dict[str, Any]) -> Done:
+    """Some episodes in gymnasium, in this process."""
     env = _env(request["task"])
     env.reset(0)
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), time.process_time()
     steps = sum(len(collect_episode(env, RandomPolicy(env.spec, 0, n), n)) for n in request["episodes"])
-    return {"steps": steps, "seconds": time.perf_counter() - begin}
+    return {"steps": steps, "seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
 
 
-def one_process(task: str, episodes: int) -> float:
-    """Steps a second."""
-    done = play({"task": task, "episodes": list(range(episodes))})
-    return done["steps"] / done["seconds"]
+def in_processes(task: str, episodes: int) -> Done:
+    """Parts of the episodes each, which begin together: the slowest one counts."""
+    parts = [{"task": task, "episodes": list(range(part, episodes, PROCESSES))} for part in range(PROCESSES)]
+    done = [answer for _, answer in share_out("backends:play", parts, PROCESSES)]
+    both = {name: sum(one[name] for one in done) for name in ("steps", "cpu_seconds")}
+    return both | {"seconds": max(one["seconds"] for one in done)}
 
 
-def two_processes(task: str, episodes: int) -> float:
-    """Steps a second: both halves begin together, and the slower one counts."""
-    halves = [{"task": task, "episodes": list(range(half, episodes, PROCESSES))} for half in range(PROCESSES)]
-    done = [answer for _, answer in share_out("backends:play", halves, PROCESSES)]
-    return sum(one["steps"] for one in done) / max(one["seconds"] for one in done)
-
-
-def in_envpool(task: str, spec: Spec, episodes: int) -> float:
-    """Steps a second, from the first episode's beginning to the last one's end; the pool is made before."""
-    begin = 0.0
+def in_envpool(task: str, spec: Spec, episodes: int) -> Done:
+    """From the first episode's beginning to the last one's end; the pool is made before."""
+    begun: list[tuple[float, float]] = []
 
     def act_of(number: int) -> envs.Act:
-        nonlocal begin
-        begin = begin or time.perf_counter()  # the first slot's: all starts are there by now
+        begun.append((time.perf_counter(), time.process_time()))  # the first time, all starts are there
         return RandomPolicy(spec, 0, number)
 
-    collected = envpool_backend.collect(task, spec, 0, act_of, total=episodes, threads=PROCESSES)
-    steps = sum(map(len, collected))
-    return steps / (time.perf_counter() - begin)
+    steps = sum(map(len, envpool_backend.collect(task, spec, 0, act_of, total=episodes, threads=PROCESSES)))
+    begin, cpu = begun[0]
+    return {"steps": steps, "seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
 
 
 def benchmark(tasks: Sequence[str], episodes: int, rounds: int) -> dict[str, Any]:
-    """Steps a second of each way, round by round in turns, and medians of EnvPool's ratios."""
+    """Steps a second of each way, round by round in turns; medians of EnvPool's ratios, in time and in CPU time."""
     from critic import machine  # its torch is not for the worker processes
 
     before = machine()
     found = []
     for task in tasks:
         spec = _env(task).spec
-        rates: dict[str, list[float]] = {"gymnasium": [], "gymnasium_two_processes": [], "envpool": []}
-        for _ in range(rounds):
-            rates["gymnasium"].append(one_process(task, episodes))
-            rates["gymnasium_two_processes"].append(two_processes(task, episodes))
-            rates["envpool"].append(in_envpool(task, spec, episodes))
-        ratios = {
-            name: round(float(np.median(np.array(rates["envpool"]) / np.array(rates[name]))), 2)
-            for name in ("gymnasium", "gymnasium_two_processes")
+        ways: dict[str, Callable[[], Done]] = {
+            "gymnasium": lambda task=task: play({"task": task, "episodes": list(range(episodes))}),  # type: ignore[misc]
+            "processes": lambda task=task: in_processes(task, episodes),  # type: ignore[misc]
+            "envpool": lambda task=task, spec=spec: in_envpool(task, spec, episodes),  # type: ignore[misc]
         }
-        steps = {name: [round(rate) for rate in each] for name, each in rates.items()}
-        found.append({"task": task, "steps_per_second": steps, "envpool_ratio_to": ratios})
-    versions = envpool_backend.versions(tasks[0])
+        done = [{name: way() for name, way in ways.items()} for _ in range(rounds)]
+
+        def ratio(to: str, clock: str, done: list[dict[str, Done]] = done) -> float:
+            return round(float(np.median([one[to][clock] / one["envpool"][clock] for one in done])), 2)
+
+        rates = {name: [round(one[name]["steps"] / one[name]["seconds"]) for one in done] for name in ways}
+        ratios = {"gymnasium": ratio("gymnasium", "seconds"), "processes": ratio("processes", "seconds")}
+        ratios["cpu_time"] = ratio("gymnasium", "cpu_seconds")
+        found.append({"task": task, "steps_per_second": rates, "envpool_ratio_to": ratios})
     return {
-        "episodes": episodes, "tasks": found, "envpool": versions,
+        "episodes": episodes, "tasks": found, "envpool": envpool_backend.versions(tasks[0]),
         "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
@@ -107,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for one in found["tasks"]:
         rates = [np.median(each) for each in one["steps_per_second"].values()]
         to = one["envpool_ratio_to"]
-        ratios = f"({to['gymnasium']}x one process, {to['gymnasium_two_processes']}x two)"
+        ratios = f"({to['gymnasium']}x one process, {to['processes']}x two; CPU time {to['cpu_time']}x)"
         print(f"{one['task']:27} {rates[0]:9.0f} {rates[1]:12.0f} {rates[2]:8.0f} {ratios}")
     state = found["machine"]
     load = f"load {state['load_average'][0]} before and {found['load_average_after'][0]} after"

@@ -228,6 +228,18 @@ def test_what_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         BuildRecipe.model_validate({"task": HOPPER, "source": source | {"backend": "mujoco"}, "out": "x.zarr"})
 
 
+def test_what_is_known_to_differ_is_said_and_kept(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(envpool_backend.DIFFERENT) <= set(envs.list_tasks())
+    pytest.importorskip("envpool")
+    monkeypatch.setattr(envpool_backend, "DIFFERENT", {"gym/Pendulum-v1": "gravity is the moon's"})
+    monkeypatch.setattr(envpool_backend, "TESTED", envpool_backend.versions(HOPPER)["envpool"])
+    build(recipe_for(tmp_path / "p.zarr", {"name": "random", "episodes": 1}, task="gym/Pendulum-v1"))
+    assert "in EnvPool, gym/Pendulum-v1's gravity is the moon's; see cvlctl doctor --parity" in capsys.readouterr().err
+    assert open_store(tmp_path / "p.zarr").provenance["environment"]["differs"] == "gravity is the moon's"
+    monkeypatch.setattr(envpool_backend, "TESTED", "0")
+    assert "differs" not in envpool_backend.versions("gym/Pendulum-v1")
+
+
 def test_every_other_task_has_a_name_in_envpool() -> None:
     envpool = pytest.importorskip("envpool")
     known = set(envpool.list_all_envs())
@@ -242,7 +254,7 @@ def test_benchmark_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     backends = importlib.import_module("backends")
     found = backends.benchmark(["gym/Pendulum-v1"], episodes=2, rounds=1)
     rates = found["tasks"][0]["steps_per_second"]
-    assert list(rates) == ["gymnasium", "gymnasium_two_processes", "envpool"] and min(map(min, rates.values())) > 0
+    assert list(rates) == ["gymnasium", "processes", "envpool"] and min(map(min, rates.values())) > 0
     done = backends.play({"task": "gym/Pendulum-v1", "episodes": [0, 1]})
     assert done["steps"] == 400 and found["machine"]["cpus"] >= 1
     for name in ("backends", "critic"):

@@ -120,8 +120,12 @@ def _summary(store: Store, status: str, seconds: float) -> dict[str, Any]:
 
 def _versions(recipe: BuildRecipe, env: envs.Env) -> dict[str, str]:
     """What simulates the collection."""
-    other = getattr(recipe.source, "backend", "gymnasium") == "envpool"
-    return envpool_backend.versions(recipe.task) if other else env.versions()
+    if getattr(recipe.source, "backend", "gymnasium") == "gymnasium":
+        return env.versions()
+    found = envpool_backend.versions(recipe.task)
+    if "differs" in found:
+        say(f"{recipe.out}: in EnvPool, {recipe.task}'s {found['differs']}; see cvlctl doctor --parity {recipe.task}")
+    return found
 
 
 def _environment(store: Store) -> str:
