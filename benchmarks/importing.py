@@ -8,7 +8,9 @@ is synthetic, of Hopper's size, compressed by gzip as D4RL's are.
 
 Load: all arrays of a store of Metaworld frames (random actions; or --store, one of yours) into memory, against Minari
 (the extra `bench`) iterating over the same episodes, in a dataset that Minari itself wrote. `size` is that on the disk.
-Files are read from the page cache by all. Rounds alternate; a ratio is the median over rounds.
+Beside it its bounds: zstd alone, into memory that is held; and asking the kernel for that much new memory, nothing else
+(Minari, which holds one episode at a time, needs none; column `kernel` tells what it cost).
+Files are read from the page cache by all. Rounds alternate, Minari before each of the others; a ratio is the median.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -33,6 +35,7 @@ import h5py
 import numpy as np
 import zarr
 from critic import Contestant, machine, measure
+from numcodecs import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cvlctl import envs, formats
@@ -44,6 +47,7 @@ from cvlctl.writer import CHUNK_ROWS, write_store
 TASK = "metaworld/drawer-close-v3"
 RAW, IMPORT = "h5py reads, zarr writes", "cvlctl imports"
 MINARI, LOAD = "Minari iterates", "cvlctl loads"
+OBSERVATIONS, DECODE, MEMORY = "cvlctl loads observations", "bound: zstd alone", "bound: new memory alone"
 
 
 def write_d4rl(path: Path, transitions: int) -> None:
@@ -72,34 +76,39 @@ def raw_copy(path: Path, out: Path) -> None:
         values = arrays[name]
         zarr.create_array(
             out, name=name, data=values, chunks=(min(CHUNK_ROWS, len(values)), *values.shape[1:]),
-            compressors=[ZstdCodec(level=3), Crc32cCodec()], overwrite=True,
+            compressors=[ZstdCodec(level=-1), Crc32cCodec()], overwrite=True,
         )  # fmt: skip
 
 
 def compare(works: dict[str, Callable[[], Any]], base: str, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds of each, and the median over rounds of the time that it took for each second of the base.
 
-    `cpu_seconds` and their ratio tell what the work costs where other work slows all of it down.
+    `cpu_seconds` and their ratio tell what the work costs where other work slows all of it down; `kernel_seconds` are
+    what of them the kernel took.
     """
-    spent: dict[str, list[float]] = {name: [] for name in works}
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
 
     def contestant(name: str) -> Contestant:
         def run(count: int) -> None:
             for _ in range(count):
-                before = time.process_time()
+                before = resource.getrusage(resource.RUSAGE_SELF)
                 works[name]()
-                spent[name].append(time.process_time() - before)
+                now = resource.getrusage(resource.RUSAGE_SELF)
+                spent[name].append((now.ru_utime - before.ru_utime, now.ru_stime - before.ru_stime))
 
         return run
 
     rates = measure({name: contestant(name) for name in works}, rounds, 1, warm_up=1)
-    cpu = {name: float(np.median(values[1:])) for name, values in spent.items()}
+    times = {name: np.array(values[1:]) for name, values in spent.items()}
+    cpu = {name: float(np.median(pair.sum(axis=1))) for name, pair in times.items()}
+    kernel = {name: float(np.median(pair[:, 1])) for name, pair in times.items()}
     ratios = {name: np.array(rates[base]) / np.array(rate) for name, rate in rates.items()}
     return {
         name: {
             "seconds": round(float(np.median(1 / np.array(rate))), 4),
             "ratio": round(float(np.median(ratios[name])), 4),
             "cpu_seconds": round(cpu[name], 4), "cpu_ratio": round(cpu[name] / cpu[base], 4),
+            "kernel_seconds": round(kernel[name], 4),
             "ratio_min": round(float(ratios[name].min()), 4), "ratio_max": round(float(ratios[name].max()), 4),
         } for name, rate in rates.items()
     }  # fmt: skip
@@ -183,20 +192,44 @@ def megabytes(path: Path) -> float:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
 
 
+def bounds(store: Store) -> dict[str, Callable[[], Any]]:
+    """What a load cannot do without: decoding into memory that is held; and the memory alone."""
+    names = ["data/observation", "data/action"] + ["labels/given/reward"] * store.has_label("given")
+    arrays = [zarr.open_array(store.path / name, mode="r") for name in names]
+    files = [sorted((store.path / name / "c").rglob("*")) for name in names]
+    parts = [
+        (np.frombuffer(file.read_bytes()[:-4], np.uint8), np.empty(array.chunks, array.dtype))
+        for array, found in zip(arrays, files, strict=True) for file in found if file.is_file()
+    ]  # fmt: skip
+
+    def decode() -> None:
+        for packed, into in parts:
+            Zstd().decode(packed, into)
+
+    def memory() -> None:
+        for array in arrays:
+            np.empty(array.shape, array.dtype).fill(0)
+
+    return {DECODE: decode, MEMORY: memory}
+
+
 def loading(folder: Path, frames: int, store_path: Path | None, rounds: int) -> dict[str, Any]:
     """Seconds of a load, and sizes; only ours where Minari is not installed."""
     store = open_store(store_path) if store_path else collect(folder / "frames.zarr", frames)
-    works: dict[str, Callable[[], Any]] = {}
+    ours: dict[str, Callable[[], Any]] = {LOAD: partial(load, store.path)}
+    ours |= {OBSERVATIONS: lambda: open_store(store.path).observations(), **bounds(store)}
     sizes = {LOAD: megabytes(store.path)}
     if find_spec("minari"):
         sizes[MINARI] = megabytes(write_minari(store, folder))
         assert iterate_minari() == load(store.path)
-        works[MINARI] = iterate_minari
-    works[LOAD] = partial(load, store.path)
-    base = next(iter(works))
-    found = compare(works, base, rounds)
-    for name, row in found.items():
-        row |= {"size_mb": round(sizes[name], 1), "size_ratio": round(sizes[name] / sizes[base], 3)}
+        pairs = [compare({MINARI: iterate_minari, name: work}, MINARI, rounds) for name, work in ours.items()]
+    else:
+        pairs = [compare(ours, LOAD, rounds)]
+    found: dict[str, dict[str, float]] = {}
+    for pair in pairs:
+        found |= {name: row for name, row in pair.items() if name not in found}  # Minari's: those beside our load
+    for name, size in sizes.items():
+        found[name] |= {"size_mb": round(size, 1), "size_ratio": round(size / sizes.get(MINARI, size), 3)}
     return {"times": found, "transitions": len(store), "task": store.task}
 
 
@@ -208,13 +241,16 @@ def show_import(imported: dict[str, Any], transitions: int) -> None:
 def show_load(loaded: dict[str, Any]) -> None:
     show_times(f"load of {loaded['transitions']:,} transitions", loaded["times"])
     for name, row in loaded["times"].items():
-        print(f"{name + ', size':40}{row['size_mb']:6.1f} MB{row['size_ratio']:8.3f}x")
+        if "size_mb" in row:
+            print(f"{name + ', size':40}{row['size_mb']:6.1f} MB{row['size_ratio']:8.3f}x")
 
 
 def show_times(title: str, rows: dict[str, dict[str, float]]) -> None:
-    print(f"{title:40}{'seconds':>9}{'ratio':>9}{'CPU':>9}{'ratio':>9}")
+    print(f"{title:40}{'seconds':>9}{'ratio':>9}{'range':>17}{'CPU':>9}{'ratio':>9}{'kernel':>9}")
     for name, row in rows.items():
-        print(f"{name:40}{row['seconds']:9.3f}{row['ratio']:8.3f}x{row['cpu_seconds']:9.3f}{row['cpu_ratio']:8.3f}x")
+        spread = f"[{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]"
+        print(f"{name:40}{row['seconds']:9.3f}{row['ratio']:8.3f}x{spread:>17}{row['cpu_seconds']:9.3f}"
+              f"{row['cpu_ratio']:8.3f}x{row['kernel_seconds']:9.3f}")  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -315,7 +315,7 @@ class StoreWriter:
                 end, shape = start + len(values), values.shape[1:]
                 array = zarr.create_array(
                     self.partial, name=name, shape=(end, *shape), dtype=values.dtype,
-                    chunks=(min(self._chunk_rows, end), *shape), compressors=[ZstdCodec(level=3), Crc32cCodec()],
+                    chunks=(min(self._chunk_rows, end), *shape), compressors=[_zstd(values.dtype), Crc32cCodec()],
                     fill_value=0, config={"write_empty_chunks": True},  # a missing chunk is then a lost one
                 )  # fmt: skip
                 if len(values):
@@ -332,6 +332,12 @@ class StoreWriter:
         counts = {"episodes": self.num_episodes, "transitions": self.num_transitions, "rows": self._num_rows}
         described = {"task": self._task, "tasks": self._tasks, "spec": spec, "counts": counts}
         return {"format": store.FORMAT, "version": store.VERSION, **described, "provenance": self._provenance}
+
+
+def _zstd(dtype: np.dtype) -> ZstdCodec:
+    """Below level 1 there is no entropy coding: floats, whose low bits are noise, are read in half the time for a tenth
+    more bytes. Pixels gain much by it."""
+    return ZstdCodec(level=3 if dtype == np.uint8 else -1)
 
 
 async def _settled() -> None:
