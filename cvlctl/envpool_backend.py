@@ -30,9 +30,9 @@ import numpy as np
 from cvlctl import envs
 from cvlctl.envs import Act
 from cvlctl.errors import CvlctlError
+from cvlctl.machine import num_cpus
 from cvlctl.rollout import act_together
 from cvlctl.types import Episode, Spec
-from cvlctl.workers import num_cpus
 
 NUM_SLOTS = 8  # decides which episodes there are: changing it changes every collection
 

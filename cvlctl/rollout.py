@@ -19,9 +19,10 @@ import numpy as np
 
 from cvlctl.envs import Act, Env, make
 from cvlctl.errors import CvlctlError
+from cvlctl.machine import num_cpus
 from cvlctl.policies import NumpyPolicy, load_policy
 from cvlctl.types import Episode, EpisodeResult
-from cvlctl.workers import num_cpus, share_out
+from cvlctl.workers import share_out
 
 EVALUATION_SEED = 1_000_003  # environment seed = this + seed: apart from the seeds 0, 1, ... of collection and training
 

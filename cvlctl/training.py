@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim.adam import adam as fused_adam
 
 from cvlctl.errors import CvlctlError
+from cvlctl.machine import num_cpus
 from cvlctl.networks import State
 
 Metrics = dict[str, Tensor]
@@ -62,7 +63,7 @@ def resolve_settings(
     if device.startswith("cuda") and not cuda:
         raise CvlctlError(f"device: {device}, but PyTorch sees no GPU", "use device: auto or cpu")
     where = ("cuda" if cuda else "cpu") if device == "auto" else device
-    num_threads = len(os.sched_getaffinity(0)) if threads == "auto" else int(threads)
+    num_threads = num_cpus() if threads == "auto" else int(threads)
     whole_step = compile == "true"
     if compile == "auto":
         whole_step = steps >= COMPILE_PAYS_AFTER or where != "cpu"

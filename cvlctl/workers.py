@@ -26,11 +26,6 @@ _COMMAND = (
 )
 
 
-def num_cpus() -> int:
-    """How many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def share_out(function: str, requests: Sequence[Any], workers: int) -> Generator[tuple[int, Any], None, None]:
     """Ask `workers` processes for function(request) of every request; yields (index of the request, answer), as ready.
 

@@ -17,7 +17,7 @@ LAYERS = [
     ["losses", "samplers"],
     ["types"],
     ["files"],
-    ["errors", "version"],
+    ["errors", "version", "machine"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 LIGHT = {"torch", "numpy", "cvlctl", "math", "dataclasses", "typing", "collections", "__future__", "types"}

@@ -160,10 +160,10 @@ def test_what_cannot_be_streamed_says_so(stores: list[Store], more: dict[str, An
 def test_what_fits_is_not_streamed(stores: list[Store], monkeypatch: pytest.MonkeyPatch) -> None:
     assert window_rows(stores, "auto", "cpu") == 0 and window_rows(stores, 1.0, "cpu") == 0
     assert 500 < window_rows(stores, 5e-5, "cpu") < 1000
-    monkeypatch.setattr(stream, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(stream, "free_memory", lambda: 100_000)
     assert 500 < window_rows(stores, "auto", "cpu") < 1000
     monkeypatch.undo()
-    assert 2**28 < stream.free_memory("cpu") < 2**43
+    assert 2**28 < stream.free_memory() < 2**43
 
 
 # --- training
@@ -205,7 +205,7 @@ def test_a_streamed_run_goes_on_with_the_same_bits(
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(name, stores, tmp_path / "cut", "checkpoint_seconds=1e-9")
-        monkeypatch.setattr(stream, "free_memory", lambda device: 2**40)  # what was decided at first stays
+        monkeypatch.setattr(stream, "free_memory", lambda: 2**40)  # what was decided at first stays
     assert run(name, stores, tmp_path / "cut", "checkpoint_seconds=1e-9")["status"] == "trained"
     whole, cut = (checkpoints.load(tmp_path / n / "checkpoints" / "last.safetensors")[0] for n in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)

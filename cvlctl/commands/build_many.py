@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from cvlctl.commands import build_dataset
 from cvlctl.errors import CvlctlError
+from cvlctl.machine import num_cpus
 from cvlctl.recipes import BuildManyRecipe, BuildRecipe, resolved
 from cvlctl.runs import PLAIN_LINE_SECONDS, Progress, clock, say
 
@@ -78,7 +79,7 @@ def build_many(recipe: BuildManyRecipe, *, force: bool = False) -> list[dict[str
         hint.
     """
     jobs = [_Job(one) for one in recipe.recipes]
-    count = recipe.processes if recipe.processes != "auto" else _cpus()
+    count = recipe.processes if recipe.processes != "auto" else num_cpus()
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     try:
         with _Screen(jobs) as screen:
@@ -100,10 +101,6 @@ def build_many(recipe: BuildManyRecipe, *, force: bool = False) -> list[dict[str
             if job.process is not None:
                 _end(job.process)
     return [{"task": job.task} | (job.result or {}) for job in jobs]
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _settle(job: _Job) -> None:

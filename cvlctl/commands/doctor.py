@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cvlctl.machine import free_memory, num_cpus
 from cvlctl.version import __version__
-from cvlctl.workers import num_cpus
 
 LONG = 10**9  # updates: enough for compiling to pay
 
@@ -39,7 +39,6 @@ def doctor() -> dict[str, Any]:
         device="auto", threads="auto", precision="auto", compile="auto", steps=LONG, say=lambda line: None
     ).as_dict()
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    memory = _memory()
     return {
         "cvlctl": __version__,
         "python": platform.python_version(),
@@ -51,7 +50,7 @@ def doctor() -> dict[str, Any]:
         "devices": ["cpu", *(f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus)],
         "compiler": training.have_compiler() and (os.environ.get("CXX") or "C++, with Python's headers"),
         "settings": {name: settings[name] for name in ("device", "threads", "precision", "compile")},
-        "memory_gb": memory and round(memory / 1e9, 1),
+        "memory_gb": round(free_memory() / 1e9, 1),
         "disk_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
         "packages": list(_packages(None)),
         "extras": {extra: [row["name"] for row in _packages(extra) if not row["ok"]] for extra in _extras()},
@@ -106,12 +105,3 @@ def _cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _memory() -> int | None:
-    """Free memory in bytes; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None

@@ -11,11 +11,9 @@ What an update sees depends on its number alone, so that a stopped run goes on e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +21,7 @@ import torch
 
 from cvlctl import samplers
 from cvlctl.errors import CvlctlError
+from cvlctl.machine import free_memory
 from cvlctl.recipes import StoreUse
 from cvlctl.samplers import Data, Layout
 from cvlctl.store import Column, Store
@@ -43,26 +42,10 @@ def window_rows(stores: Sequence[Store], memory_gb: float | str, device: str) ->
         memory_gb: what data may take; "auto" is half of what the device has free (the other half is for what is
             computed with it).
     """
-    allowed = memory_gb * 1e9 if not isinstance(memory_gb, str) else free_memory(device) / 2
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()
+    allowed = free / 2 if isinstance(memory_gb, str) else memory_gb * 1e9
     rows, size = sum(store.num_rows for store in stores), row_bytes(stores[0])
     return 0 if rows * size <= allowed else int(allowed // size)
-
-
-def free_memory(device: str) -> int:
-    """Bytes that this process may still take on the device, as far as the system tells."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read("/proc/meminfo"), re.MULTILINE)
-    free = int(found[1]) * 1024 if found else 2**33
-    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 class Segment(NamedTuple):
