@@ -381,8 +381,10 @@ def export(
 def fetch(
     name: Annotated[str, typer.Argument(help="Such as d4rl/hopper-medium-v2.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="The file, or a folder for it.")] = Path("data/d4rl"),
-    mirror: Annotated[str, typer.Option("--mirror", help="Base address of another server with the same files.")] = "",
-    sha256: Annotated[str, typer.Option("--sha256", help="The digest that the file must have.")] = "",
+    mirror: Annotated[
+        str, typer.Option("--mirror", help="Base address of another server; or one with {file} for the file's name.")
+    ] = "",
+    sha256: Annotated[str, typer.Option("--sha256", help="What the file must have, whatever is published.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Download it again.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -390,7 +392,7 @@ def fetch(
     """Download a dataset. Run it again after an interruption, and it goes on; a file that is there is checked."""
     from cvlctl.commands import exchange
 
-    def line(result: dict[str, Any]) -> None:
-        print(f"{result['status']}: {result['path']}")
+    def work() -> dict[str, Any]:
+        return exchange.fetch(name, out, mirror=mirror, sha256=sha256, force=force)
 
-    present(lambda: exchange.fetch(name, out, mirror=mirror, sha256=sha256, force=force), line, as_json, quiet)
+    present(work, lambda result: print(exchange.fetched_in_words(result)), as_json, quiet)

@@ -66,8 +66,20 @@ def export(path: Path, format: str, out: Path, *, label: str = "given", force: b
 
 
 def fetch(name: str, out: Path, *, mirror: str = "", sha256: str = "", force: bool = False) -> dict[str, Any]:
-    """Download a dataset: status, name, path, url, bytes, sha256."""
+    """Download a dataset: status, name, path, url, bytes, sha256, checked, as `formats.fetch` says."""
     return formats.fetch(name, out, mirror=mirror, sha256_is=sha256, force=force)
+
+
+def fetched_in_words(result: dict[str, Any]) -> str:
+    """The result of `fetch`, for people."""
+    told = {
+        "given": "as given",
+        "published": "as published",
+        "recorded": "as when it came",
+        "nothing": f"none is published; it is kept in {result['path']}.json, and holds from now on",
+    }
+    digest = f"{result['bytes']:,} bytes, sha256 {result['sha256']}: {told[result['checked']]}"
+    return f"{result['status']}: {result['path']}\n{digest}"
 
 
 def ls() -> list[dict[str, Any]]:
