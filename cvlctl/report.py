@@ -9,9 +9,9 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Unpack
 
 from rich import box
@@ -40,11 +40,11 @@ def to_rich(records: Sequence[Record], title: str = "") -> Table:
     table.caption, table.caption_justify, table.caption_style = "\n".join(_notes(records)), "left", "dim"
     columns = _columns(records)
     for key, heading, _ in columns:
-        # long names break at their hyphens; in a narrow window the intervals wrap, never the names
+        # long names break at hyphens, underscores and spaces; in a narrow window the intervals wrap, never the names
         fixed = key in _NAMES or key in _COUNTS
         table.add_column(heading, no_wrap=fixed, overflow="fold", justify="left" if key in _NAMES else "right")
     for i, record in enumerate(records):
-        texts = ["\n".join(wrap(cells[i], 18)) if key in _NAMES else cells[i] for key, _, cells in columns]
+        texts = ["\n".join(folded(cells[i], 18)) if key in _NAMES else cells[i] for key, _, cells in columns]
         if i > 0 and record.get("task") != records[i - 1].get("task"):
             table.add_section()
         elif i > 0 and "task" in record:
@@ -74,6 +74,16 @@ def to_csv(records: Sequence[Record]) -> str:
     for record in records:
         writer.writerow({k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in record.items()})
     return file.getvalue()
+
+
+def folded(name: str, width: int) -> list[str]:
+    """Lines of at most `width`, broken after hyphens, underscores, dots and spaces, never within a word."""
+    lines = [""]
+    for piece in re.findall(r"[^-_. ]+[-_. ]?|[-_. ]", name):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]
 
 
 def _columns(records: Sequence[Record]) -> list[tuple[str, str, list[str]]]:

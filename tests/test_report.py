@@ -213,3 +213,16 @@ def test_metrics_picture(tmp_path: Path) -> None:
 def test_tables_need_no_matplotlib() -> None:
     code = "import sys, cvlctl.report; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("bc", ["bc"]),
+        ("laeo_pretrained_100", ["laeo_pretrained_", "100"]),
+        ("cvl-fourier-0.3 of the second run", ["cvl-fourier-0.3 of", "the second run"]),
+        ("averyveryverylongwordindeed", ["averyveryverylongwordindeed"]),
+    ],
+)
+def test_long_names_break_between_words(name: str, lines: list[str]) -> None:
+    assert report.folded(name, 18) == lines
