@@ -63,7 +63,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def build_dataset(
     recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
 ) -> None:
-    """Collect a store of episodes: an online learner's replay buffer, random actions, scripted experts, or checkpoints of policies.
+    """Collect a store of episodes: an online learner's replay buffer, random actions, scripted experts, or policies.
 
     Run it again after an interruption, and it goes on; for a finished store it says so and exits. Of several tasks
     (`task: [...]`, `task: metaworld/all`) each has a process, and `--json` gives a list; exit code 2 where one failed.
