@@ -333,16 +333,14 @@ def chunks(path: Path, name: str, array: zarr.Array) -> Iterator[Chunk]:
         yield Chunk(path, f"{name} chunk {i} (rows {start}-{stop - 1})", file, slice(start, stop))
 
 
-def read_chunk(
-    array: zarr.Array, chunk: Chunk, out: np.ndarray | None = None, room: np.ndarray | None = None
-) -> np.ndarray:
-    """A chunk's rows, in `out` if given; a damaged or missing one is named. `room`: memory to unpack a padded one."""
+def read_chunk(array: zarr.Array, chunk: Chunk, out: np.ndarray | None = None) -> np.ndarray:
+    """A chunk's rows, in `out` if that is given; a damaged or missing one is named."""
     if not chunk.file.is_file():  # zarr would read a lost chunk as zeros
         raise _damaged(chunk.store, f"{chunk.name}: the chunk {chunk.file} is missing", chunk.file)
     if out is None:
         out = np.empty((chunk.rows.stop - chunk.rows.start, *array.shape[1:]), array.dtype)
     try:
-        if not _unpack(array, chunk.file, out, room):
+        if not _unpack(array, chunk.file, out):
             out[...] = array[chunk.rows]
     except Exception as error:  # crc32c, zstd and the file system each raise their own
         said = " ".join(str(error).split())
@@ -351,7 +349,7 @@ def read_chunk(
     return out
 
 
-def _unpack(array: zarr.Array, file: Path, out: np.ndarray, room: np.ndarray | None) -> bool:
+def _unpack(array: zarr.Array, file: Path, out: np.ndarray) -> bool:
     """Decode a chunk to where its rows belong. False: not sound, or not encoded as docs/store.md says: zarr's turn.
 
     Zarr takes new memory for every step of every chunk, and hands it to another thread: that costs more than decoding.
@@ -361,9 +359,7 @@ def _unpack(array: zarr.Array, file: Path, out: np.ndarray, room: np.ndarray | N
         return False
     content = file.read_bytes()
     packed = np.frombuffer(content, np.uint8)[:-4]
-    whole = out if len(out) == array.chunks[0] else room  # the last chunk is padded
-    if whole is None or len(whole) < array.chunks[0]:
-        whole = np.empty(array.chunks, array.dtype)
+    whole = out if len(out) == array.chunks[0] else np.empty(array.chunks, array.dtype)  # the last chunk is padded
     sound = google_crc32c.value(packed) == int.from_bytes(content[-4:], "little")
     if not sound or _unpacked_bytes(content) != whole.nbytes:  # what is too short would leave `whole` as it was found
         return False
@@ -417,10 +413,10 @@ class Column:
 
 
 def read_array(path: Path, name: str, array: zarr.Array) -> np.ndarray:
-    """All of an array; a damaged or missing chunk is named. Half of the time goes into the memory that it takes."""
+    """All of an array; the first chunk that is damaged or missing is named."""
     values = np.empty(array.shape, array.dtype)
-    for chunk in reversed(list(chunks(path, name, array))):  # the padded one first: it borrows room that others fill
-        read_chunk(array, chunk, values[chunk.rows], values[: array.chunks[0]])
+    for chunk in chunks(path, name, array):  # threads cost more than they save: half of the time is taking memory
+        read_chunk(array, chunk, values[chunk.rows])
     return values
 
 
