@@ -235,6 +235,22 @@ def test_conservative_penalty_has_a_gradient_of_its_own() -> None:
         assert (moved > 1e-5) is moves, (weight, moved)
 
 
+def test_the_backup_is_at_a_drawn_action_or_at_the_mean() -> None:
+    for backup in ("sample", "mean"):
+        config = cql.Config(hidden=(16,), gamma=0.9, num_actions=2, backup=backup)  # type: ignore[arg-type]
+        state, batch = state_of(cql, config), batch_of(8)
+        noise = noise_of(cql, config, 8)
+        assert ("next_action" in noise) is (backup == "sample")
+        seen, following = (networks.normalise(state, x) for x in (batch.observation, batch.next_observation))
+        mean, log_std = networks.actor(state, following)
+        action = torch.tanh(mean + (log_std.exp() * noise["next_action"] if backup == "sample" else 0.0))
+        ahead = values.q_values(values.target(state), following, action).amin(dim=1)
+        q = values.q_values(state, seen, batch.action)
+        wanted = 0.5 * (q - (batch.reward + batch.discount * ahead).unsqueeze(1)).square()
+        _, metrics = cql.step(config, state, batch, noise)
+        assert metrics["critic/td"].tolist() == pytest.approx(wanted.mean(dim=2).sum(dim=1).tolist(), rel=1e-5)
+
+
 def test_importance_weights_are_those_of_the_actions_themselves() -> None:
     """Uniform actions have the density 2^-A; those of the policy its own, under the state that they were drawn in."""
     config = cql.Config(hidden=(16,), num_actions=6)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Config:
     gamma: float = 0.99
     conservative_weight: float = 5.0  # [alpha]
     num_actions: int = 10  # of each of three kinds: uniform, of pi(s), of pi(s')
+    backup: Literal["sample", "mean"] = "sample"  # a' of the target: drawn as in the authors' code, or tanh of the mean
     ema_rate: float = 0.005
     target_entropy: float | None = None  # None: minus the number of action dimensions
     hidden: tuple[int, ...] = (256, 256)
@@ -47,7 +49,9 @@ class Config:
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
     one, many = (batch_size, spec.action_dim), (batch_size, config.num_actions, spec.action_dim)
-    kinds = {"action": one, "next_action": one, "uniform": many, "now": many, "next": many}
+    kinds = {"action": one, "uniform": many, "now": many, "next": many}
+    if config.backup == "sample":
+        kinds["next_action"] = one
     return Draws(batch_size, config.gamma, transitions=True, noise=tuple(kinds.items()))
 
 
@@ -81,7 +85,10 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     """One update of critic (CQL Eq. 4) and target, actor and temperature."""
     observation = networks.normalise(state, batch.observation)
     next_observation = networks.normalise(state, batch.next_observation)
-    next_action, _ = policy.sample_tanh(*networks.actor(state, next_observation), noise["next_action"])
+    mean, log_std = networks.actor(state, next_observation)
+    next_action = torch.tanh(mean)
+    if config.backup == "sample":
+        next_action, _ = policy.sample_tanh(mean, log_std, noise["next_action"])
     next_q = values.q_values(values.target(state), next_observation, next_action).amin(dim=1)
     y = td.td_target(batch.reward, batch.discount, next_q)  # without entropy, as in the authors' code
     actions, densities = sampled_actions(state, observation, next_observation, noise)
