@@ -31,7 +31,7 @@ class Config:
     gamma: float = 0.99
     conservative_weight: float = 5.0  # [alpha]
     num_actions: int = 10  # of each of three kinds: uniform, of pi(s), of pi(s')
-    backup: Literal["sample", "mean"] = "sample"  # a' of the target: drawn as in the authors' code, or tanh of the mean
+    backup: Literal["mean", "sample"] = "mean"  # a' of the target: tanh of the mean, or drawn, as in the authors' code
     ema_rate: float = 0.005
     target_entropy: float | None = None  # None: minus the number of action dimensions
     hidden: tuple[int, ...] = (256, 256)
