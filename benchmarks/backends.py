@@ -101,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     args = parser.parse_args(arguments)
     found = benchmark(args.tasks, args.episodes, args.rounds)
+    from critic import conditions  # its torch is not for the worker processes
+
     print(f"steps a second, median of {args.rounds} rounds of {args.episodes} random episodes")
     print(f"{'':27} gymnasium  2 processes  envpool, 2 threads")
     for one in found["tasks"]:
@@ -108,9 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         to = one["envpool_ratio_to"]
         ratios = f"({to['gymnasium']}x one process, {to['processes']}x two; CPU time {to['cpu_time']}x)"
         print(f"{one['task']:27} {rates[0]:9.0f} {rates[1]:12.0f} {rates[2]:8.0f} {ratios}")
-    state = found["machine"]
-    load = f"load {state['load_average'][0]} before and {found['load_average_after'][0]} after"
-    print(f"{state['cpu']}, {state['cpus']} CPUs, {load}; envpool {found['envpool']['envpool']}")
+    print(f"{conditions(found)}; envpool {found['envpool']['envpool']}")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from critic import machine
+from critic import conditions, machine
 
 from cvlctl.commands.build_many import build_many
 from cvlctl.recipes import BuildManyRecipe, BuildRecipe
@@ -74,9 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"one after the other  {found['one_after_the_other_seconds']}")
     print(f"at once              {found['at_once_seconds']}")
     print(f"ratio                {found['ratio']:.2f}x, {'the same' if found['same_stores'] else 'OTHER'} stores")
-    state = found["machine"]
-    load = f"load {state['load_average'][0]} before and {found['load_average_after'][0]} after"
-    print(f"{state['cpu']}, {state['cpus']} CPUs, {load}; torch {state['versions']['torch']}")
+    print(f"{conditions(found)}; torch {found['machine']['versions']['torch']}")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from cvlctl import samplers, training
 from cvlctl.algorithms import cvl, occupancy
 from cvlctl.commands.train import batches
+from cvlctl.machine import cpu_name, num_cpus
 from cvlctl.networks import State
 from cvlctl.samplers import Data
 from cvlctl.training import Settings
@@ -172,18 +172,19 @@ def summary(rates: dict[str, list[float]], base: str) -> dict[str, dict[str, flo
 
 def machine() -> dict[str, Any]:
     """What the absolute numbers depend on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
     return {
-        "cpu": cpu,
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": cpu_name(),
+        "cpus": num_cpus(),
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "versions": versions(),
     }
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """Under what a benchmark ran, in words: of its `machine` before, and of `load_average_after`."""
+    state, after = found["machine"], found["load_average_after"]
+    return f"{state['cpu']}, {state['cpus']} CPUs, load {state['load_average'][0]} before and {after[0]} after"
 
 
 def benchmark(threads: int, rounds: int, updates: int, rows: int, with_compiled: bool = True) -> dict[str, Any]:
@@ -234,8 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name:40}{row['updates_per_second']:10.1f}{row['ratio']:7.2f}x"
                   f"{row['ratio_min']:7.2f}x{row['ratio_max']:7.2f}x")  # fmt: skip
     state, settings = found["machine"], found["settings"]
-    print(f"{state['cpu']}, {state['cpus']} CPUs, load {state['load_average'][0]} before and "
-          f"{found['load_average_after'][0]} after; torch {state['versions']['torch']}, threads {settings['threads']}, "
+    print(f"{conditions(found)}; torch {state['versions']['torch']}, threads {settings['threads']}, "
           f"precision {settings['precision']}, GOMP_SPINCOUNT {state['gomp_spincount']}")  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

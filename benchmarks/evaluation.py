@@ -30,7 +30,7 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 import gymnasium
 import numpy as np
 import torch
-from critic import machine
+from critic import conditions, machine
 from torch import Tensor, nn
 
 from cvlctl import checkpoints, envs, networks
@@ -206,8 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{name:45}{row['seconds']:9.1f}{row['times_ours']:7.2f}x{row['disagreement']:14.1e}")
     state = found["machine"]
     print(
-        f"{state['cpu']}, {state['cpus']} CPUs, load {state['load_average'][0]} before and "
-        f"{found['load_average_after'][0]} after; torch {state['versions']['torch']}, {args.threads} threads, "
+        f"{conditions(found)}; torch {state['versions']['torch']}, {args.threads} threads, "
         f"mujoco {state['versions'].get('mujoco')}"
     )
     if args.json:

@@ -34,7 +34,7 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 import h5py
 import numpy as np
 import zarr
-from critic import Contestant, machine, measure
+from critic import Contestant, conditions, machine, measure
 from numcodecs import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -269,8 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show_load(loaded)
     found = {"import": imported, "load": loaded, "transitions": args.transitions, "rounds": args.rounds,
              "machine": before, "load_average_after": machine()["load_average"]}  # fmt: skip
-    print(f"{before['cpu']}, {before['cpus']} CPUs, load {before['load_average'][0]} before and "
-          f"{found['load_average_after'][0]} after")  # fmt: skip
+    print(conditions(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

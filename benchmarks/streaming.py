@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from critic import machine
+from critic import conditions, machine
 
 import cvlctl
 from cvlctl.commands.stream import row_bytes
@@ -92,9 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peaks = ", ".join(f"{one['megabytes'] - found['bare_megabytes']}" for one in results)
         print(f"{name:<10} updates/s {rates}; MB beyond a bare run {peaks}")
     print(f"ratio      {found['ratio']:.2f}x")
-    state = found["machine"]
-    load = f"load {state['load_average'][0]} before and {found['load_average_after'][0]} after"
-    print(f"{state['cpu']}, {state['cpus']} CPUs, {load}; torch {state['versions']['torch']}")
+    print(f"{conditions(found)}; torch {found['machine']['versions']['torch']}")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -33,7 +33,7 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 # isort: split
 import numpy as np
 import torch
-from critic import SPEC, Contestant, machine, measure, summary, synthetic
+from critic import SPEC, Contestant, conditions, machine, measure, summary, synthetic
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -343,8 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                       f"{row['ratio_min']:7.2f}x{row['ratio_max']:7.2f}x"
                       f"{row['gflop']:8.2f}{row['share_of_bare_products']:9.0%}")  # fmt: skip
         state = found["machine"]
-        print(f"{state['cpu']}, {state['cpus']} CPUs, load {state['load_average'][0]} before and "
-              f"{found['load_average_after'][0]} after; torch {state['versions']['torch']}, "
+        print(f"{conditions(found)}; torch {state['versions']['torch']}, "
               f"d3rlpy {found['d3rlpy']}")  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

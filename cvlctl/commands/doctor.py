@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cvlctl.machine import free_memory, num_cpus
+from cvlctl.machine import cpu_name, free_memory, num_cpus
 from cvlctl.version import __version__
 
 LONG = 10**9  # updates: enough for compiling to pay
@@ -44,7 +44,7 @@ def doctor() -> dict[str, Any]:
         "python": platform.python_version(),
         "executable": sys.executable,
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cpus": num_cpus(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "devices": ["cpu", *(f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus)],
@@ -97,11 +97,3 @@ def _packages(extra: str | None) -> Iterator[dict[str, Any]]:
 
 def _extras() -> list[str]:
     return sorted(metadata.metadata("cvlctl").get_all("Provides-Extra") or [])
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

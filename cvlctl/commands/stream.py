@@ -81,16 +81,16 @@ class Stream:
         _refuse(uses, rewards)
         self._stores, self._uses, self._rewards, self._device = stores, uses, rewards, device
         self._capacity = rows // (SLOTS + 1)
+        self._kept = [use.kept(store.num_episodes) for store, use in zip(stores, uses, strict=True)]
+        self._steps = [store.lengths() for store in stores]  # of each episode
         self._segments = [s for i in range(len(stores)) for s in _segments(stores[i], i, self._capacity)]
         self._columns = [self._open(i) for i in range(len(stores))]
         observation_dim, action_dim = stores[0].spec.observation_shape[0], stores[0].spec.action_dim
         empty = np.zeros((0, observation_dim), dtype=np.float32)
         self._examples = torch.from_numpy(empty if examples is None else examples).to(device)
         count = (SLOTS + 1) * self._capacity
-        self._widths = (observation_dim, action_dim)
-        self._arrays = [torch.zeros(count, width, device=device) for width in (*self._widths, 1)]
-        lengths = [int(self._stores[s.store].lengths()[s.first : s.end].sum()) for s in self._segments]
-        self._lengths = np.array(lengths, dtype=np.int64)  # transitions of each segment
+        self._arrays = [torch.zeros(count, width, device=device) for width in (observation_dim, action_dim, 1)]
+        self._lengths = np.array([self._steps[s.store][s.first : s.end].sum() for s in self._segments])  # transitions
         # each transition is drawn once a pass for each seed; more often where a window would not serve one block
         self._blocks_per_transition = 1 / (SLOTS * min(draws_per_block, float(self._lengths.mean())))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream")
@@ -110,18 +110,13 @@ class Stream:
 
         It lies where the windows will: call it, and be done with it, before `at`.
         """
-        order = np.random.default_rng([1])
-        counts = [store.num_episodes for store in self._stores]
-        chosen, rows = [], 0
-        for number in order.permutation(sum(counts)):
-            i = int(np.searchsorted(np.cumsum(counts), number, side="right"))
-            episode = int(number - sum(counts[:i]))
-            rows += int(self._stores[i].lengths()[episode]) + 1
-            if rows > self._capacity:
-                break
-            chosen.append((i, episode))
+        steps = np.concatenate(self._steps)
+        order = np.random.default_rng([1]).permutation(len(steps))
+        chosen = np.sort(order[np.cumsum(steps[order] + 1) <= self._capacity])
+        first = np.cumsum([0] + [len(each) for each in self._steps])  # the number of each store's first episode
+        stores = np.searchsorted(first, chosen, side="right") - 1
         layouts, offset = [], 0
-        for i, episode in sorted(chosen):
+        for i, episode in zip(stores.tolist(), (chosen - first[stores]).tolist(), strict=True):
             where = self._read_into(Segment(i, episode, episode + 1), offset)
             layouts.append(where)
             offset = int(where.last[-1]) + 1
@@ -181,7 +176,7 @@ class Stream:
             reward.zero_()
             return
         reward[1:] = reward[:-1].clone()
-        kept = self._uses[segment.store].kept(self._stores[segment.store].num_episodes)[segment.first : segment.end]
+        kept = self._kept[segment.store][segment.first : segment.end]
         lost = np.repeat(~kept, np.diff(ends, prepend=0))
         reward[torch.from_numpy(lost).to(reward.device)] = 0.0
 
