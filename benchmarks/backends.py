@@ -67,7 +67,7 @@ def in_envpool(task: str, spec: Spec, episodes: int) -> Done:
 
 def benchmark(tasks: Sequence[str], episodes: int, rounds: int) -> dict[str, Any]:
     """Steps a second of each way, round by round in turns; medians of EnvPool's ratios, in time and in CPU time."""
-    from critic import machine  # its torch is not for the worker processes
+    from common import machine  # its torch is not for the worker processes
 
     before = machine()
     found = []
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     args = parser.parse_args(arguments)
     found = benchmark(args.tasks, args.episodes, args.rounds)
-    from critic import conditions  # its torch is not for the worker processes
+    from common import conditions  # its torch is not for the worker processes
 
     print(f"steps a second, median of {args.rounds} rounds of {args.episodes} random episodes")
     print(f"{'':27} gymnasium  2 processes  envpool, 2 threads")

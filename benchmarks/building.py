@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from critic import conditions, machine
+from common import conditions, machine
 
 from cvlctl.commands.build_many import build_many
 from cvlctl.recipes import BuildManyRecipe, BuildRecipe

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,39 +24,20 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import SPEC, Contestant, conditions, configure, machine, measure, summary, synthetic
 from torch import Tensor, nn
 
 from cvlctl import samplers, training
 from cvlctl.algorithms import cvl, occupancy
 from cvlctl.commands.train import batches
-from cvlctl.machine import cpu_name, num_cpus
 from cvlctl.networks import State
 from cvlctl.samplers import Data
 from cvlctl.training import Settings
 from cvlctl.types import Spec
-from cvlctl.version import versions
 
-SPEC = Spec((39,), 4, 500)  # Metaworld's
 CRITIC = occupancy.Config()  # InfoNCE, 512x512->64
 SEEDS = [0, 1]
 BATCH, CVL_BATCH = 1024, 256  # the recipes' defaults: pretrain, finetune
-
-Contestant = Callable[[int], None]  # makes n updates
-
-
-def synthetic(rows: int) -> Data:
-    """Random episodes of 500 steps, `rows` rows in all, in memory."""
-    rng = np.random.default_rng(0)
-    num_episodes = max(2, rows // (SPEC.horizon + 1))
-    ends = np.arange(1, num_episodes + 1) * (SPEC.horizon + 1)
-    observation = rng.standard_normal((ends[-1], *SPEC.observation_shape), dtype=np.float32)
-    action = rng.uniform(-1, 1, (ends[-1], SPEC.action_dim)).astype(np.float32)
-    reward = rng.uniform(0, 10, ends[-1]).astype(np.float32)
-    where = samplers.layout(ends, np.zeros(num_episodes, dtype=bool))
-    return Data(
-        torch.from_numpy(observation), torch.from_numpy(action), torch.from_numpy(reward).unsqueeze(0), where,
-        torch.arange(len(where.row)), torch.zeros(0, *SPEC.observation_shape),
-    )  # fmt: skip
 
 
 def ours(module: Any, config: Any, data: Data, batch_size: int, settings: Settings) -> Contestant:
@@ -69,7 +48,7 @@ def ours(module: Any, config: Any, data: Data, batch_size: int, settings: Settin
     stream = batches(data, draws, SEEDS, 0, 2**40)
 
     def run(updates: int) -> None:
-        training.configure(settings)
+        configure(settings)
         for _ in range(updates):
             _, (indices, noise) = next(stream)
             program(state, samplers.gather(data, indices, draws), noise)
@@ -138,53 +117,12 @@ def theirs(data: Data, config: occupancy.Config, batch_size: int, settings: Sett
         return observations[now], data.action[now], observations[now + torch.minimum(offset, left)]
 
     def run(updates: int) -> None:
-        training.configure(settings)
+        configure(settings)
         for _ in range(updates):
             for critic, optimiser in zip(critics, optimisers, strict=True):
                 plain_update(critic, optimiser, *sample())
 
     return run
-
-
-def measure(contestants: dict[str, Contestant], rounds: int, updates: int, warm_up: int = 4) -> dict[str, list[float]]:
-    """Updates a second of every contestant in every round, the contestants taking turns."""
-    for run in contestants.values():
-        run(warm_up)  # compiles, too
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            begin = time.perf_counter()
-            run(updates)
-            rates[name].append(updates / (time.perf_counter() - begin))
-    return rates
-
-
-def summary(rates: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Median rate, and median over rounds of the ratio to `base`, with its extremes."""
-    found = {}
-    for name, rate in rates.items():
-        ratio = np.array(rate) / np.array(rates[base])
-        spread = {"ratio": np.median(ratio), "ratio_min": ratio.min(), "ratio_max": ratio.max()}
-        row = {"updates_per_second": float(np.median(rate)), **spread}
-        found[name] = {key: round(float(value), 2) for key, value in row.items()}
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """What the absolute numbers depend on."""
-    return {
-        "cpu": cpu_name(),
-        "cpus": num_cpus(),
-        "load_average": [round(x, 2) for x in os.getloadavg()],
-        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
-        "versions": versions(),
-    }
-
-
-def conditions(found: dict[str, Any]) -> str:
-    """Under what a benchmark ran, in words: of its `machine` before, and of `load_average_after`."""
-    state, after = found["machine"], found["load_average_after"]
-    return f"{state['cpu']}, {state['cpus']} CPUs, load {state['load_average'][0]} before and {after[0]} after"
 
 
 def benchmark(threads: int, rounds: int, updates: int, rows: int, with_compiled: bool = True) -> dict[str, Any]:

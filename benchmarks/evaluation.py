@@ -30,7 +30,7 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 import gymnasium
 import numpy as np
 import torch
-from critic import conditions, machine
+from common import conditions, machine
 from torch import Tensor, nn
 
 from cvlctl import checkpoints, envs, networks

@@ -34,7 +34,7 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 import h5py
 import numpy as np
 import zarr
-from critic import Contestant, conditions, machine, measure
+from common import Contestant, conditions, machine, measure
 from numcodecs import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 

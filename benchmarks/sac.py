@@ -25,7 +25,7 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 import gymnasium
 import numpy as np
 import torch
-from critic import measure
+from common import measure
 
 from cvlctl import envs, replay, training
 from cvlctl.algorithms import sac

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from critic import conditions, machine
+from common import conditions, machine
 
 import cvlctl
 from cvlctl.commands.stream import row_bytes

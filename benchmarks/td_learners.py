@@ -33,7 +33,7 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 # isort: split
 import numpy as np
 import torch
-from critic import SPEC, Contestant, conditions, machine, measure, summary, synthetic
+from common import SPEC, Contestant, conditions, machine, measure, summary, synthetic
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 

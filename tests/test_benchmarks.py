@@ -29,7 +29,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     """Imports a script by name, as it would import its neighbours."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("critic", "evaluation", "mountain_car", "streaming", "td_learners"):
+    for name in ("common", "critic", "evaluation", "mountain_car", "streaming", "td_learners"):
         sys.modules.pop(name, None)
 
 

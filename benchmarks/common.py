@@ -1,0 +1,183 @@
+"""What the benchmarks share: contestants that take turns, the record of a comparison, and each script's first and last
+lines.
+
+A script measures, makes a dictionary with `machine` (before), `load_average_after` and `comparisons`, and hands it to
+`finish`, which prints it and writes it where `--json` says. `run.py` merges these files into one page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
+
+# isort: split
+import numpy as np
+import torch
+
+from cvlctl import samplers, training
+from cvlctl.machine import cpu_name, num_cpus
+from cvlctl.samplers import Data
+from cvlctl.types import Spec
+from cvlctl.version import versions
+
+SPEC = Spec((39,), 4, 500)  # Metaworld's
+AS_SHIPPED, OUR_SETTING = ", as shipped", ", our matmul setting"  # what a peer computes with
+EAGER, COMPILED, BF16 = "cvlctl, eager", "cvlctl, whole step compiled", "cvlctl, whole step compiled, bf16"
+
+Contestant = Callable[[int], None]  # makes n updates
+
+
+def synthetic(rows: int) -> Data:
+    """Random episodes of 500 steps, `rows` rows in all, in memory."""
+    rng = np.random.default_rng(0)
+    num_episodes = max(2, rows // (SPEC.horizon + 1))
+    ends = np.arange(1, num_episodes + 1) * (SPEC.horizon + 1)
+    observation = rng.standard_normal((ends[-1], *SPEC.observation_shape), dtype=np.float32)
+    action = rng.uniform(-1, 1, (ends[-1], SPEC.action_dim)).astype(np.float32)
+    reward = rng.uniform(0, 10, ends[-1]).astype(np.float32)
+    where = samplers.layout(ends, np.zeros(num_episodes, dtype=bool))
+    return Data(
+        torch.from_numpy(observation), torch.from_numpy(action), torch.from_numpy(reward).unsqueeze(0), where,
+        torch.arange(len(where.row)), torch.zeros(0, *SPEC.observation_shape),
+    )  # fmt: skip
+
+
+def configure(settings: training.Settings) -> None:
+    """Threads and precision of a contestant whose turn it is. Not what `training.configure` does besides before a
+    compiled run: forget all compiled programs, which would put their compilation into every round."""
+    training.configure(replace(settings, compile=False))
+
+
+def measure(contestants: dict[str, Contestant], rounds: int, updates: int, warm_up: int = 4) -> dict[str, list[float]]:
+    """Updates a second of every contestant in every round, the contestants taking turns."""
+    for run in contestants.values():
+        run(warm_up)  # compiles, too
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            begin = time.perf_counter()
+            run(updates)
+            rates[name].append(updates / (time.perf_counter() - begin))
+    return rates
+
+
+def summary(rates: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Median rate, and median over rounds of the ratio to `base`, with its extremes."""
+    found = {}
+    for name, rate in rates.items():
+        ratio = np.array(rate) / np.array(rates[base])
+        spread = {"ratio": np.median(ratio), "ratio_min": ratio.min(), "ratio_max": ratio.max()}
+        row = {"updates_per_second": float(np.median(rate)), **spread}
+        found[name] = {key: round(float(value), 2) for key, value in row.items()}
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the absolute numbers depend on."""
+    return {
+        "cpu": cpu_name(),
+        "cpus": num_cpus(),
+        "load_average": [round(x, 2) for x in os.getloadavg()],
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
+        "versions": versions(),
+    }
+
+
+def conditions(found: dict[str, Any]) -> str:
+    """Under what a benchmark ran, in words: of its `machine` before, and of `load_average_after`."""
+    state, after = found["machine"], found["load_average_after"]
+    return (
+        f"{state['cpu']}, {state['cpus']} CPUs, load {state['load_average'][0]} before and {after[0]} after; "
+        f"torch {state['versions']['torch']}"
+    )
+
+
+def comparison(
+    work: str,
+    peer: str,
+    ratio: float,
+    *,
+    low: float,
+    high: float,
+    ours: float,
+    theirs: float,
+    unit: str,
+    threads: int,
+    least: float | None = None,
+    aim: float | None = None,
+) -> dict[str, Any]:
+    """The record of one comparison, a row of the page.
+
+    Args:
+        ratio: how many times faster than the peer, the median over rounds: above 1 cvlctl is ahead, whatever the unit.
+        low, high: its extremes over rounds.
+        ours, theirs: medians over rounds, in `unit` ("updates/s", "frames/s", "seconds").
+        least, aim: the ratios to be reached; None: it is told, and no target is set.
+    """
+    numbers = {"ratio": ratio, "low": low, "high": high, "ours": ours, "theirs": theirs}
+    rounded = {name: float(f"{value:.4g}") for name, value in numbers.items()}
+    return {"work": work, "peer": peer, **rounded, "unit": unit, "threads": threads, "least": least, "aim": aim}
+
+
+def versus(
+    work: str,
+    peer: str,
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    *,
+    threads: int,
+    unit: str = "updates/s",
+    least: float | None = None,
+    aim: float | None = None,
+) -> dict[str, Any]:
+    """The comparison of what both sides did in the same rounds: rates, or with unit "seconds" the time it took."""
+    a, b = np.array(ours), np.array(theirs)
+    ratio = b / a if unit == "seconds" else a / b
+    return comparison(
+        work, peer, float(np.median(ratio)), low=float(ratio.min()), high=float(ratio.max()), ours=float(np.median(a)),
+        theirs=float(np.median(b)), unit=unit, threads=threads, least=least, aim=aim,
+    )  # fmt: skip
+
+
+def reached(row: dict[str, Any]) -> str:
+    """What became of a comparison's targets, in a word or two; nothing where none is set."""
+    if row["least"] is None and row["aim"] is None:
+        return ""
+    if row["aim"] is not None and row["ratio"] >= row["aim"]:
+        return "aim reached"
+    if row["least"] is not None and row["ratio"] < row["least"]:
+        return "missed"
+    return "reached" if row["aim"] is None else "reached, aim missed"
+
+
+def parser(doc: str | None, threads: int | None = 2) -> argparse.ArgumentParser:
+    """Arguments that all scripts have; `--threads` only where `threads`, its default, is a number."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if threads is not None:
+        made.add_argument("--threads", type=int, default=threads)
+    made.add_argument("--json", type=Path, help="write the numbers there too")
+    return made
+
+
+def finish(found: dict[str, Any], args: argparse.Namespace) -> None:
+    """Print the comparisons and under what they were made; write everything to `args.json`."""
+    if rows := found.get("comparisons"):
+        both = [f"{row['work']} / {row['peer']}" for row in rows]
+        width = max(map(len, both)) + 2
+        print(f"{'work / peer':{width}}{'ours':>10}{'theirs':>10} {'unit':10}{'ratio':>8}{'range':>18}  target")
+        for name, row in zip(both, rows, strict=True):
+            spread = f"[{row['low']:.2f}, {row['high']:.2f}]"
+            print(f"{name:{width}}{row['ours']:10.4g}{row['theirs']:10.4g} {row['unit']:10}{row['ratio']:7.2f}x"
+                  f"{spread:>18}  {reached(row)}")  # fmt: skip
+    print(conditions(found))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
