@@ -1,0 +1,172 @@
+"""What more data cost: speed and memory, from 100 thousand to 5 million transitions (39 observations, 4 actions).
+
+    python benchmarks/scaling.py [--threads 2] [--transitions 100000 1000000 5000000] [--json scaling.json]
+
+* Speed: updates/s of CVL, defaults, batch 256, one seed, compiled, with all data in memory; of all learners its update
+  reads the most rows: a batch, its futures, and a bank of 1024 rewarded futures, all drawn and gathered within what is
+  timed. One program and one set of networks serve all sizes, and the smaller data are the first episodes of the
+  largest, so that nothing but the amount of data differs. Sizes take turns; a ratio to the smallest is the median over
+  rounds.
+* Memory: the peak of `cvlctl pretrain`, from Python, with a store of each size: a process of its own, a few updates,
+  eager, one thread, all rows in memory. Linux alone, by VmHWM: the peak that getrusage tells of a process may be that
+  of the one that started it. Data are what `memory_gb` counts: rows and their index.
+
+The claims: an update takes as long with any amount of data, and memory is the data and a constant.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cvlctl  # before torch: it says how OpenMP's threads are to wait
+
+# isort: split
+import numpy as np
+from common import SPEC, Contestant, configure, finish, machine, measure, parser, synthetic, versus
+from seeds import show
+from streaming import episodes
+
+from cvlctl import samplers, training
+from cvlctl.algorithms import cvl
+from cvlctl.commands.stream import row_bytes
+from cvlctl.commands.train import batches
+from cvlctl.samplers import Data, Layout
+from cvlctl.training import Settings
+
+SIZES = [100_000, 500_000, 1_000_000, 2_000_000, 5_000_000]  # transitions: whole episodes of 500
+CVL = cvl.Config()
+BATCH = 256
+CHILD = """
+import json, pathlib, re, sys
+from cvlctl import recipes
+from cvlctl.commands.pretrain import pretrain
+pretrain(recipes.load(sys.argv[1], [], "pretrain"))
+print(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+"""
+
+
+def beginning(data: Data, transitions: int) -> Data:
+    """The first transitions of `data`, whole episodes: views of it, no copies."""
+    row, last, terminated, first = data.layout
+    num_episodes = transitions // SPEC.horizon
+    num, rows = num_episodes * SPEC.horizon, num_episodes * (SPEC.horizon + 1)
+    where = Layout(row[:num], last[:num], terminated[:num], first[:num_episodes])
+    return Data(
+        data.observation[:rows], data.action[:rows], data.arrival_reward[:, :rows], where, data.labelled[:num],
+        data.examples,
+    )  # fmt: skip
+
+
+def contestants(data: Data, sizes: Sequence[int], settings: Settings) -> dict[str, Contestant]:
+    """Functions that make n updates from so much of the data, all of the same networks."""
+    draws = cvl.draws(CVL, SPEC, BATCH)
+    state = cvl.init(CVL, SPEC, [0], beginning(data, min(sizes)))
+    program = training.whole_step(partial(cvl.step, CVL), settings)
+
+    def updates_from(part: Data) -> Contestant:
+        stream = batches(part, draws, [0], 0, 2**40)
+
+        def run(updates: int) -> None:
+            configure(settings)
+            for _ in range(updates):
+                _, (indices, noise) = next(stream)
+                program(state, samplers.gather(part, indices, draws), noise)
+
+        return run
+
+    return {str(size): updates_from(beginning(data, size)) for size in sizes}
+
+
+def speed(sizes: Sequence[int], settings: Settings, rounds: int, updates: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The curve of updates/s, and the comparison of its ends."""
+    data = synthetic(max(sizes) // SPEC.horizon * (SPEC.horizon + 1))
+    training.configure(settings)
+    rates = measure(contestants(data, sizes, settings), rounds, updates)
+    base = np.array(rates[str(sizes[0])])
+    rows = []
+    for size in sizes:
+        found = np.array(rates[str(size)])
+        ratio = found / base
+        spread = [round(float(x), 2) for x in (np.median(ratio), ratio.min(), ratio.max())]
+        rows.append([size, round(float(np.median(found)), 1), *spread])
+    how = f"{settings.threads} threads, {'compiled' if settings.compile else 'eager'}, batch {BATCH}, in memory"
+    columns = ["transitions", "updates/s", "ratio to the fewest", "least", "most"]
+    curve = {"title": "CVL's updates with more data", "columns": columns, "rows": rows, "note": f"{how}; flat is 1"}
+    ends = versus(
+        f"CVL's updates with {sizes[-1]:,} transitions", f"with {sizes[0]:,}", rates[str(sizes[-1])],
+        rates[str(sizes[0])], threads=settings.threads,
+    )  # fmt: skip
+    return curve, ends
+
+
+def peak(folder: Path, store: cvlctl.Store, updates: int) -> float:
+    """Peak memory in MB of a training in a process of its own."""
+    plain = {
+        "stores": [str(store.path)], "batch_size": BATCH, "steps": updates, "threads": 1,
+        "device": "cpu", "compile": "false", "memory_gb": 2 * store.num_rows * row_bytes(store) / 1e9,
+        "out": str(folder / "run"),
+    }  # fmt: skip
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(json.dumps(plain))
+    child = subprocess.run([sys.executable, "-c", CHILD, str(recipe)], capture_output=True, text=True)
+    if child.returncode:
+        raise RuntimeError(child.stderr)
+    return int(child.stdout) * 1024 / 1e6
+
+
+def memory(sizes: Sequence[int], updates: int) -> dict[str, Any]:
+    """The curve of peak memory: each size in a process of its own, its store gone afterwards."""
+    rows = []
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            num_rows = size // SPEC.horizon * (SPEC.horizon + 1)
+            store = cvlctl.write_store(folder / "data.zarr", episodes(num_rows), task="synthetic")
+            data_mb = store.num_rows * row_bytes(store) / 1e6
+            peak_mb = peak(folder, store, updates)
+        rows.append([size, round(data_mb), round(peak_mb), round(peak_mb - data_mb)])
+    note = "pretrain, eager, one thread"
+    if len(rows) > 1:
+        slope = (rows[-1][2] - rows[0][2]) / (rows[-1][1] - rows[0][1])
+        note += f"; from the first row to the last, each MB of data takes {slope:.2f} MB"
+    columns = ["transitions", "data, MB", "peak, MB", "peak - data, MB"]
+    return {"title": "Peak memory with more data", "columns": columns, "rows": rows, "note": note}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--transitions", type=int, nargs="+", default=SIZES, help="multiples of 500, ascending")
+    made.add_argument("--rounds", type=int, default=7)
+    made.add_argument("--updates", type=int, default=64, help="updates a round")
+    made.add_argument("--memory-updates", type=int, default=20, help="updates of the runs whose memory is measured")
+    made.add_argument(
+        "--hidden", type=int, nargs="+", default=[512, 512], help="of the critic whose memory is measured"
+    )
+    made.add_argument("--eager-only", action="store_true", help="compile nothing")
+    args = made.parse_args(arguments)
+    before, sizes = machine(), sorted(args.transitions)
+    settings = training.resolve_settings(
+        device="cpu", threads=args.threads, precision="auto", steps=1, say=print,
+        compile="true" if training.have_compiler() and not args.eager_only else "false",
+    )  # fmt: skip
+    updates_curve, ends = speed(sizes, settings, args.rounds, args.updates)
+    show(updates_curve)
+    memory_curve = memory(sizes, args.memory_updates)
+    show(memory_curve)
+    found = {
+        "comparisons": [ends], "curves": [updates_curve, memory_curve], "settings": settings.as_dict(),
+        "rounds": args.rounds, "updates_a_round": args.updates, "machine": before,
+        "load_average_after": machine()["load_average"],
+    }  # fmt: skip
+    finish(found, args)
+
+
+if __name__ == "__main__":
+    main()

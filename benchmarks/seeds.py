@@ -1,0 +1,270 @@
+"""Seeds that train together, as one batched program, beside seeds that train apart.
+
+    python benchmarks/seeds.py [--threads 2] [--together 5] [--device cpu] [--json seeds.json]
+
+* SAC: updates/s of five seeds together, compiled, beside five Stable-Baselines3 processes at once, one thread each
+  (the extra `bench`; on the CPU alone). A turn of theirs: all five pass a barrier, then each trains until its seconds
+  are over; their rates are added up. Both sides make one update a call, batch 256, twin critic and actor of 256x256,
+  each seed sampling from 20,000 transitions of its own, which is part of what is timed.
+* CVL with its defaults, batch 256: five seeds together beside five runs one after the other, which make as many updates
+  a second in all as one of them does alone. On a GPU a step is a CUDA graph on both sides.
+* Curves: what CVL's and the occupancy critic's update (batch 1024) costs with more and more seeds.
+
+A rate counts one update of one seed as one. Contestants take turns, so that a busy machine slows all alike; a ratio is
+the median over rounds. Compiling, some 15 s for each number of seeds and algorithm, is not in any rate.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+from typing import Any
+
+import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
+
+# isort: split
+import numpy as np
+import torch
+from common import (
+    AS_SHIPPED,
+    OUR_SETTING,
+    SPEC,
+    Contestant,
+    configure,
+    finish,
+    machine,
+    measure,
+    parser,
+    synthetic,
+    versus,
+)
+from sac import FILLED, theirs
+
+from cvlctl import replay, samplers, training
+from cvlctl.algorithms import cvl, occupancy, sac
+from cvlctl.commands.train import batches, to_device
+from cvlctl.samplers import Data
+from cvlctl.training import Settings
+
+SAC, CVL, CRITIC = sac.Config(), cvl.Config(), occupancy.Config()
+SAC_BATCH, CVL_BATCH, CRITIC_BATCH = 256, 256, 1024  # the recipes' defaults
+WARM_UP = 4  # updates before anything is timed; the first compiles
+PRECISION = {AS_SHIPPED: "float32", OUR_SETTING: "medium"}
+
+Rate = Callable[[float], float]  # trains for so many seconds; updates/s, of all seeds together
+
+
+def rate(run: Contestant, seconds: float) -> float:
+    """Updates of `run` a second, from now until `seconds` are over and its last update is finished."""
+    begin = now = time.perf_counter()
+    updates = 0
+    while now < begin + seconds:
+        run(1)
+        updates += 1
+        now = time.perf_counter()
+    return updates / (now - begin)
+
+
+def sac_together(num_seeds: int, settings: Settings) -> Contestant:
+    """n updates of all seeds: the online loop's own pieces, without its environment."""
+    seeds = list(range(num_seeds))
+    state, wanted = sac.init(SAC, SPEC, seeds), sac.draws(SAC, SPEC, SAC_BATCH)
+    program = training.whole_step(partial(sac.step, SAC), settings)
+    buffer = replay.Replay(num_seeds * FILLED, SPEC)
+    rng = np.random.default_rng(0)
+    for _ in range(num_seeds * FILLED):
+        o, o2 = rng.standard_normal((2, *SPEC.observation_shape), dtype=np.float32)
+        buffer.add(o, rng.uniform(-1, 1, SPEC.action_dim), 0.0, False, o2)
+    own = FILLED * torch.arange(num_seeds).unsqueeze(1)  # where each seed's transitions begin
+    frame, draws = 0, replay.draw("sac", wanted, SPEC, seeds, 0)
+
+    def run(updates: int) -> None:
+        nonlocal frame, draws
+        configure(settings)
+        for _ in range(updates):
+            block, i = divmod(frame, replay.BLOCK)
+            if i == 0:
+                draws = replay.draw("sac", wanted, SPEC, seeds, block)
+            batch = buffer.gather(own + (draws.place[i] * FILLED).long(), SAC.gamma, "cpu")
+            program(state, batch, {name: value[i] for name, value in draws.noise.items()})
+            frame += 1
+
+    return run
+
+
+def sb3_process(pipe: Connection, barrier: Barrier) -> None:
+    """One of several processes: told a precision and how many seconds, it waits for the others, trains, and answers."""
+    runs = {precision: theirs(precision, 1) for precision in PRECISION.values()}
+    for run in runs.values():
+        run(WARM_UP)
+    pipe.send("ready")
+    while (task := pipe.recv()) is not None:
+        precision, seconds = task
+        barrier.wait(timeout=60)  # broken where one of the others has died
+        pipe.send(rate(runs[precision], seconds))
+
+
+@contextmanager
+def sb3_apart(num_processes: int) -> Iterator[dict[str, Rate]]:
+    """Total rates of processes that train at once, by what they compute with. They sleep while it is not their turn."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(num_processes)
+    pipes, processes = [], []
+    for _ in range(num_processes):
+        here, there = context.Pipe()
+        process = context.Process(target=sb3_process, args=(there, barrier), daemon=True)
+        process.start()
+        there.close()  # so that the end of a process is the end of its pipe
+        pipes.append(here)
+        processes.append(process)
+
+    def train(precision: str, seconds: float) -> float:
+        for pipe in pipes:
+            pipe.send((precision, seconds))
+        return sum(pipe.recv() for pipe in pipes)
+
+    try:
+        for pipe in pipes:
+            pipe.recv()
+        yield {f"Stable-Baselines3{name}": partial(train, precision) for name, precision in PRECISION.items()}
+        for pipe in pipes:
+            pipe.send(None)
+    finally:
+        for process, pipe in zip(processes, pipes, strict=True):
+            pipe.close()
+            process.join(timeout=10)
+            process.terminate()
+
+
+def sac_comparisons(num_seeds: int, settings: Settings, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    training.configure(settings)
+    run = sac_together(num_seeds, settings)
+    run(WARM_UP)
+    ours: list[float] = []
+    with sb3_apart(num_seeds) as peers:
+        peer_rates: dict[str, list[float]] = {name: [] for name in peers}
+        for _ in range(rounds):
+            ours.append(num_seeds * rate(run, seconds))
+            for name, peer in peers.items():
+                peer_rates[name].append(peer(seconds))
+    return [
+        versus(
+            f"SAC, {num_seeds} seeds together", f"{num_seeds} processes of {name}", ours, found,
+            threads=settings.threads, least=2.2 if name.endswith(AS_SHIPPED) else None,
+            aim=3.0 if name.endswith(AS_SHIPPED) else None,
+        )
+        for name, found in peer_rates.items()
+    ]  # fmt: skip
+
+
+def together(module: Any, config: Any, num_seeds: int, data: Data, batch_size: int, settings: Settings) -> Contestant:
+    """n updates of all seeds by the training loop's own pieces: draws in blocks, gather, one program."""
+    seeds = list(range(num_seeds))
+    draws = module.draws(config, SPEC, batch_size)
+    state = {name: value.to(settings.device) for name, value in module.init(config, SPEC, seeds, data).items()}
+    program = training.whole_step(partial(module.step, config), settings)
+    stream = batches(data, draws, seeds, 0, 2**40)
+
+    def run(updates: int) -> None:
+        configure(settings)
+        for _ in range(updates):
+            _, (indices, noise) = next(stream)
+            program(state, samplers.gather(data, indices, draws), noise)
+        if settings.device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def rates_by_seeds(
+    module: Any,
+    config: Any,
+    nums: Sequence[int],
+    data: Data,
+    batch_size: int,
+    settings: Settings,
+    rounds: int,
+    updates: int,
+) -> dict[int, np.ndarray]:
+    """Updates/s (rounds,) of all seeds together, by their number."""
+    training.configure(settings)  # forgets the programs of others, of which torch keeps eight at most
+    runs = {str(num): together(module, config, num, data, batch_size, settings) for num in nums}
+    return {int(num): int(num) * np.array(found) for num, found in measure(runs, rounds, updates, WARM_UP).items()}
+
+
+def curve(name: str, rates: dict[int, np.ndarray], how: str) -> dict[str, Any]:
+    """What an update costs with more and more seeds; linear cost is a gain of 1."""
+    gains = {num: found / rates[1] for num, found in rates.items()}
+    rows = [
+        [num, round(float(np.median(found)), 1), round(float(np.median(num / gains[num])), 2),
+         round(float(np.median(gains[num])), 2), round(float(gains[num].min()), 2), round(float(gains[num].max()), 2)]
+        for num, found in rates.items()
+    ]  # fmt: skip
+    columns = ["seeds", "updates/s of all", "time of one update, one seed's = 1", "gain over apart", "least", "most"]
+    return {"title": f"{name}: seeds that train together", "columns": columns, "rows": rows, "note": how}
+
+
+def show(curve: dict[str, Any]) -> None:
+    """A curve as a table."""
+    widths = [len(column) + 2 for column in curve["columns"]]
+    print(curve["title"])
+    for row in (curve["columns"], *curve["rows"]):
+        print("".join(f"{value!s:>{width}}" for value, width in zip(row, widths, strict=True)))
+    print(curve["note"])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    made.add_argument("--together", type=int, default=5, help="seeds of the comparisons")
+    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 5, 8], help="numbers of seeds of the curves")
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--seconds", type=float, default=3.0, help="of SAC's turns")
+    made.add_argument("--updates", type=int, default=64, help="of CVL's and the critic's turns")
+    made.add_argument("--rows", type=int, default=500_000, help="rows in memory, of CVL and the critic")
+    made.add_argument("--eager-only", action="store_true", help="compile nothing")
+    args = made.parse_args(arguments)
+    before, num = machine(), args.together
+    settings = training.resolve_settings(
+        device=args.device, threads=args.threads, precision="auto", steps=1, say=print,
+        compile="true" if training.have_compiler() and not args.eager_only else "false",
+    )  # fmt: skip
+    comparisons = []
+    if args.device == "cuda":
+        print("SAC beside Stable-Baselines3: left out, it is a comparison on the CPU")
+    elif importlib.util.find_spec("stable_baselines3") is None:
+        print("SAC beside Stable-Baselines3: left out, it is not installed; pip install -e '.[bench]'")
+    else:
+        comparisons += sac_comparisons(num, settings, args.rounds, args.seconds)
+
+    nums = sorted({1, num, *args.seeds})
+    data = to_device(synthetic(args.rows), args.device)
+    cvl_rates = rates_by_seeds(cvl, CVL, nums, data, CVL_BATCH, settings, args.rounds, args.updates)
+    critic_rates = rates_by_seeds(occupancy, CRITIC, nums, data, CRITIC_BATCH, settings, args.rounds, args.updates)
+    least, aim = (1.5, None) if args.device == "cpu" else (1.5, 4.0)
+    comparisons.append(
+        versus(f"CVL, {num} seeds together, {args.device}", f"{num} runs one after the other", cvl_rates[num].tolist(),
+               cvl_rates[1].tolist(), threads=args.threads, least=least, aim=aim)
+    )  # fmt: skip
+    how = f"{args.device}, {args.threads} threads, {'compiled' if settings.compile else 'eager'}, batch "
+    curves = [
+        curve("CVL", cvl_rates, f"{how}{CVL_BATCH}, bank {CVL.bank_size}"),
+        curve("Occupancy critic", critic_rates, f"{how}{CRITIC_BATCH}"),
+    ]
+    for one in curves:
+        show(one)
+    found = {
+        "comparisons": comparisons, "curves": curves, "settings": settings.as_dict(), "rounds": args.rounds,
+        "machine": before, "load_average_after": machine()["load_average"],
+    }  # fmt: skip
+    finish(found, args)
+
+
+if __name__ == "__main__":
+    main()
