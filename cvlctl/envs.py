@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from cvlctl.errors import CvlctlError
-from cvlctl.types import Spec
+from cvlctl.types import Goals, Spec
 
 GOAL_SEED = 0  # of metaworld.MT1: changing it changes every task, and with it all stored reference returns
 NUM_GOALS = 50
@@ -176,6 +176,15 @@ def check_task(task: str) -> None:
         f"unknown task {task!r}",
         f"did you mean {', '.join(dict.fromkeys(near[:3]))}?" if near else f"legal tasks: {', '.join(tasks)}",
     )
+
+
+def goals(task: str) -> Goals | None:
+    """Where the observations of `task` hold goals, or None: hindsight relabelling needs them. Fetch's do."""
+    name = task.removeprefix("gym/")
+    if name not in FETCH_TASKS:
+        return None
+    moved = 0 if "Reach" in name else 3  # the hand's own position comes first, then the object's
+    return Goals(slice(moved, moved + 3), slice(-3, None), "Dense" in name)
 
 
 def scripted_policy(task: str) -> Act:

@@ -99,6 +99,20 @@ def _floats(name: str, value: object) -> np.ndarray:
     return array
 
 
+class Goals(NamedTuple):
+    """Of a task that is told its goal: which columns of an observation say what it has reached, and what it is to."""
+
+    achieved: slice
+    desired: slice
+    dense: bool
+    radius: float = 0.05  # within which it counts as reached: metres, in Fetch
+
+    def reward(self, achieved: Tensor, desired: Tensor) -> Tensor:
+        """Of having reached `achieved` (..., 3): minus the distance to the goal, or -1 outside the radius, else 0."""
+        distance = (achieved - desired).square().sum(dim=-1).sqrt()
+        return -distance if self.dense else -(distance > self.radius).float()
+
+
 class TransitionBatch(NamedTuple):
     """Transitions for behaviour cloning and TD learners; `discount` is gamma * (1 - terminated)."""
 

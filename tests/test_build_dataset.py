@@ -183,6 +183,21 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert not list((policies_dir(out) / "checkpoints").glob("episodes-*"))
 
 
+def test_hindsight_changes_what_is_learned_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, source = "gym/FetchReach-v4", SAC | {"steps": 120, "hindsight": 0.8}
+    recipes = {name: recipe_for(tmp_path / f"{name}.zarr", source, task=task) for name in ("whole", "killed")}
+    recipes["without"] = recipe_for(tmp_path / "without.zarr", source | {"hindsight": 0.0}, task=task)
+    with monkeypatch.context() as patched:
+        die_in_step(patched, 110)
+        with pytest.raises(Killed):
+            build(recipes["killed"])
+    for recipe in recipes.values():
+        assert build(recipe)["status"] == "built"
+    replayed(open_store(recipes["whole"].out), task, 0)  # the store holds what happened, with the goals that were told
+    digests = {name: open_store(recipe.out).digest() for name, recipe in recipes.items()}
+    assert digests["whole"] == digests["killed"] != digests["without"]
+
+
 @pytest.fixture(scope="module")
 def contrastive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("contrastive") / "pendulum.zarr"
@@ -609,7 +624,13 @@ def test_a_store_of_an_earlier_version_is_still_of_its_recipe(tmp_path: Path) ->
         ("{name: contrastive_ac, steps: 9, gate: off}", "expected 'contrastive', 'actor' or 'none'", ""),
         ("{name: contrastive_ac, steps: 9, slack: 0}", "slack must be above 0", ""),
         ("{name: contrastive, steps: 9}", "unknown name 'contrastive'", "did you mean contrastive_ac"),
-        ("{name: sac, steps: 9, gate: none}", "unknown key source.gate", "legal keys here: batch_size, gamma"),
+        ("{name: sac, steps: 9, hindsight: 0.8}", "relabels goals, and gym/Pendulum-v1 is told none", ""),
+        ("{name: sac, steps: 9, hindsight: 2}", "source.hindsight: expected a number of at most 1", ""),
+        (
+            "{name: sac, steps: 9, gate: none}",
+            "unknown key source.gate",
+            "legal keys here: batch_size, ema_rate",
+        ),
     ],
 )
 def test_wrong_keys_of_online_sources(tmp_path: Path, source: str, what: str, hint: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import gymnasium
 import numpy as np
 import pytest
+import torch
 
 from cvlctl.envs import (
     ENVS,
@@ -18,6 +19,7 @@ from cvlctl.envs import (
     NUM_GOALS,
     Env,
     check_task,
+    goals,
     list_tasks,
     make,
     references,
@@ -274,3 +276,27 @@ def test_importing_envs_loads_no_simulator() -> None:
         "import sys, cvlctl.envs; print([m for m in ('gymnasium', 'mujoco', 'metaworld', 'torch') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("task", [task for task in list_tasks() if "Fetch" in task])
+def test_goals_of_fetch_are_where_hindsight_looks_for_them(task: str) -> None:
+    """Its own achieved goal, and its own reward, at every step of two random episodes; the dense one in float32."""
+    env, found = make(task, seed=0), goals(task)
+    assert found is not None
+    rng, rewards = np.random.default_rng(0), []
+    for episode in range(2):
+        env.reset(episode)
+        for _ in range(env.spec.horizon):
+            observation, reward, *_ = env.step(rng.uniform(-1, 1, 4))
+            inside = env.raw.inside
+            np.testing.assert_array_equal(observation[found.achieved], np.float32(inside._get_obs()["achieved_goal"]))
+            np.testing.assert_array_equal(observation[found.desired], np.float32(inside.goal))
+            at, to = (torch.from_numpy(observation[columns]) for columns in (found.achieved, found.desired))
+            assert float(found.reward(at, to)) == pytest.approx(reward, abs=1e-6)
+            rewards.append(reward)
+    assert len(set(rewards)) > 1 or "Dense" not in task
+    env.close()
+
+
+def test_only_fetch_is_told_goals() -> None:
+    assert [task for task in list_tasks() if goals(task)] == [task for task in list_tasks() if "Fetch" in task]

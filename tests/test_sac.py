@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cvlctl import networks, replay, samplers, training
 from cvlctl.algorithms import sac, values
-from cvlctl.types import Spec, TransitionBatch
+from cvlctl.types import Goals, Spec, TransitionBatch
 
 SPEC = Spec((3,), 2, 10)
 CONFIG, BATCH = sac.Config(hidden=(16, 16)), 8
@@ -197,6 +197,56 @@ def test_batches_are_uniform_over_what_is_there() -> None:
             counts += np.bincount(batch.reward.flatten().int().numpy(), minlength=5)
     expected = counts.sum() / 5
     assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi-square, 4 degrees of freedom: p = 0.001
+
+
+GOALS = Goals(achieved=slice(0, 1), desired=slice(-1, None), dense=False)  # of observations (place, other, goal)
+
+
+def filled(goals: Goals) -> replay.Replay:
+    """Two episodes of three steps, at places 0, 1, 2, 3 and 10, 11, 12, 13, both told to be at 99."""
+    buffer = replay.Replay(8, SPEC, goals)
+    for episode, start in enumerate((0, 10)):
+        for place in range(start, start + 3):
+            now, after = (np.array([x, 0.5, 99]) for x in (place, place + 1))
+            buffer.add(now, np.zeros(2), -1.0, False, after, episode)
+    return buffer
+
+
+def test_hindsight_by_hand() -> None:
+    """Row 3 is the second episode's first; what it reaches is 11, and later 12 and 13."""
+    index = torch.tensor([[3, 3, 3, 3, 5, 0]])
+    later = torch.tensor([[-1, 0.0, 0.5, 0.99, 0.99, 0.34]])
+    batch = filled(GOALS).gather(index, 0.9, "cpu", later)
+    assert batch.observation[0, :, -1].tolist() == [99, 11, 12, 13, 13, 2]
+    assert batch.next_observation[0, :, -1].tolist() == [99, 11, 12, 13, 13, 2]
+    assert batch.reward[0].tolist() == [-1, 0, -1, -1, 0, -1]  # 0 where the step itself arrives
+    assert batch.observation[0, :, :2].tolist() == [[10, 0.5]] * 4 + [[12, 0.5], [0, 0.5]]
+    dense = filled(GOALS._replace(dense=True)).gather(index, 0.9, "cpu", later)
+    assert dense.reward[0].tolist() == [-1, 0, -1, -2, 0, -1]  # the first is as it was stored
+    buffer = filled(GOALS)
+    buffer.gather(index, 0.9, "cpu", later)
+    assert buffer.gather(index, 0.9, "cpu").observation[0, :, -1].tolist() == [99] * 6  # the rows stay as they were
+
+
+def test_hindsight_replaces_its_share_by_what_came_later() -> None:
+    buffer, wanted = filled(GOALS), sac.draws(CONFIG, SPEC, 256)
+    counts, rows = {place: np.zeros(100) for place in range(20)}, 0
+    for block in range(2):
+        draws = replay.draw("sac", wanted, SPEC, [0], block, hindsight=0.8)
+        for i in range(replay.BLOCK):
+            batch, _ = draws.batch(i, buffer, 0.9)
+            for place, goal in batch.observation[0][:, [0, -1]].int().tolist():
+                counts[place][goal] += 1
+                rows += 1
+    assert sum(count[99] for count in counts.values()) / rows == pytest.approx(0.2, abs=0.01)
+    for place, goals in ((10, (11, 12, 13)), (11, (12, 13)), (12, (13,)), (0, (1, 2, 3))):
+        found = counts[place][:99]
+        assert np.flatnonzero(found).tolist() == list(goals)
+        assert found[list(goals)] / found.sum() == pytest.approx(1 / len(goals), abs=0.03)
+    plain, more = (replay.draw("sac", wanted, SPEC, [7], 3, hindsight) for hindsight in (0.0, 0.8))
+    assert plain.later is None and torch.equal(plain.place, more.place)  # stores on disk were drawn so
+    company = replay.draw("sac", wanted, SPEC, [0, 7], 3, 0.8).later
+    assert company is not None and more.later is not None and torch.equal(company[:, 1:], more.later)
 
 
 def test_learns_a_task_of_one_step() -> None:

@@ -26,7 +26,7 @@ from cvlctl.algorithms import ONLINE, contrastive_ac, sac
 from cvlctl.errors import CvlctlError
 from cvlctl.networks import State
 from cvlctl.policies import NumpyPolicy
-from cvlctl.recipes import BuildRecipe, ContrastiveSource, OnlineSource, resolved, with_defaults
+from cvlctl.recipes import BuildRecipe, ContrastiveSource, OnlineSource, SacSource, resolved, with_defaults
 from cvlctl.rollout import Outcome, in_words, outcome
 from cvlctl.runs import Progress, Run, read_run, say
 from cvlctl.store import Store
@@ -165,12 +165,13 @@ class _Collector:
         self.wanted = self.learner.module.draws(self.config, env.spec, source.batch_size)
         self.frame, self.block = writer.num_transitions, -1
         self.latest: list[Outcome] = []
-        self.replay = replay.Replay(source.steps, env.spec)
+        self.hindsight = source.hindsight if isinstance(source, SacSource) else 0.0
+        self.replay = replay.Replay(source.steps, env.spec, envs.goals(recipe.task))
         if saved is not None:
             state, metadata = saved
             self.settings = Settings(**metadata["settings"])
-            for episode in writer.episodes():
-                self._remember(episode)
+            for number, episode in enumerate(writer.episodes()):
+                self._remember(episode, number)
             run.cut_metrics(self.frame)
             say(f"{recipe.out}: resuming at frame {self.frame}, episode {writer.num_episodes}")
         else:
@@ -219,7 +220,7 @@ class _Collector:
                 else draws.uniform_action[i - i % source.random_repeat]
             )
             after, reward, terminated, truncated, success = env.step(action)
-            self.replay.add(observation, action, reward, terminated, after)
+            self.replay.add(observation, action, reward, terminated, after, number)
             observations.append(after)
             actions.append(action)
             rewards.append(reward)
@@ -253,15 +254,16 @@ class _Collector:
         block, i = divmod(self.frame, replay.BLOCK)
         if block != self.block:
             seeds = [self.recipe.seed]
-            self.block, self.draws = block, replay.draw(self.source.name, self.wanted, self.env.spec, seeds, block)
+            self.block = block
+            self.draws = replay.draw(self.source.name, self.wanted, self.env.spec, seeds, block, self.hindsight)
         return self.draws, i
 
-    def _remember(self, episode: Episode) -> None:
+    def _remember(self, episode: Episode, number: int) -> None:
         assert episode.rewards is not None
         for t in range(len(episode)):
             ends = episode.terminated and t == len(episode) - 1
             now, after = episode.observations[t : t + 2]
-            self.replay.add(now, episode.actions[t], float(episode.rewards[t]), ends, after)
+            self.replay.add(now, episode.actions[t], float(episode.rewards[t]), ends, after, number)
         self.latest = [*self.latest[-9:], outcome(episode)]
 
     def _checkpoint(self) -> None:
