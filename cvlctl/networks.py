@@ -7,7 +7,8 @@ one more axis of the same kind: parameters (E, 2, in, out) broadcast against inp
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -19,6 +20,7 @@ from cvlctl.samplers import generator, observation_statistics
 State = dict[str, Tensor]
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+_layer_dtype = torch.float32
 CLIP = 10.0  # of normalised observations: a dimension that hardly varied in the data must not explode at test time
 
 
@@ -47,8 +49,20 @@ def mlp_init(
     return params
 
 
+@contextmanager
+def layers_in(dtype: torch.dtype) -> Iterator[None]:
+    """Within, the layers of all networks multiply in `dtype`. Weights, losses and all else stay float32."""
+    global _layer_dtype
+    before, _layer_dtype = _layer_dtype, dtype
+    try:
+        yield
+    finally:
+        _layer_dtype = before
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W + b for x (E, B, in), W (E, in, out), or with a twin axis: x (E, c or 1, B, in), W (E, c, in, out)."""
+    x, weight, bias = x.to(_layer_dtype), weight.to(_layer_dtype), bias.to(_layer_dtype)
     if weight.dim() == 3:
         return torch.baddbmm(bias, x, weight)
     members, copies = weight.shape[:2]
@@ -62,9 +76,9 @@ def mlp(params: State, name: str, x: Tensor, start: int = 0) -> Tensor:
     while True:
         x = linear(x, params[f"{name}.{i}.weight"], params[f"{name}.{i}.bias"])
         if f"{name}.{i + 1}.weight" not in params:
-            return x
+            return x.float()
         if f"{name}.{i}.scale" in params:
-            x = F.layer_norm(x, x.shape[-1:]) * params[f"{name}.{i}.scale"] + params[f"{name}.{i}.shift"]
+            x = F.layer_norm(x.float(), x.shape[-1:]) * params[f"{name}.{i}.scale"] + params[f"{name}.{i}.shift"]
         x = torch.relu(x)
         i += 1
 

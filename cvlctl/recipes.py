@@ -81,7 +81,7 @@ Out = Annotated[Path, AfterValidator(_own_place)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Steps = Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=10**12)]
 Threads = Literal["auto"] | Annotated[int, BeforeValidator(_not_bool), Field(ge=1, le=1024)]
-Precision = Literal["auto", "float32", "medium"]
+Precision = Literal["auto", "float32", "medium", "bf16"]
 Compile = Annotated[Literal["auto", "true", "false"], BeforeValidator(_bool_as_text)]
 
 
@@ -125,6 +125,8 @@ class SacSource(OnlineSource):
     title: ClassVar[str] = "SAC"
 
     name: Literal["sac"]
+    ema_rate: Share = 0.005  # of the target critic
+    hindsight: Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=1)] = 0.0  # share of relabelled goals (HER)
 
 
 class ContrastiveSource(OnlineSource):
@@ -256,6 +258,12 @@ class BuildRecipe(_Computed):
     out: Out
     seed: Seed = 0
     horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
+
+    @model_validator(mode="after")
+    def _has_goals(self) -> Self:
+        if getattr(self.source, "hindsight", 0) and envs.goals(self.task) is None:
+            raise ValueError(f"source.hindsight relabels goals, and {self.task} is told none: gym/Fetch... tasks are")
+        return self
 
 
 class BuildManyRecipe(_Strict):

@@ -14,6 +14,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam as fused_adam
 
+from cvlctl import networks
 from cvlctl.errors import CvlctlError
 from cvlctl.machine import num_cpus
 from cvlctl.networks import State
@@ -37,7 +39,7 @@ class Settings:
 
     device: str
     threads: int
-    precision: str  # "float32" (the library's default) or "medium" (oneDNN on a CPU, TF32 on a GPU)
+    precision: str  # "float32", the library's default; "medium": oneDNN on a CPU, TF32 on a GPU; "bf16": the layers
     compile: bool
     window_rows: int = 0  # of stores that do not fit in memory; 0: they do
 
@@ -75,13 +77,15 @@ def resolve_settings(
             )
         say("no C++ compiler with Python's headers found: training runs eager, about 1.5x slower")
         whole_step = False
-    settings = Settings(where, num_threads, "float32", whole_step)
-    if precision == "medium" or (precision == "auto" and _medium_is_float32(settings)):
-        settings = Settings(where, num_threads, "medium", whole_step)
-    return settings
+    if precision == "auto":
+        precision = "medium" if _medium_is_float32(where) else "float32"
+    if precision == "bf16" and where == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        say("precision: bf16, but this CPU has no such instructions: float32 is faster here")
+    return Settings(where, num_threads, precision, whole_step)
 
 
-def _medium_is_float32(settings: Settings) -> bool:
+@cache
+def _medium_is_float32(device: str) -> bool:
     """Whether matmul precision "medium" is still true float32 here. It is on CPUs without AMX, where it merely picks
     oneDNN, up to twice as fast as MKL on AMD. With AMX or on a GPU the same word means bf16 or TF32."""
     g = torch.Generator().manual_seed(0)
@@ -89,7 +93,7 @@ def _medium_is_float32(settings: Settings) -> bool:
     exact = a.double() @ b.double()
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
-    fast = (a.to(settings.device) @ b.to(settings.device)).double().cpu()
+    fast = (a.to(device) @ b.to(device)).double().cpu()
     torch.set_float32_matmul_precision(before)
     return bool((fast - exact).norm() / exact.norm() < 1e-6)
 
@@ -97,7 +101,8 @@ def _medium_is_float32(settings: Settings) -> bool:
 def configure(settings: Settings) -> None:
     """Apply the settings to this process."""
     torch.set_num_threads(settings.threads)
-    torch.set_float32_matmul_precision("medium" if settings.precision == "medium" else "highest")
+    medium = settings.precision == "medium" or (settings.precision == "bf16" and _medium_is_float32(settings.device))
+    torch.set_float32_matmul_precision("medium" if medium else "highest")
     _keep_freed_memory()
     if settings.compile:
         torch.compiler.reset()  # an experiment's runs share a process, and torch compiles one function 8 times at most
@@ -180,6 +185,18 @@ Program = Callable[[State, Any, Any], tuple[State, Metrics]]
 
 def whole_step(step: Program, settings: Settings) -> Program:
     """`step(state, batch, noise)` as one program: eager, compiled as a whole, or on a GPU captured in a CUDA graph."""
+    program = _program(step, settings)
+    if settings.precision != "bf16":
+        return program
+
+    def run(state: State, batch: Any, noise: Any) -> tuple[State, Metrics]:
+        with networks.layers_in(torch.bfloat16):
+            return program(state, batch, noise)
+
+    return run
+
+
+def _program(step: Program, settings: Settings) -> Program:
     if not settings.compile:
         return torch.no_grad()(step)
     warnings.filterwarnings("ignore", module=r"torch\._inductor")  # its own deprecations are no news to our users

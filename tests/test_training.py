@@ -491,6 +491,17 @@ def test_compiled_and_eager_steps_agree(name: str, store: Path, tmp_path: Path) 
 
 
 @pytest.mark.skipif(not training.have_compiler(), reason="no C++ compiler")
+def test_compiled_and_eager_steps_agree_in_bf16(store: Path, tmp_path: Path) -> None:
+    run("cvl", store, tmp_path / "eager", "precision=bf16")
+    run("cvl", store, tmp_path / "compiled", "precision=bf16", "compile=true")
+    run("cvl", store, tmp_path / "exact", "precision=float32")
+    eager, compiled, exact = (state_of(tmp_path / name) for name in ("eager", "compiled", "exact"))
+    for key, value in eager.items():
+        assert (value - compiled[key]).abs().max() < 4e-3, key
+    assert any(not torch.equal(value, exact[key]) for key, value in eager.items())
+
+
+@pytest.mark.skipif(not training.have_compiler(), reason="no C++ compiler")
 def test_any_number_of_compiled_runs_in_one_process(store: Path, tmp_path: Path, monkeypatch: Any) -> None:
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **{**k, "backend": "eager", "mode": None}))
