@@ -10,12 +10,9 @@ episodes. Needs the extra `envpool`.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,10 +64,10 @@ def in_envpool(task: str, spec: Spec, episodes: int) -> Done:
 
 def benchmark(tasks: Sequence[str], episodes: int, rounds: int) -> dict[str, Any]:
     """Steps a second of each way, round by round in turns; medians of EnvPool's ratios, in time and in CPU time."""
-    from common import machine  # its torch is not for the worker processes
+    from common import machine, versus  # its torch is not for the worker processes
 
     before = machine()
-    found = []
+    found, comparisons = [], []
     for task in tasks:
         spec = _env(task).spec
         ways: dict[str, Callable[[], Done]] = {
@@ -80,39 +77,32 @@ def benchmark(tasks: Sequence[str], episodes: int, rounds: int) -> dict[str, Any
         }
         done = [{name: way() for name, way in ways.items()} for _ in range(rounds)]
 
-        def ratio(to: str, clock: str, done: list[dict[str, Done]] = done) -> float:
-            return round(float(np.median([one[to][clock] / one["envpool"][clock] for one in done])), 2)
-
-        rates = {name: [round(one[name]["steps"] / one[name]["seconds"]) for one in done] for name in ways}
-        ratios = {"gymnasium": ratio("gymnasium", "seconds"), "processes": ratio("processes", "seconds")}
-        ratios["cpu_time"] = ratio("gymnasium", "cpu_seconds")
-        found.append({"task": task, "steps_per_second": rates, "envpool_ratio_to": ratios})
+        rates = {name: [one[name]["steps"] / one[name]["seconds"] for one in done] for name in ways}
+        cpu = [one["gymnasium"]["cpu_seconds"] / one["envpool"]["cpu_seconds"] for one in done]
+        found.append({"task": task, "steps_per_second": rates, "cpu_time_ratio": round(float(np.median(cpu)), 2)})
+        work = f"random episodes of {task}, backend envpool"
+        for name, peer in (("gymnasium", "backend gymnasium"), ("processes", f"the same in {PROCESSES} processes")):
+            row = versus(work, peer, rates["envpool"], rates[name], unit="frames/s", threads=PROCESSES)
+            comparisons.append(row)
     return {
-        "episodes": episodes, "tasks": found, "envpool": envpool_backend.versions(tasks[0]),
+        "comparisons": comparisons, "episodes": episodes, "tasks": found,
+        "envpool": envpool_backend.versions(tasks[0]),
         "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    parser.add_argument("--episodes", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
-    args = parser.parse_args(arguments)
-    found = benchmark(args.tasks, args.episodes, args.rounds)
-    from common import conditions  # its torch is not for the worker processes
+    from common import finish, parser  # as above
 
-    print(f"steps a second, median of {args.rounds} rounds of {args.episodes} random episodes")
-    print(f"{'':27} gymnasium  2 processes  envpool, 2 threads")
+    options = parser(__doc__, threads=None)
+    options.add_argument("--tasks", nargs="+", default=list(TASKS))
+    options.add_argument("--episodes", type=int, default=16)
+    options.add_argument("--rounds", type=int, default=3)
+    args = options.parse_args(arguments)
+    found = benchmark(args.tasks, args.episodes, args.rounds)
     for one in found["tasks"]:
-        rates = [np.median(each) for each in one["steps_per_second"].values()]
-        to = one["envpool_ratio_to"]
-        ratios = f"({to['gymnasium']}x one process, {to['processes']}x two; CPU time {to['cpu_time']}x)"
-        print(f"{one['task']:27} {rates[0]:9.0f} {rates[1]:12.0f} {rates[2]:8.0f} {ratios}")
-    print(f"{conditions(found)}; envpool {found['envpool']['envpool']}")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{one['task']}: EnvPool's CPU time is smaller by {one['cpu_time_ratio']}x")
+    finish(found, args)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from cvlctl.version import versions
 SPEC = Spec((39,), 4, 500)  # Metaworld's
 AS_SHIPPED, OUR_SETTING = ", as shipped", ", our matmul setting"  # what a peer computes with
 EAGER, COMPILED, BF16 = "cvlctl, eager", "cvlctl, whole step compiled", "cvlctl, whole step compiled, bf16"
+FORM = {EAGER: "eager", COMPILED: "compiled", BF16: "compiled, bf16"}  # in the name of a comparison's work
 
 Contestant = Callable[[int], None]  # makes n updates
 
@@ -151,11 +152,28 @@ def reached(row: dict[str, Any]) -> str:
     """What became of a comparison's targets, in a word or two; nothing where none is set."""
     if row["least"] is None and row["aim"] is None:
         return ""
-    if row["aim"] is not None and row["ratio"] >= row["aim"]:
-        return "aim reached"
     if row["least"] is not None and row["ratio"] < row["least"]:
         return "missed"
-    return "reached" if row["aim"] is None else "reached, aim missed"
+    if row["aim"] is None:
+        return "reached"
+    if row["ratio"] >= row["aim"]:
+        return "aim reached"
+    return "aim missed" if row["least"] is None else "reached, aim missed"
+
+
+def forms(title: str, rates: dict[str, list[float]], base: str, note: str = "") -> dict[str, Any]:
+    """Every contestant's updates/s as a table of the page (one of a script's `curves`)."""
+    rows = [[name, *row.values()] for name, row in summary(rates, base).items()]
+    return {"title": title, "columns": ["", "updates/s", "ratio", "least", "most"], "rows": rows, "note": note}
+
+
+def show(curve: dict[str, Any]) -> None:
+    """Print such a table."""
+    print(f"{curve['title']}\n{''.join(f'{name:>12}' for name in curve['columns'][1:]):>90}")
+    for first, *rest in curve["rows"]:
+        print(f"{first!s:42}{''.join(f'{value!s:>12}' for value in rest)}")
+    if curve["note"]:
+        print(curve["note"])
 
 
 def parser(doc: str | None, threads: int | None = 2) -> argparse.ArgumentParser:

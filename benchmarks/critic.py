@@ -1,21 +1,20 @@
-"""The occupancy critic's update beside plain eager PyTorch: two seeds, 512x512->64, batch 1024, sampling included.
+"""The occupancy critic's update beside plain eager PyTorch, CVL's and LAEO's whole updates beside their eager forms.
 
     python benchmarks/critic.py [--threads 2] [--rounds 7] [--updates 64] [--json critic.json]
 
-The peer is what people write: one nn.Module critic a seed, trained one after the other in a loop with torch.optim.Adam.
+Two seeds, critic 512x512->64, batch 1024, sampling included. The peer is what people write: one nn.Module critic a
+seed, trained one after the other in a loop with torch.optim.Adam.
 Both sides draw transitions and their truncated geometric futures from the same 500k rows in memory, and minimise the
 same InfoNCE loss with its partition penalty; the peer's observations are normalised beforehand. An update is one
 gradient step of *both* seeds. Rounds alternate between the contestants, so that a busy machine slows all alike; a ratio
 is the median over rounds. "Our matmul setting" is what `training.resolve_settings` chooses on this machine.
+CVL and LAEO train critic and actor, as without a pretrained critic; no peer has them, so each is beside its eager form.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
@@ -24,11 +23,28 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import SPEC, Contestant, conditions, configure, machine, measure, summary, synthetic
+from common import (
+    AS_SHIPPED,
+    COMPILED,
+    EAGER,
+    FORM,
+    OUR_SETTING,
+    SPEC,
+    Contestant,
+    configure,
+    finish,
+    forms,
+    machine,
+    measure,
+    parser,
+    show,
+    synthetic,
+    versus,
+)
 from torch import Tensor, nn
 
 from cvlctl import samplers, training
-from cvlctl.algorithms import cvl, occupancy
+from cvlctl.algorithms import cvl, laeo, occupancy
 from cvlctl.commands.train import batches
 from cvlctl.networks import State
 from cvlctl.samplers import Data
@@ -38,6 +54,8 @@ from cvlctl.types import Spec
 CRITIC = occupancy.Config()  # InfoNCE, 512x512->64
 SEEDS = [0, 1]
 BATCH, CVL_BATCH = 1024, 256  # the recipes' defaults: pretrain, finetune
+LAEO_EXAMPLES = 1000  # success examples to draw from
+PEER = "plain eager PyTorch"
 
 
 def ours(module: Any, config: Any, data: Data, batch_size: int, settings: Settings) -> Contestant:
@@ -126,57 +144,68 @@ def theirs(data: Data, config: occupancy.Config, batch_size: int, settings: Sett
 
 
 def benchmark(threads: int, rounds: int, updates: int, rows: int, with_compiled: bool = True) -> dict[str, Any]:
-    """Both tables, and the state of the machine before and after."""
+    """All comparisons, every form's rates, and the state of the machine before and after."""
     before = machine()
     data = synthetic(rows)
+    data = data._replace(examples=data.observation[:LAEO_EXAMPLES])
     compiled = with_compiled and training.have_compiler()
     resolve = partial(training.resolve_settings, device="cpu", threads=threads, precision="auto", steps=1, say=print)
     eager, whole = resolve(compile="false"), resolve(compile="true" if compiled else "false")
     as_shipped = Settings("cpu", threads, "float32", False)
 
-    base = "plain PyTorch, as shipped"
-    critics = {
+    base, alike = PEER + AS_SHIPPED, PEER + OUR_SETTING
+    contestants = {
         base: theirs(data, CRITIC, BATCH, as_shipped),
-        "cvlctl, eager": ours(occupancy, CRITIC, data, BATCH, eager),
-        "plain PyTorch, our matmul setting": theirs(data, CRITIC, BATCH, eager),
+        alike: theirs(data, CRITIC, BATCH, eager),
+        EAGER: ours(occupancy, CRITIC, data, BATCH, eager),
     }
-    config = cvl.Config()
-    full = {"CVL's whole update, eager": ours(cvl, config, data, CVL_BATCH, eager)}
     if compiled:
-        critics["cvlctl, whole step compiled"] = ours(occupancy, CRITIC, data, BATCH, whole)
-        full["CVL's whole update, compiled"] = ours(cvl, config, data, CVL_BATCH, whole)
+        contestants[COMPILED] = ours(occupancy, CRITIC, data, BATCH, whole)
+    rates = measure(contestants, rounds, updates)
+    best = COMPILED if compiled else EAGER
+    size = "x".join(map(str, CRITIC.hidden)) + f"->{CRITIC.latent_dim}"
+    work = f"InfoNCE critic, {size}, batch {BATCH}, two seeds"
+    comparisons = [
+        versus(f"{work}, {FORM[best]}", base, rates[best], rates[base], threads=threads, least=2),
+        versus(f"{work}, {FORM[best]}", alike, rates[best], rates[alike], threads=threads),
+    ]
+    curves = [forms(f"{work}, {threads} threads", rates, base)]
+    for name, module, config in (("CVL", cvl, cvl.Config()), ("LAEO", laeo, laeo.Config())):
+        updating = {EAGER: ours(module, config, data, CVL_BATCH, eager)}
+        if compiled:
+            updating[COMPILED] = ours(module, config, data, CVL_BATCH, whole)
+        rates = measure(updating, rounds, updates)
+        work = f"{name}'s whole update, batch {CVL_BATCH}, two seeds"
+        curves.append(forms(f"{work}, {threads} threads", rates, EAGER))
+        if compiled:
+            comparisons.append(
+                versus(
+                    f"{work}, {FORM[COMPILED]}", "its own eager form", rates[COMPILED], rates[EAGER],
+                    threads=threads, least=2, aim=3,
+                )
+            )  # fmt: skip
     return {
-        "critic": summary(measure(critics, rounds, updates), base),
-        "cvl": summary(measure(full, rounds, updates), "CVL's whole update, eager"),
+        "comparisons": comparisons,
+        "curves": curves,
         "settings": eager.as_dict() | {"compile": whole.compile},
         "sizes": {"seeds": len(SEEDS), "hidden": CRITIC.hidden, "latent_dim": CRITIC.latent_dim, "batch_size": BATCH,
-                  "cvl_batch_size": CVL_BATCH, "cvl_bank_size": config.bank_size, "rows": len(data.observation)},
+                  "whole_batch_size": CVL_BATCH, "rows": len(data.observation)},
         "rounds": rounds, "updates_a_round": updates,
         "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--updates", type=int, default=64, help="updates a round")
-    parser.add_argument("--rows", type=int, default=500_000, help="rows in memory")
-    parser.add_argument("--eager-only", action="store_true", help="compile nothing")
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
-    args = parser.parse_args(arguments)
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--updates", type=int, default=64, help="updates a round")
+    options.add_argument("--rows", type=int, default=500_000, help="rows in memory")
+    options.add_argument("--eager-only", action="store_true", help="compile nothing")
+    args = options.parse_args(arguments)
     found = benchmark(args.threads, args.rounds, args.updates, args.rows, not args.eager_only)
-    title = f"updates of {len(SEEDS)} seeds, {args.threads} threads"
-    for table in ("critic", "cvl"):
-        print(f"{title:40}{'median/s':>10}{'ratio':>8}{'min':>8}{'max':>8}")
-        for name, row in found[table].items():
-            print(f"{name:40}{row['updates_per_second']:10.1f}{row['ratio']:7.2f}x"
-                  f"{row['ratio_min']:7.2f}x{row['ratio_max']:7.2f}x")  # fmt: skip
-    state, settings = found["machine"], found["settings"]
-    print(f"{conditions(found)}; torch {state['versions']['torch']}, threads {settings['threads']}, "
-          f"precision {settings['precision']}, GOMP_SPINCOUNT {state['gomp_spincount']}")  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    for curve in found["curves"]:
+        show(curve)
+    finish(found, args)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ Files are read from the page cache by all. Rounds alternate, Minari before each 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import resource
 import subprocess
@@ -34,7 +32,7 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 import h5py
 import numpy as np
 import zarr
-from common import Contestant, conditions, machine, measure
+from common import Contestant, finish, machine, measure, parser, versus
 from numcodecs import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -80,7 +78,7 @@ def raw_copy(path: Path, out: Path) -> None:
         )  # fmt: skip
 
 
-def compare(works: dict[str, Callable[[], Any]], base: str, rounds: int) -> dict[str, dict[str, float]]:
+def compare(works: dict[str, Callable[[], Any]], base: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Median seconds of each, and the median over rounds of the time that it took for each second of the base.
 
     `cpu_seconds` and their ratio tell what the work costs where other work slows all of it down; `kernel_seconds` are
@@ -110,6 +108,7 @@ def compare(works: dict[str, Callable[[], Any]], base: str, rounds: int) -> dict
             "cpu_seconds": round(cpu[name], 4), "cpu_ratio": round(cpu[name] / cpu[base], 4),
             "kernel_seconds": round(kernel[name], 4),
             "ratio_min": round(float(ratios[name].min()), 4), "ratio_max": round(float(ratios[name].max()), 4),
+            "rounds": [round(1 / one, 5) for one in rate],
         } for name, rate in rates.items()
     }  # fmt: skip
 
@@ -225,7 +224,7 @@ def loading(folder: Path, frames: int, store_path: Path | None, rounds: int) -> 
         pairs = [compare({MINARI: iterate_minari, name: work}, MINARI, rounds) for name, work in ours.items()]
     else:
         pairs = [compare(ours, LOAD, rounds)]
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for pair in pairs:
         found |= {name: row for name, row in pair.items() if name not in found}  # Minari's: those beside our load
     for name, size in sizes.items():
@@ -245,7 +244,7 @@ def show_load(loaded: dict[str, Any]) -> None:
             print(f"{name + ', size':40}{row['size_mb']:6.1f} MB{row['size_ratio']:8.3f}x")
 
 
-def show_times(title: str, rows: dict[str, dict[str, float]]) -> None:
+def show_times(title: str, rows: dict[str, dict[str, Any]]) -> None:
     print(f"{title:40}{'seconds':>9}{'ratio':>9}{'range':>17}{'CPU':>9}{'ratio':>9}{'kernel':>9}")
     for name, row in rows.items():
         spread = f"[{row['ratio_min']:.3f}, {row['ratio_max']:.3f}]"
@@ -253,25 +252,36 @@ def show_times(title: str, rows: dict[str, dict[str, float]]) -> None:
               f"{row['cpu_ratio']:8.3f}x{row['kernel_seconds']:9.3f}")  # fmt: skip
 
 
+def comparisons(imported: dict[str, Any], loaded: dict[str, Any], transitions: int) -> list[dict[str, Any]]:
+    """Ours beside the raw copy, and beside Minari where it is installed."""
+    times = imported["times"]
+    work = f"import of {transitions:,} transitions of D4RL's HDF5"
+    alone: dict[str, Any] = {"unit": "seconds", "threads": 1}
+    rows = [versus(work, RAW, times[IMPORT]["rounds"], times[RAW]["rounds"], **alone, least=0.5)]
+    times = loaded["times"]
+    if MINARI in times:
+        work = f"load of {loaded['transitions']:,} frames"
+        rows.append(versus(work, MINARI, times[LOAD]["rounds"], times[MINARI]["rounds"], **alone, least=10))
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transitions", type=int, default=1_000_000, help="of the D4RL file")
-    parser.add_argument("--frames", type=int, default=500_000, help="of the store that is loaded")
-    parser.add_argument("--store", type=Path, help="load this store instead of collecting one")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
-    args = parser.parse_args(arguments)
+    options = parser(__doc__, threads=None)
+    options.add_argument("--transitions", type=int, default=1_000_000, help="of the D4RL file")
+    options.add_argument("--frames", type=int, default=500_000, help="of the store that is loaded")
+    options.add_argument("--store", type=Path, help="load this store instead of collecting one")
+    options.add_argument("--rounds", type=int, default=5)
+    args = options.parse_args(arguments)
     before = machine()
     with tempfile.TemporaryDirectory() as folder:
         imported = importing(Path(folder), args.transitions, args.rounds)
         show_import(imported, args.transitions)
         loaded = loading(Path(folder), args.frames, args.store, args.rounds)
         show_load(loaded)
-    found = {"import": imported, "load": loaded, "transitions": args.transitions, "rounds": args.rounds,
+    found = {"comparisons": comparisons(imported, loaded, args.transitions),
+             "import": imported, "load": loaded, "transitions": args.transitions, "rounds": args.rounds,
              "machine": before, "load_average_after": machine()["load_average"]}  # fmt: skip
-    print(conditions(found))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    finish(found, args)
 
 
 if __name__ == "__main__":

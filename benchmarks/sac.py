@@ -1,11 +1,15 @@
-"""Our SAC beside Stable-Baselines3's: updates a second, and what both learn at the same number of frames.
+"""Our SAC beside Stable-Baselines3's: updates and frames a second, and what both learn at the same number of frames.
 
-    python benchmarks/sac.py [--threads 2] [--json speed.json]         updates/s, all forms side by side in one process
+    python benchmarks/sac.py [--threads 2] [--json speed.json]         updates/s and frames/s, all in one process
     python benchmarks/sac.py --learn gym/Hopper-v5 --frames 40000      train both, compare returns and successes
 
 Needs the extra `bench` (stable-baselines3). Both agents do the same work: one update a frame, batch 256, twin critic
 and actor of 256x256, learned temperature, Polyak 0.005. Speed rounds alternate between the contestants, so that a busy
 machine slows all alike; the ratio is the median over rounds.
+
+Frames/s are those of whole collections on Metaworld's drawer-close, one update a frame: ours by the code of
+`cvlctl build-dataset`, store and checkpoints included; theirs by `model.learn`, in the same environment. They count
+from WARM_UP frames after learning starts; what came before, compiling above all, is told apart.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +29,38 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 import gymnasium
 import numpy as np
 import torch
-from common import measure
+from common import (
+    AS_SHIPPED,
+    COMPILED,
+    EAGER,
+    FORM,
+    OUR_SETTING,
+    SPEC,
+    Contestant,
+    configure,
+    finish,
+    forms,
+    machine,
+    measure,
+    parser,
+    show,
+    versus,
+)
 
 from cvlctl import envs, replay, training
 from cvlctl.algorithms import sac
+from cvlctl.commands.build_dataset import build
+from cvlctl.policies import load_policy
+from cvlctl.recipes import BuildRecipe
 from cvlctl.rollout import EVALUATION_SEED, collect_episode
-from cvlctl.types import Episode, Spec
+from cvlctl.runs import Progress
+from cvlctl.store import open_store
+from cvlctl.training import Settings
+from cvlctl.types import Episode
 
-SPEC = Spec((39,), 4, 500)  # Metaworld's
 FILLED = 20_000  # transitions in the replay buffer while measuring
+TASK, WARM_UP = "metaworld/drawer-close-v3", 500  # of the frames' rate: learning frames that do not count yet
+PEER = "Stable-Baselines3"
 
 
 class Wrapped(gymnasium.Env):
@@ -89,9 +116,8 @@ def sb3_model(env: Any, **changes: Any) -> Any:
     return model
 
 
-def ours(compiled: bool, threads: int) -> Callable[[int], None]:
+def ours(settings: Settings) -> Contestant:
     """A function that makes n updates, sampling and noise included."""
-    settings = training.Settings("cpu", threads, "medium", compiled)
     config = sac.Config()
     state = sac.init(config, SPEC, [0])
     program = training.whole_step(partial(sac.step, config), settings)
@@ -104,7 +130,7 @@ def ours(compiled: bool, threads: int) -> Callable[[int], None]:
 
     def run(updates: int) -> None:
         nonlocal frame, draws
-        training.configure(settings)
+        configure(settings)
         for _ in range(updates):
             if frame % replay.BLOCK == 0:
                 draws = replay.draw("sac", wanted, SPEC, [0], frame // replay.BLOCK)
@@ -114,7 +140,7 @@ def ours(compiled: bool, threads: int) -> Callable[[int], None]:
     return run
 
 
-def theirs(precision: str, threads: int) -> Callable[[int], None]:
+def theirs(settings: Settings) -> Contestant:
     """Stable-Baselines3's `train`, on a buffer as full as ours."""
     model = sb3_model(Noise(), buffer_size=FILLED)
     rng = np.random.default_rng(0)
@@ -123,29 +149,116 @@ def theirs(precision: str, threads: int) -> Callable[[int], None]:
         model.replay_buffer.add(o, o2, rng.uniform(-1, 1, (1, SPEC.action_dim)), np.zeros(1), np.zeros(1), [{}])
 
     def run(updates: int) -> None:
-        training.configure(training.Settings("cpu", threads, precision, False))
+        configure(settings)
         for _ in range(updates):  # one a call, as `learn` does with one update a frame
             model.train(gradient_steps=1, batch_size=256)
 
     return run
 
 
-def speed(threads: int, rounds: int, updates: int) -> dict[str, Any]:
-    """Median updates/s of every form, and its ratio to Stable-Baselines3 as shipped."""
-    contestants = {
-        "Stable-Baselines3, as shipped": theirs("float32", threads),
-        "Stable-Baselines3, our matmul setting": theirs("medium", threads),
-        "cvlctl, eager": ours(False, threads),
+class Clock(Progress):
+    """Notes when how many frames were done, instead of reporting on it."""
+
+    seen: list[tuple[int, float]] = []  # frames, and the time in seconds; of the collection at work
+
+    def __enter__(self) -> Clock:
+        Clock.seen = []
+        return self
+
+    def update(self, done: int, text: str = "") -> None:
+        self.seen.append((done, time.perf_counter()))
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def our_frames(settings: Settings, frames: int, learning_starts: int, hidden: Sequence[int]) -> list[tuple[int, float]]:
+    """When how many frames were done, in a collection that becomes a store."""
+    source = {"name": "sac", "steps": frames, "learning_starts": learning_starts, "hidden": hidden}
+    how = {"threads": settings.threads, "precision": settings.precision, "compile": settings.compile, "device": "cpu"}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "replay.zarr"
+        build(BuildRecipe.model_validate({"task": TASK, "source": source, "out": out, **how}), progress=Clock)
+    return Clock.seen
+
+
+def their_frames(
+    settings: Settings, frames: int, learning_starts: int, hidden: Sequence[int]
+) -> list[tuple[int, float]]:
+    """The same by `model.learn`."""
+    configure(settings)
+    net = {"policy_kwargs": {"net_arch": list(hidden)}}
+    model = sb3_model(Wrapped(TASK, 0), buffer_size=frames, learning_starts=learning_starts, **net)
+    seen: list[tuple[int, float]] = []
+
+    def note(here: dict[str, Any], there: dict[str, Any]) -> bool:
+        if model.num_timesteps % 50 == 0:
+            seen.append((model.num_timesteps, time.perf_counter()))
+        return True
+
+    model.learn(frames, callback=note)
+    return seen
+
+
+def steady(seen: list[tuple[int, float]], learning_starts: int) -> tuple[float, float]:
+    """Frames a second once WARM_UP frames are learnt from, and the seconds that these took beyond that rate."""
+    times = dict(seen)
+    begin, first, last = learning_starts, learning_starts + WARM_UP, seen[-1][0]
+    rate = (last - first) / (times[last] - times[first])
+    return rate, times[first] - times[begin] - WARM_UP / rate
+
+
+def frames_a_second(
+    contestants: Mapping[str, Callable[[], list[tuple[int, float]]]], rounds: int, learning_starts: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Rates of every contestant, in turns, and the seconds of its warm-up."""
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    warm_ups: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, collect in contestants.items():
+            rate, warm_up = steady(collect(), learning_starts)
+            rates[name].append(rate)
+            warm_ups[name].append(round(warm_up, 1))
+    return rates, warm_ups
+
+
+def speed(args: argparse.Namespace) -> dict[str, Any]:
+    """Updates/s of every form and frames/s of whole collections, beside Stable-Baselines3's."""
+    before, threads = machine(), args.threads
+    compiled = not args.eager_only and training.have_compiler()
+    eager, whole = (
+        training.resolve_settings(device="cpu", threads=threads, precision="auto", compile=word, steps=1, say=print)
+        for word in ("false", "true" if compiled else "false")
+    )
+    as_shipped = Settings("cpu", threads, "float32", False)
+    shipped, alike, best = PEER + AS_SHIPPED, PEER + OUR_SETTING, COMPILED if compiled else EAGER
+    contestants = {shipped: theirs(as_shipped), alike: theirs(eager), EAGER: ours(eager)}
+    if compiled:
+        contestants[COMPILED] = ours(whole)
+    rates = measure(contestants, args.rounds, args.updates, warm_up=20)
+    curves = [forms(f"SAC's update, batch 256, 256x256, {threads} threads", rates, shipped)]
+    work = f"SAC's update, batch 256, 256x256, {FORM[best]}"
+    comparisons = [
+        versus(work, shipped, rates[best], rates[shipped], threads=threads, least=2.2, aim=3),
+        versus(work, alike, rates[best], rates[alike], threads=threads),
+    ]
+    how = (args.frames, args.learning_starts, args.hidden)
+    collections = {
+        shipped: partial(their_frames, as_shipped, *how),
+        alike: partial(their_frames, eager, *how),
+        best: partial(our_frames, whole, *how),
     }
-    if training.have_compiler():
-        contestants["cvlctl, whole step compiled"] = ours(True, threads)
-    rates = measure(contestants, rounds, updates, warm_up=20)
-    base = np.array(rates["Stable-Baselines3, as shipped"])
+    rates, warm_ups = frames_a_second(collections, args.frame_rounds, args.learning_starts)
+    work = f"SAC end to end on {TASK}, one update a frame, {FORM[best]}"
+    row = partial(versus, work, unit="frames/s", threads=threads)
+    comparisons += [
+        row(shipped, rates[best], rates[shipped], least=2, aim=2.5),
+        row(alike, rates[best], rates[alike]),
+    ]
     return {
-        "threads": threads,
-        "updates_per_second": {name: round(float(np.median(r)), 1) for name, r in rates.items()},
-        "ratio": {name: round(float(np.median(np.array(r) / base)), 2) for name, r in rates.items()},
-    }
+        "comparisons": comparisons, "curves": curves, "frames": args.frames, "warm_up_seconds": warm_ups,
+        "settings": whole.as_dict(), "machine": before, "load_average_after": machine()["load_average"],
+    }  # fmt: skip
 
 
 def learn(task: str, frames: int, seed: int, learning_starts: int, only: str) -> dict[str, Any]:
@@ -161,11 +274,6 @@ def learn(task: str, frames: int, seed: int, learning_starts: int, only: str) ->
 
 
 def _learn_ours(task: str, frames: int, seed: int, learning_starts: int) -> dict[str, Any]:
-    from cvlctl.commands.build_dataset import build
-    from cvlctl.policies import load_policy
-    from cvlctl.recipes import BuildRecipe
-    from cvlctl.store import open_store
-
     source = {"name": "sac", "steps": frames, "learning_starts": learning_starts}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "replay.zarr"
@@ -183,7 +291,7 @@ def _learn_ours(task: str, frames: int, seed: int, learning_starts: int) -> dict
 
 
 def _learn_theirs(task: str, frames: int, seed: int, learning_starts: int) -> dict[str, Any]:
-    training.configure(training.Settings("cpu", torch.get_num_threads(), "float32", False))
+    configure(Settings("cpu", torch.get_num_threads(), "float32", False))
     env = Wrapped(task, seed)
     model = sb3_model(env, buffer_size=frames, learning_starts=learning_starts)
     begin = time.perf_counter()
@@ -214,29 +322,31 @@ def _summary(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--updates", type=int, default=150, help="updates a round")
-    parser.add_argument("--learn", metavar="TASK", help="train both on this task instead of measuring speed")
-    parser.add_argument("--frames", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--learning-starts", type=int, default=1_000)
-    parser.add_argument("--only", choices=["both", "cvlctl", "sb3"], default="both")
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
-    args = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--updates", type=int, default=150, help="updates a round")
+    options.add_argument("--frame-rounds", type=int, default=3, help="rounds of whole collections")
+    options.add_argument("--frames", type=int, default=4000, help="of each collection, or with --learn of training")
+    options.add_argument("--learning-starts", type=int, default=1000, help="random frames, of --frames")
+    options.add_argument("--hidden", type=int, nargs="+", default=[256, 256], help="networks of the collections")
+    options.add_argument("--eager-only", action="store_true", help="compile nothing")
+    options.add_argument("--learn", metavar="TASK", help="train both on this task instead of measuring speed")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--only", choices=["both", "cvlctl", "sb3"], default="both")
+    args = options.parse_args(arguments)
     torch.set_num_threads(args.threads)
     if args.learn:
         found = learn(args.learn, args.frames, args.seed, args.learning_starts, args.only)
-    else:
-        found = speed(args.threads, args.rounds, args.updates)
-        print(f"{'updates/s, ' + str(args.threads) + ' threads':40}{'median':>10}{'ratio':>8}")
-        for name, rate in found["updates_per_second"].items():
-            print(f"{name:40}{rate:10.1f}{found['ratio'][name]:7.2f}x")
-    print(json.dumps(found))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
+        return
+    found = speed(args)
+    for curve in found["curves"]:
+        show(curve)
+    for name, seconds in found["warm_up_seconds"].items():
+        print(f"{name:42} seconds before the steady rate, each round: {seconds}")
+    finish(found, args)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ after loading; memory is the process's peak, less the peak of a process that tra
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import conditions, machine
+from common import finish, machine, parser, versus
 
 import cvlctl
 from cvlctl.commands.stream import row_bytes
@@ -69,32 +68,30 @@ def benchmark(rows: int, share: float, updates: int, rounds: int) -> dict[str, A
         for i in range(rounds):
             for name, memory in (("in memory", 2 * data_mb / 1e3), ("streamed", share * data_mb / 1e3)):
                 found[name].append(train(folder, store.path, f"{name}-{i}".replace(" ", "-"), memory, updates))
-    ratios = [s["updates_per_second"] / m["updates_per_second"] for m, s in zip(*found.values(), strict=True)]
+    memory_rates, streamed_rates = ([one["updates_per_second"] for one in found[name]] for name in found)
+    work = f"critic's training, data streamed, {share:.0%} of it in memory"
+    row = versus(work, "the same, all in memory", streamed_rates, memory_rates, threads=1, least=0.5)
     return {
+        "comparisons": [row],
         "rows": rows, "data_megabytes": round(data_mb), "allowed_megabytes": round(share * data_mb),
-        "bare_megabytes": bare, "rounds": found, "ratio": round(float(np.median(ratios)), 2),
+        "bare_megabytes": bare, "rounds": found,
         "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=3_000_000)
-    parser.add_argument("--share", type=float, default=0.1, help="of what the rows take: the memory that data may take")
-    parser.add_argument("--updates", type=int, default=600)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
-    args = parser.parse_args(arguments)
+    options = parser(__doc__, threads=None)
+    options.add_argument("--rows", type=int, default=3_000_000)
+    options.add_argument("--share", type=float, default=0.1, help="of what the rows take: what they may take in memory")
+    options.add_argument("--updates", type=int, default=600)
+    options.add_argument("--rounds", type=int, default=3)
+    args = options.parse_args(arguments)
     found = benchmark(args.rows, args.share, args.updates, args.rounds)
     print(f"{found['data_megabytes']} MB of data, {found['allowed_megabytes']} MB allowed; {args.updates} updates")
     for name, results in found["rounds"].items():
-        rates = ", ".join(f"{one['updates_per_second']:.0f}" for one in results)
         peaks = ", ".join(f"{one['megabytes'] - found['bare_megabytes']}" for one in results)
-        print(f"{name:<10} updates/s {rates}; MB beyond a bare run {peaks}")
-    print(f"ratio      {found['ratio']:.2f}x")
-    print(f"{conditions(found)}; torch {found['machine']['versions']['torch']}")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{name:<10} MB beyond a bare run {peaks}")
+    finish(found, args)
 
 
 if __name__ == "__main__":

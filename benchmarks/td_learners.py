@@ -1,5 +1,7 @@
 """TD3+BC, IQL and CQL beside d3rlpy's: updates a second, and what both libraries learn from the same store.
 
+TD3+BC also stands beside a plain eager PyTorch loop, as it is written into a single file (CORL's way).
+
     python benchmarks/td_learners.py [--threads 2] [--json speed.json]     updates/s of all, side by side in one process
     python benchmarks/td_learners.py --learn --seeds 0 1 --json scores.json     train both on real stores, play both
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -33,8 +36,27 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 # isort: split
 import numpy as np
 import torch
-from common import SPEC, Contestant, conditions, machine, measure, summary, synthetic
+import torch.nn.functional as F
+from common import (
+    AS_SHIPPED,
+    COMPILED,
+    EAGER,
+    FORM,
+    OUR_SETTING,
+    SPEC,
+    Contestant,
+    configure,
+    finish,
+    forms,
+    machine,
+    measure,
+    parser,
+    show,
+    synthetic,
+    versus,
+)
 from rich.console import Console
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cvlctl import envs, report, samplers, scores, training
@@ -48,13 +70,26 @@ from cvlctl.rollout import EVALUATION_SEED, collect_episode, outcome
 from cvlctl.samplers import Data
 from cvlctl.store import open_store
 from cvlctl.training import Settings
-from cvlctl.types import EpisodeResult
+from cvlctl.types import EpisodeResult, Spec
 
 METHODS = ("td3_bc", "iql", "cql")
 STORES = ("data/methods/gym/Hopper-v5.zarr", "data/methods/metaworld/window-open-v3.zarr")
 LIBRARIES = ("cvlctl", "d3rlpy")
 BATCH = 256
+UPDATES = {"td3_bc": 200, "iql": 200, "cql": 40}  # a round
+TITLES = {"td3_bc": "TD3+BC", "iql": "IQL", "cql": "CQL"}
+D3RLPY, PLAIN = "d3rlpy", "plain eager PyTorch"
+TARGETS = {  # at least, aim
+    ("td3_bc", D3RLPY + AS_SHIPPED): (2.8, 4.0),
+    ("td3_bc", PLAIN + AS_SHIPPED): (1.8, 2.5),
+    ("iql", D3RLPY + AS_SHIPPED): (3.0, 4.0),
+    ("cql", D3RLPY + AS_SHIPPED): (2.3, 2.8),
+}
 BARE, PRODUCT = "bare matrix products", 2 * 7680 * 256 * 256
+SHARE_NOTE = (
+    "GFLOP: of the matrix products in one update. Share: the part of the rate of bare matrix products (7680x256 by "
+    "256x256, our matmul setting) at which they are done."
+)
 
 
 def library() -> ModuleType:
@@ -151,7 +186,7 @@ def ours(method: str, config: Any, data: Data, settings: Settings) -> Contestant
     stream = train.batches(data, draws, [0], 0, 2**40)
 
     def run(updates: int) -> None:
-        training.configure(settings)
+        configure(settings)
         for _ in range(updates):
             step, (indices, noise) = next(stream)
             programs[(step + 1) % len(programs)](state, samplers.gather(data, indices, draws), noise)
@@ -164,9 +199,82 @@ def theirs(algo: Any, buffer: Any, settings: Settings) -> Contestant:
     algo.build_with_dataset(buffer)
 
     def run(updates: int) -> None:
-        training.configure(settings)
+        configure(settings)
         for _ in range(updates):
             algo.update(buffer.sample_transition_batch(BATCH))
+
+    return run
+
+
+class PlainTD3BC:
+    """TD3+BC as people write it: a module a network, copies as targets, one update after the other."""
+
+    def __init__(self, spec: Spec, config: td3_bc.Config) -> None:
+        (width,), self.config, self.count = spec.observation_shape, config, 0
+        self.actor = nn.Sequential(*self._layers(width, config.hidden, spec.action_dim), nn.Tanh())
+        self.critic_1 = nn.Sequential(*self._layers(width + spec.action_dim, config.hidden, 1))
+        self.critic_2 = nn.Sequential(*self._layers(width + spec.action_dim, config.hidden, 1))
+        self.modules = [self.actor, self.critic_1, self.critic_2]
+        self.targets = [copy.deepcopy(module) for module in self.modules]
+        both = [*self.critic_1.parameters(), *self.critic_2.parameters()]
+        self.critic_optimiser = torch.optim.Adam(both, lr=config.learning_rate)
+        self.actor_optimiser = torch.optim.Adam(self.actor.parameters(), lr=config.learning_rate)
+
+    @staticmethod
+    def _layers(width: int, hidden: Sequence[int], outputs: int) -> list[nn.Module]:
+        layers: list[nn.Module] = []
+        for size in hidden:
+            layers += [nn.Linear(width, size), nn.ReLU()]
+            width = size
+        return [*layers, nn.Linear(width, outputs)]
+
+    def update(
+        self, observation: Tensor, action: Tensor, reward: Tensor, discount: Tensor, after: Tensor, noise: Tensor
+    ) -> None:
+        """One update on (B, ...), observations normalised; the actor and the targets every `actor_every`-th time."""
+        config, (actor_target, *critic_targets) = self.config, self.targets
+        self.count += 1
+        with torch.no_grad():
+            disturbance = (noise * config.policy_noise).clamp(-config.noise_clip, config.noise_clip)
+            pair = torch.cat([after, (actor_target(after) + disturbance).clamp(-1, 1)], dim=1)
+            next_q = torch.min(*[critic(pair) for critic in critic_targets]).squeeze(1)
+            y = reward + discount * next_q
+        pair = torch.cat([observation, action], dim=1)
+        loss = F.mse_loss(self.critic_1(pair).squeeze(1), y) + F.mse_loss(self.critic_2(pair).squeeze(1), y)
+        self.critic_optimiser.zero_grad()
+        loss.backward()
+        self.critic_optimiser.step()
+        if self.count % config.actor_every:
+            return
+        chosen = self.actor(observation)
+        q = self.critic_1(torch.cat([observation, chosen], dim=1))
+        loss = F.mse_loss(chosen, action) - config.q_coefficient / q.abs().mean().detach() * q.mean()
+        self.actor_optimiser.zero_grad()
+        loss.backward()
+        self.actor_optimiser.step()
+        for module, target in zip(self.modules, self.targets, strict=True):
+            for weight, average in zip(module.parameters(), target.parameters(), strict=True):
+                average.data.copy_(config.ema_rate * weight.data + (1 - config.ema_rate) * average.data)
+
+
+def plain(config: td3_bc.Config, data: Data, settings: Settings) -> Contestant:
+    """PlainTD3BC on batches indexed from tensors in memory, as wide as ours."""
+    mean, std = samplers.observation_statistics(data.observation)
+    row, ends = data.layout.row, data.layout.terminated & (data.layout.row + 1 == data.layout.last)
+    observations, actions = (data.observation[row] - mean) / std, data.action[row]
+    next_observations, rewards = (data.observation[row + 1] - mean) / std, data.arrival_reward[0, row + 1]
+    discounts = config.gamma * (~ends).float()
+    learner = PlainTD3BC(SPEC, config)
+
+    def run(updates: int) -> None:
+        configure(settings)
+        for _ in range(updates):
+            index = torch.randint(len(row), (BATCH,))
+            action = actions[index]
+            learner.update(
+                observations[index], action, rewards[index], discounts[index], next_observations[index],
+                torch.randn_like(action),
+            )  # fmt: skip
 
     return run
 
@@ -177,7 +285,7 @@ def bare_products(settings: Settings) -> Contestant:
     x, weight = torch.randn(7680, 256), torch.randn(256, 256)
 
     def run(updates: int) -> None:
-        training.configure(settings)
+        configure(settings)
         for _ in range(updates):
             torch.mm(x, weight)
 
@@ -192,11 +300,10 @@ def operations(run: Contestant) -> float:
 
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
-    """Updates/s of every form of every method, the ratio to d3rlpy as shipped, and the operations in an update and the
-    share of the rate of bare matrix products at which they are done."""
+    """Updates/s of every form of every method beside the peers', and the operations in an update and the share of the
+    rate of bare matrix products at which they are done."""
     before = machine()
     data = synthetic(args.rows)
-    buffer = peer_buffer(data)
     compiled = not args.eager_only and training.have_compiler()
     eager, whole = (
         training.resolve_settings(
@@ -204,35 +311,55 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         )
         for word in ("false", "true" if compiled else "false")
     )  # fmt: skip
-    as_shipped = Settings("cpu", args.threads, "float32", False)
-    base = "d3rlpy, as shipped"
-    tables = {}
+    made: dict[str, list[dict[str, Any]]] = {"comparisons": [], "curves": []}
     for method in args.methods:
-        config = default_config(method, args.num_actions)
-        contestants = {
-            base: theirs(peer(method, config, data), buffer, as_shipped),
-            "d3rlpy, our matmul setting": theirs(peer(method, config, data), buffer, eager),
-            "cvlctl, eager": ours(method, config, data, eager),
-        }
-        work = {name: operations(run) for name, run in contestants.items()}
-        if compiled:
-            contestants["cvlctl, whole step compiled"] = ours(method, config, data, whole)
-            work["cvlctl, whole step compiled"] = work["cvlctl, eager"]
-        rates = measure({**contestants, BARE: bare_products(eager)}, args.rounds, args.updates)
-        best = np.array(rates.pop(BARE)) * PRODUCT
-        table: dict[str, dict[str, float]] = summary(rates, base)
-        for name, row in table.items():
-            row["gflop"] = round(work[name] / 1e9, 3)
-            row["share_of_bare_products"] = round(float(np.median(np.array(rates[name]) * work[name] / best)), 3)
-        tables[method] = table
-    return {
-        "updates": tables,
+        rows, curve = compare(method, args, data, eager, whole)
+        made["comparisons"] += rows
+        made["curves"].append(curve)
+        show(curve)
+    return made | {
         "settings": eager.as_dict() | {"compile": whole.compile},
         "sizes": {"hidden": list(td3_bc.Config().hidden), "batch_size": BATCH, "rows": len(data.observation),
                   "cql_num_actions": args.num_actions},
-        "rounds": args.rounds, "updates_a_round": args.updates,
+        "rounds": args.rounds, "updates_a_round": args.updates or UPDATES,
         "d3rlpy": library().__version__, "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
+
+
+def compare(
+    method: str, args: argparse.Namespace, data: Data, eager: Settings, whole: Settings
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The comparisons of one method, and the table of all its forms."""
+    config, buffer = default_config(method, args.num_actions), peer_buffer(data)
+    as_shipped = Settings("cpu", args.threads, "float32", False)
+    contestants, work = {}, {}
+    for suffix, settings in ((AS_SHIPPED, as_shipped), (OUR_SETTING, eager)):
+        contestants[D3RLPY + suffix] = theirs(peer(method, config, data), buffer, settings)
+        if method == "td3_bc":
+            contestants[PLAIN + suffix] = plain(config, data, settings)
+    contestants[EAGER] = ours(method, config, data, eager)
+    work = {name: operations(run) for name, run in contestants.items()}
+    if whole.compile:
+        contestants[COMPILED] = ours(method, config, data, whole)
+        work[COMPILED] = work[EAGER]
+    rates = measure({**contestants, BARE: bare_products(eager)}, args.rounds, args.updates or UPDATES[method])
+    products = np.array(rates.pop(BARE)) * PRODUCT
+    best = COMPILED if whole.compile else EAGER
+    title = f"{TITLES[method]}'s update, batch {BATCH}, {'x'.join(map(str, config.hidden))}"
+    comparisons = []
+    for name in contestants:
+        if not name.startswith("cvlctl"):
+            least, aim = TARGETS.get((method, name), (None, None))
+            row = versus(
+                f"{title}, {FORM[best]}", name, rates[best], rates[name], threads=args.threads, least=least, aim=aim
+            )
+            comparisons.append(row)
+    curve = forms(f"{title}, {args.threads} threads", rates, D3RLPY + AS_SHIPPED, SHARE_NOTE)
+    curve["columns"] += ["GFLOP", "share"]
+    for row in curve["rows"]:
+        share = np.median(np.array(rates[row[0]]) * work[row[0]] / products)
+        row += [round(work[row[0]] / 1e9, 3), round(float(share), 3)]
+    return comparisons, curve
 
 
 def recipe_of(method: str, config: Any, store: Path, steps: int, seed: int, threads: int, out: Path) -> FinetuneRecipe:
@@ -311,42 +438,30 @@ def learn(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--num-actions", type=int, default=10, help="that CQL draws of each kind")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--updates", type=int, default=40, help="updates a round")
-    parser.add_argument("--rows", type=int, default=100_000, help="rows in memory")
-    parser.add_argument("--eager-only", action="store_true", help="compile nothing")
-    parser.add_argument("--learn", action="store_true", help="train and play instead of measuring speed")
-    parser.add_argument("--stores", nargs="+", type=Path, default=STORES)
-    parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--episodes", type=int, default=20)
-    parser.add_argument("--only", nargs="+", choices=LIBRARIES, default=LIBRARIES)
-    parser.add_argument("--json", type=Path, help="write the numbers there too")
-    args = parser.parse_args(arguments)
-    if args.learn:
-        found = learn(args)
-        console = Console()
-        console.print(report.to_rich(found["scores"], "greedy episodes"))
-        if found["differences"]:
-            console.print(report.to_rich(found["differences"], "cvlctl less d3rlpy"))
-    else:
-        found = speed(args)
-        for method, table in found["updates"].items():
-            print(f"{f'{method}, updates/s, {args.threads} threads':40}{'median':>10}{'ratio':>8}{'min':>8}{'max':>8}"
-                  f"{'GFLOP':>8}{'of GEMM':>9}")  # fmt: skip
-            for name, row in table.items():
-                print(f"{name:40}{row['updates_per_second']:10.1f}{row['ratio']:7.2f}x"
-                      f"{row['ratio_min']:7.2f}x{row['ratio_max']:7.2f}x"
-                      f"{row['gflop']:8.2f}{row['share_of_bare_products']:9.0%}")  # fmt: skip
-        state = found["machine"]
-        print(f"{conditions(found)}; torch {state['versions']['torch']}, "
-              f"d3rlpy {found['d3rlpy']}")  # fmt: skip
+    options = parser(__doc__)
+    options.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    options.add_argument("--num-actions", type=int, default=10, help="that CQL draws of each kind")
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--updates", type=int, help=f"a round; if not given {UPDATES}")
+    options.add_argument("--rows", type=int, default=100_000, help="rows in memory")
+    options.add_argument("--eager-only", action="store_true", help="compile nothing")
+    options.add_argument("--learn", action="store_true", help="train and play instead of measuring speed")
+    options.add_argument("--stores", nargs="+", type=Path, default=STORES)
+    options.add_argument("--steps", type=int, default=10_000)
+    options.add_argument("--seeds", nargs="+", type=int, default=[0])
+    options.add_argument("--episodes", type=int, default=20)
+    options.add_argument("--only", nargs="+", choices=LIBRARIES, default=LIBRARIES)
+    args = options.parse_args(arguments)
+    if not args.learn:
+        return finish(speed(args), args)
+    found = learn(args)
+    console = Console()
+    console.print(report.to_rich(found["scores"], "greedy episodes"))
+    if found["differences"]:
+        console.print(report.to_rich(found["differences"], "cvlctl less d3rlpy"))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return None
 
 
 if __name__ == "__main__":
