@@ -29,8 +29,7 @@ import cvlctl  # before torch: it says how OpenMP's threads are to wait
 
 # isort: split
 import numpy as np
-from common import SPEC, Contestant, configure, finish, machine, measure, parser, synthetic, versus
-from seeds import show
+from common import SPEC, Contestant, configure, finish, machine, measure, parser, show, synthetic, versus
 from streaming import episodes
 
 from cvlctl import samplers, training
@@ -97,10 +96,12 @@ def speed(sizes: Sequence[int], settings: Settings, rounds: int, updates: int) -
         spread = [round(float(x), 2) for x in (np.median(ratio), ratio.min(), ratio.max())]
         rows.append([size, round(float(np.median(found)), 1), *spread])
     how = f"{settings.threads} threads, {'compiled' if settings.compile else 'eager'}, batch {BATCH}, in memory"
-    columns = ["transitions", "updates/s", "ratio to the fewest", "least", "most"]
-    curve = {"title": "CVL's updates with more data", "columns": columns, "rows": rows, "note": f"{how}; flat is 1"}
+    curve = {
+        "title": "CVL's updates with more data", "columns": ["transitions", "updates/s", "ratio", "least", "most"],
+        "rows": rows, "note": f"{how}; ratio to the fewest: 1 is flat",
+    }  # fmt: skip
     ends = versus(
-        f"CVL's updates with {sizes[-1]:,} transitions", f"with {sizes[0]:,}", rates[str(sizes[-1])],
+        f"CVL update, {sizes[-1]:,} transitions in memory", f"the same with {sizes[0]:,}", rates[str(sizes[-1])],
         rates[str(sizes[0])], threads=settings.threads,
     )  # fmt: skip
     return curve, ends
@@ -123,20 +124,19 @@ def peak(folder: Path, store: cvlctl.Store, updates: int) -> float:
 
 def memory(sizes: Sequence[int], updates: int) -> dict[str, Any]:
     """The curve of peak memory: each size in a process of its own, its store gone afterwards."""
-    rows = []
+    found = []
     for size in sizes:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             num_rows = size // SPEC.horizon * (SPEC.horizon + 1)
             store = cvlctl.write_store(folder / "data.zarr", episodes(num_rows), task="synthetic")
-            data_mb = store.num_rows * row_bytes(store) / 1e6
-            peak_mb = peak(folder, store, updates)
-        rows.append([size, round(data_mb), round(peak_mb), round(peak_mb - data_mb)])
+            found.append((store.num_rows * row_bytes(store) / 1e6, peak(folder, store, updates)))
+    rows = [[size, round(mb), round(top), round(top - mb)] for size, (mb, top) in zip(sizes, found, strict=True)]
     note = "pretrain, eager, one thread"
-    if len(rows) > 1:
-        slope = (rows[-1][2] - rows[0][2]) / (rows[-1][1] - rows[0][1])
-        note += f"; from the first row to the last, each MB of data takes {slope:.2f} MB"
-    columns = ["transitions", "data, MB", "peak, MB", "peak - data, MB"]
+    if len(found) > 1:
+        (least, bottom), (most, top) = found[0], found[-1]
+        note += f"; from the first row to the last, each MB of data takes {(top - bottom) / (most - least):.2f} MB"
+    columns = ["transitions", "data, MB", "peak, MB", "difference"]
     return {"title": "Peak memory with more data", "columns": columns, "rows": rows, "note": note}
 
 
@@ -151,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     made.add_argument("--eager-only", action="store_true", help="compile nothing")
     args = made.parse_args(arguments)
-    before, sizes = machine(), sorted(args.transitions)
+    before, sizes = machine(), sorted(set(args.transitions))
+    if any(size < 1 or size % SPEC.horizon for size in sizes):
+        made.error(f"--transitions: whole episodes, multiples of {SPEC.horizon}")
     settings = training.resolve_settings(
         device="cpu", threads=args.threads, precision="auto", steps=1, say=print,
         compile="true" if training.have_compiler() and not args.eager_only else "false",
