@@ -75,6 +75,7 @@ Seed = Annotated[int, BeforeValidator(_not_bool), Field(ge=0, lt=2**31)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
 Rate = Annotated[float, BeforeValidator(_not_bool), Field(gt=0)]
 Share = Annotated[float, BeforeValidator(_not_bool), Field(gt=0, le=1)]
+PartOf = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=1)]
 Noise = Annotated[float, BeforeValidator(_not_bool), Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
 Out = Annotated[Path, AfterValidator(_own_place)]
@@ -93,7 +94,7 @@ class _Strict(BaseModel):
 
 
 class OnlineSource(_Strict):
-    """An online learner; its replay buffer is the dataset. `steps` are environment steps, with one update each."""
+    """An online learner; its replay buffer is the dataset. `steps` are environment steps."""
 
     title: ClassVar[str]  # in messages
 
@@ -103,6 +104,8 @@ class OnlineSource(_Strict):
     batch_size: Annotated[Count, Field(ge=2)] = 256
     learning_starts: Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] = 1000  # random actions until here
     random_repeat: Annotated[Count, Field(le=64)] = 1  # frames that each of them is held: pushes instead of trembling
+    random_share: PartOf = 0.0  # of the frames after that whose action is random, too
+    update_every: Count = 1  # frames
     learning_rate: Rate = 3e-4
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.99
     policy_every_steps: Count | None = None  # policy checkpoints kept along the way; None: ten of them
@@ -126,7 +129,7 @@ class SacSource(OnlineSource):
 
     name: Literal["sac"]
     ema_rate: Share = 0.005  # of the target critic
-    hindsight: Annotated[float, BeforeValidator(_not_bool), Field(ge=0, le=1)] = 0.0  # share of relabelled goals (HER)
+    hindsight: PartOf = 0.0  # of a batch's goals are relabelled (HER)
 
 
 class ContrastiveSource(OnlineSource):

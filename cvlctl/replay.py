@@ -86,6 +86,7 @@ class Draws(NamedTuple):
 
     uniform_action: np.ndarray  # (BLOCK, A) in [-1, 1): what the collector does before learning starts
     exploration: np.ndarray  # (BLOCK, A) standard normal: the acting policy's noise
+    choice: np.ndarray  # (BLOCK,) in [0, 1): whether to act at random
     place: Tensor  # (BLOCK, E, B) in [0, 1), float64: where in the replay, as far as it is filled by then
     noise: dict[str, Tensor]  # (BLOCK, E, *shape) standard normal, by name: the update's own
     later: Tensor | None = None  # (BLOCK, E, B) for Replay.hindsight
@@ -113,6 +114,7 @@ def draw(
     acting = generator(seeds[0], f"{learner}/act", block)
     uniform_action = 2 * torch.rand(BLOCK, spec.action_dim, generator=acting) - 1
     exploration = torch.randn(BLOCK, spec.action_dim, generator=acting)
+    choice = torch.rand(BLOCK, generator=acting)
     members = []
     for seed in seeds:
         g = generator(seed, f"{learner}/batch", block)
@@ -126,4 +128,5 @@ def draw(
         drawn = [torch.rand(shape, generator=generator(seed, f"{learner}/hindsight", block)) for seed in seeds]
         share, then = torch.stack(drawn, dim=2)
         later = torch.where(share < hindsight, then, -1.0)
-    return Draws(uniform_action.numpy(), exploration.numpy(), place, dict(zip(names, noise, strict=True)), later)
+    named = dict(zip(names, noise, strict=True))
+    return Draws(uniform_action.numpy(), exploration.numpy(), choice.numpy(), place, named, later)

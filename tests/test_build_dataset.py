@@ -159,6 +159,28 @@ def die_before_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StoreWriter, "finish", finish)
 
 
+def test_a_share_of_actions_stays_random_and_updates_come_every_so_many_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updates, before = [], sac.step
+    monkeypatch.setattr(sac, "step", lambda *args: (updates.append(1), before(*args))[1])
+    drawn = [replay.draw("sac", samplers.Draws(batch_size=1), SPEC, [0], i) for i in range(11)]
+    held = np.concatenate([block.uniform_action[np.arange(64) // 4 * 4] for block in drawn])[:650]
+    choice = np.concatenate([block.choice[np.arange(64) // 4 * 4] for block in drawn])[:650]
+    shares = {}
+    for share in (0.0, 0.3, 1.0):
+        out, source = tmp_path / f"{share}.zarr", SAC | {"random_share": share, "random_repeat": 4, "update_every": 3}
+        build(recipe_for(out, source))
+        actions = np.concatenate([episode.actions for episode in open_store(out).episodes()])
+        at_random = (actions == held).all(axis=-1)
+        assert at_random[:40].all()
+        assert np.array_equal(at_random[40:], choice[40:] < share)
+        shares[share] = at_random[40:].mean()
+        assert len(updates) == (650 - 40) // 3
+        updates.clear()
+    assert shares[0.0] == 0 and shares[0.3] == pytest.approx(0.3, abs=0.1) and shares[1.0] == 1
+
+
 @pytest.mark.parametrize(
     ("die", "episodes"), [(die_in_step, 2), (die_before_flush, 1), (die_after_flush, 2), (die_before_finish, 4)]
 )

@@ -162,7 +162,7 @@ def test_replay_gives_back_what_was_added() -> None:
 
 def test_draws_are_a_function_of_seed_and_block() -> None:
     first, again = (replay.draw("sac", DRAWS, SPEC, [7], 3) for _ in range(2))
-    for ours, theirs in zip((*first[:3], *first.noise.values()), (*again[:3], *again.noise.values()), strict=True):
+    for ours, theirs in zip((*first[:4], *first.noise.values()), (*again[:4], *again.noise.values()), strict=True):
         assert np.array_equal(ours, theirs)
     assert not torch.equal(replay.draw("sac", DRAWS, SPEC, [7], 4).place, first.place)
     company = replay.draw("sac", DRAWS, SPEC, [0, 7], 3)
@@ -178,6 +178,7 @@ def test_draws_of_a_seed_stay_as_they_were() -> None:
     uniform = 2 * torch.rand(64, 2, generator=g) - 1
     assert np.array_equal(drawn.uniform_action, uniform)
     assert np.array_equal(drawn.exploration, torch.randn(64, 2, generator=g))
+    assert np.array_equal(drawn.choice, torch.rand(64, generator=g))
     g = samplers.generator(7, "sac/batch", 3)
     assert torch.equal(drawn.place[:, 0], torch.rand(64, 8, generator=g, dtype=torch.float64))
     for name in ("action", "next_action"):

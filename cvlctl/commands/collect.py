@@ -181,7 +181,7 @@ class _Collector:
             threads = 1 if recipe.threads == "auto" else recipe.threads
             self.settings = training.resolve_settings(
                 device=recipe.device, threads=threads, precision=recipe.precision, compile=recipe.compile,
-                steps=source.steps - source.learning_starts, say=say,
+                steps=(source.steps - source.learning_starts) // source.update_every, say=say,
             )  # fmt: skip
         training.configure(self.settings)
         self.state = {name: value.to(self.settings.device) for name, value in state.items()}
@@ -206,18 +206,19 @@ class _Collector:
                     saved_at = time.monotonic()
 
     def _episode(self, act: Act, programs: list[training.Program], every: int, progress: Progress) -> None:
-        """Collect one episode and learn from it, one update a frame."""
+        """Collect one episode and learn from it."""
         source, env, number = self.source, self.env, self.writer.num_episodes
         begin, terminated, over = self.frame, False, False
         metrics: training.Metrics = {}
         observations, actions, rewards, successes = [env.reset(number)], [], [], []
         while not over:
             draws, i = self._draws()
-            observation, update = observations[-1], self.frame - source.learning_starts + 1
+            observation, learning = observations[-1], self.frame - source.learning_starts + 1
+            held = i - i % source.random_repeat
             action = (
                 self.learner.explore(act, observation, draws.exploration[i])
-                if update > 0
-                else draws.uniform_action[i - i % source.random_repeat]
+                if learning > 0 and draws.choice[held] >= source.random_share
+                else draws.uniform_action[held]
             )
             after, reward, terminated, truncated, success = env.step(action)
             self.replay.add(observation, action, reward, terminated, after, number)
@@ -225,7 +226,8 @@ class _Collector:
             actions.append(action)
             rewards.append(reward)
             successes.append(success)
-            if update > 0:
+            update, rest = divmod(learning, source.update_every)
+            if update > 0 and rest == 0:
                 batch, noise = draws.batch(i, self.replay, self.config.gamma, self.settings.device)
                 self.state, found = programs[update % len(programs)](self.state, batch, noise)
                 metrics |= found  # a delayed actor's are those of its own last update
