@@ -2,7 +2,7 @@
 # make install   the environment alone, in .venv
 # make test      environment, lint, types, tests, recipe and docs checks, a short end-to-end run
 # make learn     the slow learning tests
-# make bench     measured comparisons with peers
+# make bench     measured comparisons with peers, into docs/performance.md (about 35 minutes; leave the machine alone)
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
 VENV ?= .venv
@@ -48,13 +48,7 @@ learn: install
 
 bench: install
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python benchmarks/critic.py
-	$(BIN)/python benchmarks/sac.py
-	$(BIN)/python benchmarks/evaluation.py
-	$(BIN)/python benchmarks/td_learners.py
-	$(BIN)/python benchmarks/importing.py
-	$(BIN)/python benchmarks/streaming.py
-	$(BIN)/python benchmarks/building.py
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,18 @@ def configure(settings: training.Settings) -> None:
     """Threads and precision of a contestant whose turn it is. Not what `training.configure` does besides before a
     compiled run: forget all compiled programs, which would put their compilation into every round."""
     training.configure(replace(settings, compile=False))
+
+
+def our_settings(threads: int, eager_only: bool = False) -> dict[str, training.Settings]:
+    """What cvlctl computes with on this machine, by form: as it chooses by itself, compiled where there is a compiler,
+    and compiled with the layers in bfloat16 where the processor multiplies such numbers."""
+    choose = partial(training.resolve_settings, device="cpu", threads=threads, precision="auto", steps=1, say=print)
+    made = {EAGER: choose(compile="false")}
+    if training.have_compiler() and not eager_only:
+        made[COMPILED] = choose(compile="true")
+        if torch.cpu._is_avx512_bf16_supported():
+            made[BF16] = replace(made[COMPILED], precision="bf16")
+    return made
 
 
 def measure(contestants: dict[str, Contestant], rounds: int, updates: int, warm_up: int = 4) -> dict[str, list[float]]:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from common import (
     AS_SHIPPED,
+    BF16,
     COMPILED,
     EAGER,
     FORM,
@@ -36,6 +37,7 @@ from common import (
     forms,
     machine,
     measure,
+    our_settings,
     parser,
     show,
     synthetic,
@@ -143,51 +145,42 @@ def theirs(data: Data, config: occupancy.Config, batch_size: int, settings: Sett
     return run
 
 
-def benchmark(threads: int, rounds: int, updates: int, rows: int, with_compiled: bool = True) -> dict[str, Any]:
+def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bool = False) -> dict[str, Any]:
     """All comparisons, every form's rates, and the state of the machine before and after."""
-    before = machine()
-    data = synthetic(rows)
+    before, data, mine = machine(), synthetic(rows), our_settings(threads, eager_only)
     data = data._replace(examples=data.observation[:LAEO_EXAMPLES])
-    compiled = with_compiled and training.have_compiler()
-    resolve = partial(training.resolve_settings, device="cpu", threads=threads, precision="auto", steps=1, say=print)
-    eager, whole = resolve(compile="false"), resolve(compile="true" if compiled else "false")
-    as_shipped = Settings("cpu", threads, "float32", False)
-
-    base, alike = PEER + AS_SHIPPED, PEER + OUR_SETTING
+    shipped, alike, best = PEER + AS_SHIPPED, PEER + OUR_SETTING, COMPILED if COMPILED in mine else EAGER
     contestants = {
-        base: theirs(data, CRITIC, BATCH, as_shipped),
-        alike: theirs(data, CRITIC, BATCH, eager),
-        EAGER: ours(occupancy, CRITIC, data, BATCH, eager),
+        shipped: theirs(data, CRITIC, BATCH, Settings("cpu", threads, "float32", False)),
+        alike: theirs(data, CRITIC, BATCH, mine[EAGER]),
     }
-    if compiled:
-        contestants[COMPILED] = ours(occupancy, CRITIC, data, BATCH, whole)
+    contestants |= {form: ours(occupancy, CRITIC, data, BATCH, settings) for form, settings in mine.items()}
     rates = measure(contestants, rounds, updates)
-    best = COMPILED if compiled else EAGER
     size = "x".join(map(str, CRITIC.hidden)) + f"->{CRITIC.latent_dim}"
     work = f"InfoNCE critic, {size}, batch {BATCH}, two seeds"
     comparisons = [
-        versus(f"{work}, {FORM[best]}", base, rates[best], rates[base], threads=threads, least=2),
+        versus(f"{work}, {FORM[best]}", shipped, rates[best], rates[shipped], threads=threads, least=2),
         versus(f"{work}, {FORM[best]}", alike, rates[best], rates[alike], threads=threads),
     ]
-    curves = [forms(f"{work}, {threads} threads", rates, base)]
+    if BF16 in mine:
+        row = versus(f"{work}, {FORM[BF16]}", shipped, rates[BF16], rates[shipped], threads=threads, aim=3.5)
+        comparisons.append(row)
+    curves = [forms(f"{work}, {threads} threads", rates, shipped)]
     for name, module, config in (("CVL", cvl, cvl.Config()), ("LAEO", laeo, laeo.Config())):
-        updating = {EAGER: ours(module, config, data, CVL_BATCH, eager)}
-        if compiled:
-            updating[COMPILED] = ours(module, config, data, CVL_BATCH, whole)
+        updating = {form: ours(module, config, data, CVL_BATCH, settings) for form, settings in mine.items()}
         rates = measure(updating, rounds, updates)
         work = f"{name}'s whole update, batch {CVL_BATCH}, two seeds"
         curves.append(forms(f"{work}, {threads} threads", rates, EAGER))
-        if compiled:
-            comparisons.append(
-                versus(
-                    f"{work}, {FORM[COMPILED]}", "its own eager form", rates[COMPILED], rates[EAGER],
-                    threads=threads, least=2, aim=3,
-                )
+        if COMPILED in mine:
+            row = versus(
+                f"{work}, {FORM[COMPILED]}", "its own eager form", rates[COMPILED], rates[EAGER], threads=threads,
+                least=2, aim=3,
             )  # fmt: skip
+            comparisons.append(row)
     return {
         "comparisons": comparisons,
         "curves": curves,
-        "settings": eager.as_dict() | {"compile": whole.compile},
+        "settings": mine[best].as_dict(),
         "sizes": {"seeds": len(SEEDS), "hidden": CRITIC.hidden, "latent_dim": CRITIC.latent_dim, "batch_size": BATCH,
                   "whole_batch_size": CVL_BATCH, "rows": len(data.observation)},
         "rounds": rounds, "updates_a_round": updates,
@@ -202,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--rows", type=int, default=500_000, help="rows in memory")
     options.add_argument("--eager-only", action="store_true", help="compile nothing")
     args = options.parse_args(arguments)
-    found = benchmark(args.threads, args.rounds, args.updates, args.rows, not args.eager_only)
+    found = benchmark(args.threads, args.rounds, args.updates, args.rows, args.eager_only)
     for curve in found["curves"]:
         show(curve)
     finish(found, args)

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from common import (
     AS_SHIPPED,
+    BF16,
     COMPILED,
     EAGER,
     FORM,
@@ -42,6 +43,7 @@ from common import (
     forms,
     machine,
     measure,
+    our_settings,
     parser,
     show,
     versus,
@@ -224,17 +226,12 @@ def frames_a_second(
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     """Updates/s of every form and frames/s of whole collections, beside Stable-Baselines3's."""
-    before, threads = machine(), args.threads
-    compiled = not args.eager_only and training.have_compiler()
-    eager, whole = (
-        training.resolve_settings(device="cpu", threads=threads, precision="auto", compile=word, steps=1, say=print)
-        for word in ("false", "true" if compiled else "false")
-    )
+    before, threads, mine = machine(), args.threads, our_settings(args.threads, args.eager_only)
+    mine.pop(BF16, None)  # not what collects data
+    shipped, alike, best = PEER + AS_SHIPPED, PEER + OUR_SETTING, COMPILED if COMPILED in mine else EAGER
     as_shipped = Settings("cpu", threads, "float32", False)
-    shipped, alike, best = PEER + AS_SHIPPED, PEER + OUR_SETTING, COMPILED if compiled else EAGER
-    contestants = {shipped: theirs(as_shipped), alike: theirs(eager), EAGER: ours(eager)}
-    if compiled:
-        contestants[COMPILED] = ours(whole)
+    contestants = {shipped: theirs(as_shipped), alike: theirs(mine[EAGER])}
+    contestants |= {form: ours(settings) for form, settings in mine.items()}
     rates = measure(contestants, args.rounds, args.updates, warm_up=20)
     curves = [forms(f"SAC's update, batch 256, 256x256, {threads} threads", rates, shipped)]
     work = f"SAC's update, batch 256, 256x256, {FORM[best]}"
@@ -245,8 +242,8 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     how = (args.frames, args.learning_starts, args.hidden)
     collections = {
         shipped: partial(their_frames, as_shipped, *how),
-        alike: partial(their_frames, eager, *how),
-        best: partial(our_frames, whole, *how),
+        alike: partial(their_frames, mine[EAGER], *how),
+        best: partial(our_frames, mine[best], *how),
     }
     rates, warm_ups = frames_a_second(collections, args.frame_rounds, args.learning_starts)
     work = f"SAC end to end on {TASK}, one update a frame, {FORM[best]}"
@@ -257,7 +254,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     ]
     return {
         "comparisons": comparisons, "curves": curves, "frames": args.frames, "warm_up_seconds": warm_ups,
-        "settings": whole.as_dict(), "machine": before, "load_average_after": machine()["load_average"],
+        "settings": mine[best].as_dict(), "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
 

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from common import (
     AS_SHIPPED,
+    BF16,
     COMPILED,
     EAGER,
     FORM,
@@ -50,6 +51,7 @@ from common import (
     forms,
     machine,
     measure,
+    our_settings,
     parser,
     show,
     synthetic,
@@ -84,6 +86,7 @@ TARGETS = {  # at least, aim
     ("td3_bc", PLAIN + AS_SHIPPED): (1.8, 2.5),
     ("iql", D3RLPY + AS_SHIPPED): (3.0, 4.0),
     ("cql", D3RLPY + AS_SHIPPED): (2.3, 2.8),
+    ("cql", BF16): (None, 6.0),  # beside d3rlpy as shipped
 }
 BARE, PRODUCT = "bare matrix products", 2 * 7680 * 256 * 256
 SHARE_NOTE = (
@@ -302,23 +305,15 @@ def operations(run: Contestant) -> float:
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     """Updates/s of every form of every method beside the peers', and the operations in an update and the share of the
     rate of bare matrix products at which they are done."""
-    before = machine()
-    data = synthetic(args.rows)
-    compiled = not args.eager_only and training.have_compiler()
-    eager, whole = (
-        training.resolve_settings(
-            device="cpu", threads=args.threads, precision="auto", compile=word, steps=1, say=print
-        )
-        for word in ("false", "true" if compiled else "false")
-    )  # fmt: skip
+    before, data, mine = machine(), synthetic(args.rows), our_settings(args.threads, args.eager_only)
     made: dict[str, list[dict[str, Any]]] = {"comparisons": [], "curves": []}
     for method in args.methods:
-        rows, curve = compare(method, args, data, eager, whole)
+        rows, curve = compare(method, args, data, mine)
         made["comparisons"] += rows
         made["curves"].append(curve)
         show(curve)
     return made | {
-        "settings": eager.as_dict() | {"compile": whole.compile},
+        "settings": mine[COMPILED if COMPILED in mine else EAGER].as_dict(),
         "sizes": {"hidden": list(td3_bc.Config().hidden), "batch_size": BATCH, "rows": len(data.observation),
                   "cql_num_actions": args.num_actions},
         "rounds": args.rounds, "updates_a_round": args.updates or UPDATES,
@@ -327,33 +322,30 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(
-    method: str, args: argparse.Namespace, data: Data, eager: Settings, whole: Settings
+    method: str, args: argparse.Namespace, data: Data, mine: dict[str, Settings]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The comparisons of one method, and the table of all its forms."""
+    """The comparisons of one method, and the table of all its forms; `mine`: what ours computes with, by form."""
     config, buffer = default_config(method, args.num_actions), peer_buffer(data)
-    as_shipped = Settings("cpu", args.threads, "float32", False)
-    contestants, work = {}, {}
-    for suffix, settings in ((AS_SHIPPED, as_shipped), (OUR_SETTING, eager)):
+    contestants = {}
+    for suffix, settings in ((AS_SHIPPED, Settings("cpu", args.threads, "float32", False)), (OUR_SETTING, mine[EAGER])):
         contestants[D3RLPY + suffix] = theirs(peer(method, config, data), buffer, settings)
         if method == "td3_bc":
             contestants[PLAIN + suffix] = plain(config, data, settings)
-    contestants[EAGER] = ours(method, config, data, eager)
-    work = {name: operations(run) for name, run in contestants.items()}
-    if whole.compile:
-        contestants[COMPILED] = ours(method, config, data, whole)
-        work[COMPILED] = work[EAGER]
-    rates = measure({**contestants, BARE: bare_products(eager)}, args.rounds, args.updates or UPDATES[method])
+    contestants |= {form: ours(method, config, data, settings) for form, settings in mine.items()}
+    work = {name: operations(run) for name, run in contestants.items() if name not in (COMPILED, BF16)}
+    work |= dict.fromkeys(mine, work[EAGER])  # the counter cannot see into compiled programs
+    rates = measure({**contestants, BARE: bare_products(mine[EAGER])}, args.rounds, args.updates or UPDATES[method])
     products = np.array(rates.pop(BARE)) * PRODUCT
-    best = COMPILED if whole.compile else EAGER
     title = f"{TITLES[method]}'s update, batch {BATCH}, {'x'.join(map(str, config.hidden))}"
+    pairs = [(COMPILED if COMPILED in mine else EAGER, name) for name in contestants if name not in mine]
+    pairs += [(BF16, D3RLPY + AS_SHIPPED)] * (BF16 in mine)
     comparisons = []
-    for name in contestants:
-        if not name.startswith("cvlctl"):
-            least, aim = TARGETS.get((method, name), (None, None))
-            row = versus(
-                f"{title}, {FORM[best]}", name, rates[best], rates[name], threads=args.threads, least=least, aim=aim
-            )
-            comparisons.append(row)
+    for form, name in pairs:
+        least, aim = TARGETS.get((method, BF16 if form == BF16 else name), (None, None))
+        row = versus(
+            f"{title}, {FORM[form]}", name, rates[form], rates[name], threads=args.threads, least=least, aim=aim
+        )
+        comparisons.append(row)
     curve = forms(f"{title}, {args.threads} threads", rates, D3RLPY + AS_SHIPPED, SHARE_NOTE)
     curve["columns"] += ["GFLOP", "share"]
     for row in curve["rows"]:

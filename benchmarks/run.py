@@ -1,0 +1,189 @@
+"""Run all benchmarks, keep their numbers in benchmarks/results.json, and write docs/performance.md from them.
+
+    python benchmarks/run.py                      all: `make bench`
+    python benchmarks/run.py --only critic sac    these again; the others' numbers stay as they are
+    python benchmarks/run.py --write              measure nothing: merge what is in build/bench, write the page
+    python benchmarks/run.py --small --out DIR    tiny sizes, to see that all of it runs: numbers worth nothing, in DIR
+
+Each script is a process of its own, one after the other, since two at once would slow each other; its numbers go to
+build/bench/NAME.json, what it prints to NAME.log. Where one fails the others still run, the page says so, and the exit
+code is 1. Scripts whose extra is not installed are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from common import machine, reached
+
+HERE = Path(__file__).parent
+# the arguments that make each small
+SCRIPTS: dict[str, list[str]] = {
+    "startup": ["--runs", "2"],
+    "critic": ["--threads", "1", "--rounds", "1", "--updates", "1", "--rows", "2000", "--eager-only"],
+    "sac": [
+        "--threads", "1", "--rounds", "1", "--updates", "2", "--frame-rounds", "1", "--frames", "1000",
+        "--learning-starts", "100", "--hidden", "16", "--eager-only",
+    ],
+    "td_learners": ["--threads", "1", "--rounds", "1", "--updates", "1", "--rows", "2000", "--eager-only"],
+    "evaluation": ["--threads", "1", "--rounds", "1", "--episodes", "3", "--tasks", "gym/Pendulum-v1"],
+    "importing": ["--transitions", "3000", "--frames", "1000", "--rounds", "1"],
+    "streaming": ["--rows", "100000", "--share", "0.3", "--updates", "20", "--rounds", "1"],
+    "building": ["--tasks", "gym/Pendulum-v1", "gym/MountainCarContinuous-v0", "--frames", "600", "--hidden", "16",
+                 "--rounds", "1"],
+    "seeds": ["--threads", "1", "--together", "2", "--seeds", "1", "2", "--rounds", "1", "--seconds", "0.2",
+              "--updates", "1", "--rows", "2000", "--eager-only"],
+    "scaling": ["--threads", "1", "--transitions", "1000", "2000", "--rounds", "1", "--updates", "1",
+                "--memory-updates", "2", "--hidden", "16", "--eager-only"],
+    "backends": ["--tasks", "metaworld/drawer-close-v3", "--episodes", "2", "--rounds", "1"],
+}  # fmt: skip
+NEEDS = {"sac": "stable_baselines3", "td_learners": "d3rlpy", "backends": "envpool"}  # a script without its peer
+
+
+def measure(name: str, out: Path, small: bool) -> bool:
+    """Run one script; whether it came to its end. Its numbers, or that it failed, go to `out`/NAME.json."""
+    file, log = out / f"{name}.json", out / f"{name}.log"
+    file.unlink(missing_ok=True)
+    begin, before = time.monotonic(), machine()
+    command = [sys.executable, str(HERE / f"{name}.py"), "--json", str(file), *(SCRIPTS[name] if small else [])]
+    with log.open("w") as into:
+        code = subprocess.run(command, stdout=into, stderr=subprocess.STDOUT).returncode
+    seconds = round(time.monotonic() - begin, 1)
+    if code == 0 and file.exists():
+        found = json.loads(file.read_text())
+        file.write_text(json.dumps(found | {"seconds": seconds}, indent=1) + "\n")
+        print(f"done in {seconds:.0f} s", flush=True)
+        return True
+    last = (log.read_text().strip().splitlines() or ["it printed nothing"])[-1]
+    failed = {"failed": f"exit code {code}: {last}", "seconds": seconds, "machine": before}
+    file.write_text(json.dumps(failed, indent=1) + "\n")
+    print(f"FAILED after {seconds:.0f} s, {failed['failed']} (all of it: {log})", flush=True)
+    return False
+
+
+def measure_all(names: Sequence[str], out: Path, small: bool) -> bool:
+    """Run the scripts in turn, with a line for each; whether all came to their end."""
+    out.mkdir(parents=True, exist_ok=True)
+    begin, good = time.monotonic(), []
+    for i, name in enumerate(names):
+        minutes = (time.monotonic() - begin) / 60
+        print(f"[{i + 1}/{len(names)}, {minutes:.1f} min] {name}: ", end="", flush=True)
+        if name in NEEDS and find_spec(NEEDS[name]) is None:
+            print(f"left out, {NEEDS[name]} is not installed", flush=True)
+        else:
+            good.append(measure(name, out, small))
+    return all(good)
+
+
+def merged(out: Path, results: Path) -> dict[str, Any]:
+    """Every script's latest numbers: those in `out`, and of scripts that have none there those in `results`."""
+    before = json.loads(results.read_text()) if results.exists() else {}
+    found = {}
+    for name in SCRIPTS:
+        file = out / f"{name}.json"
+        if file.exists():
+            found[name] = json.loads(file.read_text())
+        elif name in before:
+            found[name] = before[name]
+    return found
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """In Markdown. Numbers are right-aligned with their column's head."""
+    cells = [[str(value).replace("|", "\\|") for value in row] for row in rows]
+    numeric = [bool(rows) and isinstance(rows[0][i], int | float) for i in range(len(columns))]
+    lines = [columns, ["---:" if right else "---" for right in numeric], *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def compared(row: dict[str, Any]) -> list[str]:
+    """A comparison as a row of the page; a missed target stands out."""
+    result = reached(row)
+    targets = ["" if row[name] is None else f"{row[name]:g}x" for name in ("least", "aim")]
+    return [
+        row["work"], row["peer"], str(row["threads"]), f"{row['ours']:g} {row['unit']}",
+        f"{row['theirs']:g} {row['unit']}", f"**{row['ratio']:.2f}x** [{row['low']:.2f}, {row['high']:.2f}]", *targets,
+        f"**{result}**" if result == "missed" else result,
+    ]  # fmt: skip
+
+
+def machines(scripts: dict[str, Any]) -> list[str]:
+    """A line for each machine and set of versions, with the scripts that ran there."""
+    ran: dict[str, list[str]] = {}
+    for name, found in scripts.items():
+        state = found["machine"]
+        versions = ", ".join(f"{package} {version}" for package, version in state["versions"].items())
+        ran.setdefault(f"{state['cpu']}, {state['cpus']} CPUs; {versions}", []).append(name)
+    return [f"* {where} ({', '.join(names)})" for where, names in ran.items()]
+
+
+def page(scripts: dict[str, Any]) -> str:
+    """docs/performance.md."""
+    good = {name: found for name, found in scripts.items() if "failed" not in found}
+    rows = [row for found in good.values() for row in found["comparisons"]]
+    missed = sum(reached(row) == "missed" for row in rows)
+    asked = sum(row["least"] is not None for row in rows)
+    conditions = [
+        [name, f"{found['machine']['load_average'][0]:g}", f"{found['load_average_after'][0]:g}",
+         f"{found['seconds']:.0f}"] if name in good else [name, "", "", f"**failed**: {found['failed']}"]
+        for name, found in scripts.items()
+    ]  # fmt: skip
+    parts = [
+        "# Performance",
+        "Generated by `make bench` (`python benchmarks/run.py`) from `benchmarks/results.json`; do not edit. What each "
+        "script measures, and how: [benchmarks](../benchmarks/README.md).",
+        "\n".join(machines(scripts)),
+        f"{len(rows)} comparisons; of {asked} with a least ratio {asked - missed} reach it, {missed} miss it.",
+        "A ratio above 1 means that cvlctl is faster: the median over rounds in which the contestants take turns, in "
+        "brackets the extremes. Ours and theirs are medians and belong to the machine. \"As shipped\" is a peer as "
+        "people install it, \"our matmul setting\" the same peer given the back-end for matrix products that cvlctl "
+        "chooses. At least and aim are the targets set beforehand; rows without them are told for completeness.",
+        table(["work", "peer", "threads", "ours", "theirs", "ratio [range]", "at least", "aim", "reached?"],
+              [compared(row) for row in rows]),
+        "## All forms, and curves",
+    ]  # fmt: skip
+    for curve in (curve for found in good.values() for curve in found.get("curves", [])):
+        parts += [f"### {curve['title']}", table(curve["columns"], curve["rows"])]
+        parts += [curve["note"]] if curve.get("note") else []
+    parts += [
+        "## Conditions",
+        "Load: processes that ran or waited, on average over the minute before each script and over its last minute. "
+        "The script before leaves its own trace in the former.",
+        table(["script", "load before", "after", "seconds"], conditions),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--only", nargs="+", choices=SCRIPTS, default=list(SCRIPTS), metavar="NAME", help="these")
+    options.add_argument("--write", action="store_true", help="measure nothing, write results and page anew")
+    options.add_argument("--small", action="store_true", help="tiny sizes")
+    options.add_argument("--out", type=Path, help="a folder for everything, results and page included")
+    args = options.parse_args(arguments)
+    if args.small and args.out is None:
+        options.error("--small needs --out: its numbers are not to replace real ones")
+    out = args.out or HERE.parent / "build" / "bench"
+    results = args.out / "results.json" if args.out else HERE / "results.json"
+    written = args.out / "performance.md" if args.out else HERE.parent / "docs" / "performance.md"
+    good = args.write or measure_all(args.only, out, args.small)
+    scripts = merged(out, results)
+    if not scripts:
+        print(f"no numbers in {out}")
+        return 1
+    results.write_text(json.dumps(scripts, indent=1) + "\n")
+    written.write_text(page(scripts))
+    print(f"{results} and {written} written")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
