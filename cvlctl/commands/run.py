@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FLOPS, STEP_SECONDS, SIMULATED, SIMULATED_WITH_WORKERS = 200e9, 0.5e-3, 4_000, 10_000
 OBSERVATION_DIM, EPISODE_STEPS = 40, 500
+PASSES = {"td3_bc": 6, "iql": 6, "cql": 8, "successor_features": 6, "contrastive_ac": 14, "fqe": 4}  # networks' a step
 
 
 def run_experiment(
@@ -159,7 +160,8 @@ def _size(job: Job, experiment: ExperimentRecipe) -> tuple[str, float]:
     if critic is not None:
         work += recipe.batch_size * 2 * _weights(OBSERVATION_DIM, *critic.hidden, critic.latent_dim)
     if job.command == "finetune":
-        work += recipe.batch_size * _weights(OBSERVATION_DIM, *config.hidden)
+        passes = PASSES.get(recipe.algorithm.name, 1) + 6 * getattr(config, "num_actions", 0)  # CQL: two critics, 3 n
+        work += recipe.batch_size * passes * _weights(OBSERVATION_DIM, *config.hidden)
         if critic is not None:  # the readout: a bank through psi, and actions through phi
             bank = getattr(config, "bank_size", 0) + getattr(config, "num_examples", 0)
             work += (bank / 3 + recipe.batch_size) * _weights(OBSERVATION_DIM, *critic.hidden, critic.latent_dim)
