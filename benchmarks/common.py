@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ SPEC = Spec((39,), 4, 500)  # Metaworld's
 AS_SHIPPED, OUR_SETTING = ", as shipped", ", our matmul setting"  # what a peer computes with
 EAGER, COMPILED, BF16 = "cvlctl, eager", "cvlctl, whole step compiled", "cvlctl, whole step compiled, bf16"
 FORM = {EAGER: "eager", COMPILED: "compiled", BF16: "compiled, bf16"}  # in the name of a comparison's work
+PEERS = ("stable-baselines3", "d3rlpy", "minari", "envpool")  # whose versions count, where they are installed
 
 Contestant = Callable[[int], None]  # makes n updates
 
@@ -101,7 +104,7 @@ def machine() -> dict[str, Any]:
         "cpus": num_cpus(),
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
-        "versions": versions(),
+        "versions": versions() | {name: version(name) for name in PEERS if find_spec(name.replace("-", "_"))},
     }
 
 

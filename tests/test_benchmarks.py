@@ -29,7 +29,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Script]:
     """Imports a script by name, as it would import its neighbours."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module
-    for name in ("common", "critic", "evaluation", "mountain_car", "streaming", "td_learners"):
+    for name in ("common", "critic", "evaluation", "mountain_car", "run", "sac", "streaming", "td_learners"):
         sys.modules.pop(name, None)
 
 
@@ -70,20 +70,108 @@ def test_critic_script(
         monkeypatch.setattr(critic, name, value)
     critic.main([*small, "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
-    assert set(found["critic"]) == {
-        "plain PyTorch, as shipped", "plain PyTorch, our matmul setting", "cvlctl, eager"
-    }  # fmt: skip
-    assert found["critic"]["plain PyTorch, as shipped"]["ratio"] == 1.0
+    peers = ["plain eager PyTorch, as shipped", "plain eager PyTorch, our matmul setting"]
+    assert [row["peer"] for row in found["comparisons"]] == peers
+    assert [row["least"] for row in found["comparisons"]] == [2, None]
+    forms = {name: numbers for name, *numbers in found["curves"][0]["rows"]}
+    assert list(forms) == [*peers, "cvlctl, eager"]
+    assert forms[peers[0]][1:] == [1.0, 1.0, 1.0]
+    assert forms["cvlctl, eager"][1] == pytest.approx(found["comparisons"][0]["ratio"], abs=0.01)
     assert found["settings"]["threads"] == 1
     assert found["machine"]["versions"]["torch"]
     assert "cvlctl, eager" in capsys.readouterr().out
 
 
 def test_ratios_are_of_the_same_round(script: Script) -> None:
-    critic = script("critic")
+    common = script("common")
     # the machine halves its speed after every round; the ratio does not notice
-    found = critic.summary({"peer": [8.0, 4.0, 2.0], "ours": [16.0, 8.0, 4.0]}, "peer")
+    found = common.summary({"peer": [8.0, 4.0, 2.0], "ours": [16.0, 8.0, 4.0]}, "peer")
     assert found["ours"] == {"updates_per_second": 8.0, "ratio": 2.0, "ratio_min": 2.0, "ratio_max": 2.0}
+
+
+def test_above_one_we_are_ahead_whatever_the_unit(script: Script) -> None:
+    common = script("common")
+    rates = common.versus("work", "peer", [16.0, 8.0, 12.0], [8.0, 4.0, 4.0], threads=1, least=2, aim=2.5)
+    assert [rates[name] for name in ("ratio", "low", "high", "ours", "theirs")] == [2, 2, 3, 12, 4]
+    times = common.versus("work", "peer", [2.0, 1.0], [6.0, 4.0], unit="seconds", threads=1, least=4)
+    assert [times[name] for name in ("ratio", "low", "high", "ours", "theirs")] == [3.5, 3, 4, 1.5, 5]
+    assert [common.reached(row) for row in (rates, times)] == ["reached, aim missed", "missed"]
+    assert common.reached(rates | {"ratio": 2.5}) == "aim reached"
+    assert common.reached(rates | {"least": None}) == "aim missed"
+    assert common.reached(rates | {"least": None, "aim": None}) == ""
+
+
+def test_a_turn_does_not_compile_again(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = script("common")
+    monkeypatch.setattr(torch.compiler, "reset", lambda: pytest.fail("forgot what was compiled"))
+    threads, before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    common.configure(training.Settings("cpu", threads, "medium", True))
+    assert torch.get_float32_matmul_precision() == "medium"
+    torch.set_float32_matmul_precision(before)
+
+
+def test_all_at_once_goes_on_where_one_fails_and_says_what_was_missed(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = script("run")
+    small = ["--small", "--out", str(tmp_path)]
+    assert run.main([*small, "--only", "critic", "startup"]) == 0
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert {name: len(found["comparisons"]) for name, found in first.items()} == {"startup": 1, "critic": 2}
+    assert "[2/2" in capsys.readouterr().out
+
+    monkeypatch.setitem(run.SCRIPTS, "startup", ["--runs", "none"])
+    assert run.main([*small, "--only", "startup"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    second = json.loads((tmp_path / "results.json").read_text())
+    assert second["critic"] == first["critic"]
+    assert "invalid int value" in second["startup"]["failed"]
+    page = (tmp_path / "performance.md").read_text()
+    assert "| **failed**: exit code 2" in page and "cvlctl --help" not in page and "InfoNCE critic" in page
+
+    (tmp_path / "startup.json").unlink()  # a clean clone has what was committed
+    second["startup"] = first["startup"]
+    second["startup"]["comparisons"][0] |= {"ratio": 0.93}
+    second["critic"]["comparisons"][0] |= {"ratio": 2.5}
+    (tmp_path / "results.json").write_text(json.dumps(second))
+    (tmp_path / "critic.json").write_text(json.dumps(second["critic"]))
+    assert run.main(["--write", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "performance.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith(("| cvlctl --help", "| InfoNCE critic"))]
+    assert [line.split("|")[-2].strip() for line in rows] == ["**missed**", "reached", ""]
+    assert "of 2 with a least ratio 1 reach it, 1 miss it" in page
+    assert "### CVL's whole update" in page and "cvlctl, eager" in page
+
+
+def test_small_numbers_do_not_replace_real_ones(script: Script) -> None:
+    with pytest.raises(SystemExit):
+        script("run").main(["--small"])
+
+
+def test_frames_a_second_leave_out_the_warm_up(script: Script) -> None:
+    pytest.importorskip("gymnasium")
+    sac = script("sac")
+    # 100 frames of no learning, 30 seconds of compiling, then 50 frames a second
+    seen = [(n, n / 1000 + (n > 100) * (30 + (n - 100) / 50)) for n in range(50, 2001, 50)]
+    rate, warm_up = sac.steady(seen, 100)
+    assert rate == pytest.approx(1400 / (1.4 + 28))
+    assert warm_up == pytest.approx(30)
+
+
+def test_sac_script(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("stable_baselines3")
+    sac = script("sac")
+    for name, value in (("TASK", "gym/Pendulum-v1"), ("WARM_UP", 50), ("FILLED", 500)):
+        monkeypatch.setattr(sac, name, value)
+    sac.main(
+        ["--threads", "1", "--rounds", "1", "--updates", "1", "--frame-rounds", "1", "--frames", "300",
+         "--learning-starts", "100", "--hidden", "16", "--eager-only", "--json", str(tmp_path / "found.json")]
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "found.json").read_text())["comparisons"]
+    assert [(row["unit"], row["least"], row["aim"]) for row in rows] == [
+        ("updates/s", 2.2, 3), ("updates/s", None, None), ("frames/s", 2, 2.5), ("frames/s", None, None)
+    ]  # fmt: skip
+    assert all(row["ours"] > 0 and row["theirs"] > 0 for row in rows)
 
 
 def test_evaluation_script_plays_the_same_episodes(script: Script, tmp_path: Path) -> None:
@@ -92,10 +180,11 @@ def test_evaluation_script_plays_the_same_episodes(script: Script, tmp_path: Pat
         ["--tasks", "gym/Pendulum-v1", "--episodes", "3", "--rounds", "1", "--threads", "1",
          "--json", str(tmp_path / "found.json")]
     )  # fmt: skip
-    rows = json.loads((tmp_path / "found.json").read_text())["tasks"]["gym/Pendulum-v1"]
+    found = json.loads((tmp_path / "found.json").read_text())
     with_sb3 = importlib.util.find_spec("stable_baselines3") is not None
-    assert len(rows) == 2 + with_sb3
-    assert all(row["disagreement"] < 1e-3 and row["seconds"] > 0 for row in rows.values())
+    assert len(found["comparisons"]) == len(found["disagreement"]) == 1 + with_sb3
+    assert all(difference < 1e-3 for difference in found["disagreement"].values())
+    assert all(row["ours"] > 0 and row["unit"] == "seconds" for row in found["comparisons"])
 
 
 def episode(length: int, terminated: bool) -> Episode:
@@ -203,6 +292,40 @@ def test_both_libraries_have_networks_of_the_same_sizes(script: Script) -> None:
             assert sum(p.numel() for p in module.parameters()) == numbers
 
 
+def test_the_plain_td3_bc_learns_what_ours_learns(script: Script) -> None:
+    td_learners = script("td_learners")
+    config = td3_bc.Config(hidden=(16, 16))
+    data = td_learners.synthetic(2_000)
+    data = data._replace(observation=data.observation.clamp(-3, 3))
+    state = td3_bc.init(config, td_learners.SPEC, [0], data)
+    learner = td_learners.PlainTD3BC(td_learners.SPEC, config)
+    actor, *critics = learner.modules
+    for module, target in zip(learner.modules, learner.targets, strict=True):
+        copy = module is not actor and critics.index(module)
+        for i in range(3):
+            layer = module[2 * i]
+            if module is actor:  # of ours the deterministic policy is the mean's half
+                weight, bias = state[f"actor.{i}.weight"][0], state[f"actor.{i}.bias"][0, 0]
+            else:
+                weight, bias = (state[f"critic.{i}.{name}"][0, copy] for name in ("weight", "bias"))
+            outputs = layer.weight.shape[0]
+            layer.weight.data.copy_(weight.T[:outputs])
+            layer.bias.data.copy_(bias.flatten()[:outputs])
+        target.load_state_dict(module.state_dict())
+    mean, std = samplers.observation_statistics(data.observation)
+    draws = td3_bc.draws(config, td_learners.SPEC, 64)
+    programs = training.programs(td3_bc, config, training.Settings("cpu", 1, "float32", False))
+    for step, (indices, noise) in batches(data, draws, [0], 0, 4):
+        batch = samplers.gather(data, indices, draws)
+        observation, after = ((x[0] - mean) / std for x in (batch.observation, batch.next_observation))
+        learner.update(observation, batch.action[0], batch.reward[0], batch.discount[0], after, noise["next_action"][0])
+        programs[(step + 1) % 2](state, batch, noise)
+    torch.testing.assert_close(actor[0].weight.T, state["actor.0.weight"][0], atol=1e-5, rtol=0)
+    for i, (critic, target) in enumerate(zip(critics, learner.targets[1:], strict=True)):
+        torch.testing.assert_close(critic[2].weight.T, state["critic.1.weight"][0, i], atol=1e-5, rtol=0)
+        torch.testing.assert_close(target[2].weight.T, state["target/critic.1.weight"][0, i], atol=1e-5, rtol=0)
+
+
 def test_td_learners_script(
     script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -227,14 +350,21 @@ def test_td_learners_script(
     if with_d3rlpy:
         td_learners.main([*small, "--rounds", "1", "--updates", "1", "--rows", "1100", "--eager-only"])
         speed = json.loads((tmp_path / "found.json").read_text())
-        assert speed["updates"]["iql"]["d3rlpy, as shipped"]["ratio"] == 1.0
-        assert set(speed["updates"]) == {"td3_bc", "iql"}
-        for table in speed["updates"].values():  # the same work, less what d3rlpy does twice
-            assert 0.8 < table["cvlctl, eager"]["gflop"] / table["d3rlpy, as shipped"]["gflop"] <= 1
+        assert [(row["peer"], row["least"]) for row in speed["comparisons"] if row["least"]] == [
+            ("d3rlpy, as shipped", 2.8), ("plain eager PyTorch, as shipped", 1.8), ("d3rlpy, as shipped", 3.0)
+        ]  # fmt: skip
+        assert [curve["columns"][-2:] for curve in speed["curves"]] == [["GFLOP", "share"]] * 2
+        for curve in speed["curves"]:  # the same work, less what d3rlpy does twice
+            gflop = {row[0]: row[-2] for row in curve["rows"]}
+            assert 0.8 < gflop["cvlctl, eager"] / gflop["d3rlpy, as shipped"] <= 1
+            assert gflop.get("plain eager PyTorch, as shipped", 0) <= gflop["cvlctl, eager"]
 
 
 def test_streaming_and_memory_train_the_same_store(script: Script) -> None:
     found = script("streaming").benchmark(rows=100_000, share=0.3, updates=20, rounds=1)
     assert found["data_megabytes"] == 23 and found["allowed_megabytes"] == 7
     streamed, whole = (found["rounds"][name][0] for name in ("streamed", "in memory"))
-    assert streamed["updates_per_second"] > 0 and whole["updates_per_second"] > 0 and found["ratio"] > 0
+    (row,) = found["comparisons"]
+    assert row["ours"] == pytest.approx(streamed["updates_per_second"], rel=1e-3)
+    assert row["theirs"] == pytest.approx(whole["updates_per_second"], rel=1e-3)
+    assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"], rel=1e-2)
