@@ -176,7 +176,9 @@ class Clock(Progress):
 
 def our_frames(settings: Settings, frames: int, learning_starts: int, hidden: Sequence[int]) -> list[tuple[int, float]]:
     """When how many frames were done, in a collection that becomes a store."""
-    source = {"name": "sac", "steps": frames, "learning_starts": learning_starts, "hidden": hidden}
+    source = {
+        "name": "sac", "steps": frames, "learning_starts": learning_starts, "hidden": hidden, "update_every": 1
+    }  # fmt: skip
     how = {"threads": settings.threads, "precision": settings.precision, "compile": settings.compile, "device": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "replay.zarr"
