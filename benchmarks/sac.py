@@ -326,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--rounds", type=int, default=9)
     options.add_argument("--updates", type=int, default=150, help="updates a round")
     options.add_argument("--frame-rounds", type=int, default=3, help="rounds of whole collections")
-    options.add_argument("--frames", type=int, default=4000, help="of each collection, or with --learn of training")
+    options.add_argument("--frames", type=int, help="of each collection (4,000), or with --learn of training (20,000)")
     options.add_argument("--learning-starts", type=int, default=1000, help="random frames, of --frames")
     options.add_argument("--hidden", type=int, nargs="+", default=[256, 256], help="networks of the collections")
     options.add_argument("--eager-only", action="store_true", help="compile nothing")
@@ -334,6 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--only", choices=["both", "cvlctl", "sb3"], default="both")
     args = options.parse_args(arguments)
+    args.frames = args.frames or (20_000 if args.learn else 4000)
     torch.set_num_threads(args.threads)
     if args.learn:
         found = learn(args.learn, args.frames, args.seed, args.learning_starts, args.only)
