@@ -19,6 +19,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib import metadata, resources
 from typing import Any
@@ -143,20 +144,31 @@ class Env:
         return dict(self._versions)
 
 
-def make(task: str, seed: int) -> Env:
+def make(task: str, seed: int, horizon: int | None = None) -> Env:
     """The environment `task` ("metaworld/drawer-close-v3", "gym/Hopper-v5"; see `list_tasks`) under `seed` >= 0.
 
+    Args:
+        horizon: episodes are cut off after so many steps; None: the task's own limit.
+
     Raises:
-        CvlctlError: unknown task (with the nearest legal names), negative seed, or a package that is not installed.
+        CvlctlError: unknown task (with the nearest legal names), negative seed, a horizon beyond the task's own limit,
+            or a package that is not installed.
     """
     check_task(task)
     if seed < 0:
         raise CvlctlError(f"seed {seed} for {task} is negative", "seeds are 0, 1, 2, ...")
     prefix, name = task.split("/")
     try:
-        return ENVS[prefix](task, name, int(seed))
+        env = ENVS[prefix](task, name, int(seed))
     except ImportError as error:
         raise CvlctlError(f"{task} cannot be made: {error}", "install the pinned versions: make install") from error
+    if horizon is not None:
+        if horizon > env.spec.horizon:
+            env.close()
+            what = f"horizon: {horizon} is longer than the {env.spec.horizon} steps of {task}"
+            raise CvlctlError(what, "horizon cuts episodes off; it cannot lengthen them")
+        env.spec = replace(env.spec, horizon=horizon)
+    return env
 
 
 def list_tasks() -> list[str]:
@@ -209,13 +221,15 @@ def scripted_policy(task: str) -> Act:
     return act
 
 
-def references(task: str) -> dict[str, Any] | None:
+def references(task: str, horizon: int | None = None) -> dict[str, Any] | None:
     """Reference returns of `task`, or None: normalised score = 100 (return - "min") / ("max" - "min").
+
+    Episodes cut off at a `horizon` have none: the returns are of the task's own episodes.
 
     "source" says what they are: Metaworld's were measured (min: uniformly random actions, max: the scripted expert; see
     benchmarks/measure_references.py), locomotion's are D4RL's constants, of mujoco-py days.
     """
-    return _references().get(task)
+    return _references().get(task) if horizon is None else None
 
 
 @cache

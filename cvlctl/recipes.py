@@ -495,6 +495,7 @@ class EvaluateRecipe(_Strict):
     episodes: Count = 50
     seed: Seed = 0
     goals: EvaluationGoals | None = None  # None: the environment commands them, or there are none
+    horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
     workers: Literal["auto"] | Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] = "auto"
     device: Device = "cpu"  # cpu: whole episodes in worker processes; cuda: environments in lock-step
     aggregate: tuple[Literal["iqm", "mean", "median", "optimality_gap"], ...] = ("iqm", "mean", "optimality_gap")

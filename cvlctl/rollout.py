@@ -51,6 +51,7 @@ class PolicyJob:
     checkpoint: Path
     gamma: float | None = None  # for the discounted return too
     goals: GoalUse | None = None  # for a policy that is told where to go
+    horizon: int | None = None  # episodes are cut off after so many steps; None: the task's own limit
 
 
 @dataclass(frozen=True)
@@ -205,12 +206,12 @@ def _work(request: dict[str, Any]) -> dict[str, Any]:
 
 def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:
     """A function (job, episode) -> row that keeps the environments and policies it made."""
-    env_of = lru_cache(maxsize=4)(lambda task: make(task, EVALUATION_SEED + seed))
+    env_of = lru_cache(maxsize=4)(lambda task, horizon: make(task, EVALUATION_SEED + seed, horizon))
     policy_of = lru_cache(maxsize=64)(load_policy)
     goal_of = _goals()
 
     def play(job: PolicyJob, episode: int) -> EpisodeResult:
-        env, policy = env_of(job.task), policy_of(job.checkpoint, job.seed)
+        env, policy = env_of(job.task, job.horizon), policy_of(job.checkpoint, job.seed)
         check_fit(job.checkpoint, policy, env, job.goals is not None)
         goal = goal_of(job, episode)
         seen, _, rewards, successes, _ = _roll(env, lambda o, step: policy(policy.command(o, goal)), episode)
@@ -288,13 +289,13 @@ def run_lockstep(
     numbers = _numbers(jobs, episodes)
     groups: dict[Any, list[int]] = {}
     for index, (job, policy) in enumerate(zip(jobs, policies, strict=True)):
-        groups.setdefault((job.task, tuple(weight.shape for weight, _ in policy.layers)), []).append(index)
+        groups.setdefault((job.task, job.horizon, tuple(weight.shape for weight, _ in policy.layers)), []).append(index)
     rows: dict[tuple[int, int], EpisodeResult] = {}
-    for (task, _), indices in groups.items():
+    for (task, horizon, _), indices in groups.items():
         envs: list[Env] = []
         for part in (indices[start : start + num_envs] for start in range(0, len(indices), num_envs)):
             each = max(1, min(max(len(numbers[index]) for index in part), num_envs // len(part)))
-            envs += [make(task, EVALUATION_SEED + seed) for _ in range(each * len(part) - len(envs))]
+            envs += [make(task, EVALUATION_SEED + seed, horizon) for _ in range(each * len(part) - len(envs))]
             for index in part:
                 check_fit(jobs[index].checkpoint, policies[index], envs[0], jobs[index].goals is not None)
             own = [policies[index] for index in part]

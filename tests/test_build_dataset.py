@@ -474,8 +474,8 @@ class OneStep:
 def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands in for Pendulum."""
 
-    def make(task: str, seed: int) -> envs.Env:
-        return envs.Env(task, seed, OneStep(), lambda episode: np.zeros(2), 3, True, {"gymnasium": "1"})
+    def make(task: str, seed: int, horizon: int | None = None) -> envs.Env:
+        return envs.Env(task, seed, OneStep(), lambda episode: np.zeros(2), horizon or 3, True, {"gymnasium": "1"})
 
     monkeypatch.setattr(envs, "make", make)
 
@@ -623,6 +623,8 @@ def test_horizon_reference_and_environment(tmp_path: Path) -> None:
     assert summary["transitions"] >= 21 > summary["transitions"] - store.lengths()[-1]
     build(recipe_for(tmp_path / "short.zarr", {"name": "random", "episodes": 2}, horizon=7))
     short = open_store(tmp_path / "short.zarr")
+    build(recipe_for(tmp_path / "hop.zarr", {"name": "random", "episodes": 1}, task="gym/Hopper-v5", horizon=7))
+    assert open_store(tmp_path / "hop.zarr").attributes["reference"] is None  # it is of whole episodes
     assert short.lengths().tolist() == [7, 7] and not short.terminated().any() and short.spec.horizon == 7
     with pytest.raises(CvlctlError, match="horizon: 201"):
         build(recipe_for(tmp_path / "long.zarr", {"name": "random", "episodes": 2}, horizon=201))

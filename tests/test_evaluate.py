@@ -95,6 +95,24 @@ def test_rows_tables_and_pictures(tmp_path: Path, runs: Path) -> None:
     assert Path(result["plots"][0]).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_horizon_cuts_episodes_off(tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = evaluate(recipe(tmp_path, horizon=7))
+    whole = evaluate(recipe(tmp_path, out=tmp_path / "whole"))
+    short, long = scores.read_rows(result["rows"]), scores.read_rows(whole["rows"])
+    assert {row.length for row in short} == {7} and {row.length for row in long} == {200}
+    assert all(a.episode_return > b.episode_return for a, b in zip(short, long, strict=True))  # rewards are negative
+    jobs = [PolicyJob(name, TASK, seed, 30, runs / name, horizon=7) for name in ("bc", "cvl") for seed in (0, 1)]
+    lockstep = rollout.run_lockstep(jobs, episodes=EPISODES, device="cpu")
+    assert [row.episode_return for row in lockstep] == pytest.approx([row.episode_return for row in short], rel=1e-4)
+    module.render(result, console())
+    module.render(whole, console())
+    assert capsys.readouterr().out.count("episodes cut off at 7 steps") == 1
+    with pytest.raises(CvlctlError, match="horizon was None, now 7"):
+        evaluate(recipe(tmp_path, out=tmp_path / "whole", horizon=7))
+    with pytest.raises(CvlctlError, match="horizon: 201 is longer than the 200 steps"):
+        evaluate(recipe(tmp_path, out=tmp_path / "long", horizon=201))
+
+
 def test_checkpoints_all_gives_learning_curves(tmp_path: Path, runs: Path) -> None:
     result = evaluate(recipe(tmp_path, checkpoints="all"))
     assert {row.step for row in scores.read_rows(result["rows"])} == {10, 20, 30}

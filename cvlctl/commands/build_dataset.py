@@ -71,7 +71,7 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
     begin, plain = time.monotonic(), resolved(recipe)
     if recipe.out.exists() and not force:
         return finished(recipe)
-    env = measured.make_env(recipe, recipe.seed)
+    env = envs.make(recipe.task, recipe.seed, recipe.horizon)
     try:
         provenance = {"recipe": plain, "environment": _versions(recipe, env), "seeds": [recipe.seed]}
         open_writer = partial(
@@ -82,7 +82,8 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
         else:
             with open_writer() as writer:
                 facts = _collect(recipe, env, writer, progress)
-                store = writer.finish(collector={**plain["source"], **facts}, reference=envs.references(recipe.task))
+                reference = envs.references(recipe.task, recipe.horizon)
+                store = writer.finish(collector={**plain["source"], **facts}, reference=reference)
     except KeyboardInterrupt:
         say(f"{recipe.out}: stopped; the same command goes on from the last checkpoint")
         raise
@@ -108,7 +109,7 @@ def finished(recipe: BuildRecipe) -> dict[str, Any]:
 
 def _summary(store: Store, status: str, seconds: float) -> dict[str, Any]:
     results = [outcome(episode) for episode in store.episodes()]
-    mean, reference = float(np.mean([total for total, _ in results])), envs.references(store.task)
+    mean, reference = float(np.mean([total for total, _ in results])), store.attributes.get("reference")
     return {
         "status": status, "path": str(store.path), "episodes": store.num_episodes, "transitions": store.num_transitions,
         "seconds": round(seconds, 1), "return_mean": mean,

@@ -67,7 +67,7 @@ def collect(
             collector.collect(progress)
             settings = collector.settings.as_dict()
             about = {source.name: asdict(collector.config), "settings": settings}
-            store = writer.finish(collector=about, reference=envs.references(recipe.task))
+            store = writer.finish(collector=about, reference=envs.references(recipe.task, recipe.horizon))
         _finish(run, recipe, source, settings=settings)
         for file in run.checkpoints.glob("episodes-*.safetensors"):
             file.unlink()

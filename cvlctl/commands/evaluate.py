@@ -74,10 +74,13 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
     }
     goals, use = None if recipe.goals is None else _goals(recipe.goals, found), _goal_use(recipe)
     jobs = [
-        PolicyJob(*key, checkpoint.step, checkpoint.file, estimates[key].gamma if key in estimates else None, use)
+        PolicyJob(
+            *key, checkpoint.step, checkpoint.file, estimates[key].gamma if key in estimates else None, use,
+            recipe.horizon,
+        )
         for checkpoint in found
         for key in ((labels[checkpoint.run], checkpoint.task, seed) for seed in checkpoint.seeds)
-    ]
+    ]  # fmt: skip
     digests = {checkpoint.file: sha256(checkpoint.file) for checkpoint in found}
     record = {
         "format": FORMAT,
@@ -204,7 +207,7 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
     if not before or before.get("format") != FORMAT or not {"status", "recipe", "jobs"} <= before.keys():
         raise CvlctlError(f"{out}/evaluation.json is damaged", "choose another out, or --force to replace it")
     now = resolved(recipe)
-    for name in ("runs", "checkpoints", "episodes", "seed", "goals"):
+    for name in ("runs", "checkpoints", "episodes", "seed", "goals", "horizon"):
         then = before["recipe"].get(name)
         more = (
             name == "episodes" and isinstance(then, int) and then < now[name]
@@ -270,12 +273,14 @@ def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Episodes, 
 
 
 def _tables(rows: list[EpisodeResult], recipe: EvaluateRecipe, baseline: str) -> dict[str, Any]:
-    known = {task: envs.references(task) for task in dict.fromkeys(row.task for row in rows)}
+    known = {task: envs.references(task, recipe.horizon) for task in dict.fromkeys(row.task for row in rows)}
     played = ", ".join(f"{name} {versions()[name]}" for name in SIMULATOR if name in versions())
     references: Any = {task: {**reference, "simulator": played} for task, reference in known.items() if reference}
     confidence: Any = recipe.confidence.model_dump()
+    cut = {} if recipe.horizon is None else {"horizon": recipe.horizon}
+    table = scores.score_table(rows, references=references, aggregates=recipe.aggregate, **confidence)
     return {
-        "table": scores.score_table(rows, references=references, aggregates=recipe.aggregate, **confidence),
+        "table": [record | cut for record in table],
         "aggregate": scores.aggregate_table(rows, references=references, aggregates=recipe.aggregate, **confidence),
         "pairwise": scores.pairwise(rows, baseline=baseline, **confidence),
         "runs": scores.run_table(rows, references=references, **confidence),

@@ -8,7 +8,7 @@ among which the luckiest checkpoint would then be chosen for its luck.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,6 @@ from cvlctl.types import Spec
 
 GAIN = 0.25  # how much each episode that is missing moves the success rate that the next checkpoint should have
 AROUND = 0.1  # checkpoints this much further from that rate than the nearest stand in for it: the least used is taken
-
-
-def make_env(recipe: BuildRecipe, seed: int) -> envs.Env:
-    """The environment of `recipe` under `seed`, with the recipe's horizon.
-
-    Raises:
-        CvlctlError: the horizon is longer than the task's own limit; what `envs.make` finds wrong.
-    """
-    env = envs.make(recipe.task, seed)
-    if recipe.horizon is not None:
-        if recipe.horizon > env.spec.horizon:
-            env.close()
-            what = f"horizon: {recipe.horizon} is longer than the {env.spec.horizon} steps of {recipe.task}"
-            raise CvlctlError(what, "horizon cuts episodes off; it cannot lengthen them")
-        env.spec = replace(env.spec, horizon=recipe.horizon)
-    return env
 
 
 def normal(spec: Spec, seed: int, number: int, stream: int) -> np.ndarray:
@@ -98,7 +82,7 @@ def first_reaching(rule: Reaching, recipe: BuildRecipe) -> tuple[Checkpoint, dic
     Raises:
         CvlctlError: the last checkpoint's mean return is not positive, so that a share of it says nothing.
     """
-    env = make_env(recipe, EVALUATION_SEED)
+    env = envs.make(recipe.task, EVALUATION_SEED, recipe.horizon)
     try:
         found = checkpoints_of(rule.run, env)
         with Progress(f"measuring {rule.run}", len(found), "checkpoints") as progress:
@@ -172,7 +156,7 @@ def measured_mixer(source: MixSource, recipe: BuildRecipe) -> tuple[list[Checkpo
     Raises:
         CvlctlError: the task has no success, or all checkpoints succeed too seldom or too often for the request.
     """
-    env = make_env(recipe, EVALUATION_SEED)
+    env = envs.make(recipe.task, EVALUATION_SEED, recipe.horizon)
     try:
         found = checkpoints_of(source.run, env)
         rates: list[float] = []
