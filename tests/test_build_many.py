@@ -250,5 +250,5 @@ def test_the_benchmark_builds_the_same_both_ways(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(building, "build_many", in_process)
     source = {"name": "sac", "steps": 30, "learning_starts": 20, "hidden": [8], "batch_size": 8}
     found = building.benchmark([PENDULUM, CAR], source, 1, False)
-    assert asked == [1, 2] and found["same_stores"] and found["ratio"] > 0
+    assert asked == [1, 2] and found["same_stores"] and found["comparisons"][0]["ratio"] > 0
     sys.modules.pop("building")
