@@ -13,7 +13,7 @@ steps left has the future s_{t+Delta}, Delta >= 1:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -218,10 +218,18 @@ def _rewards(data: Data, row: Tensor) -> Tensor:
 
 
 def observation_statistics(observation: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (O,) over all rows, in float64 sums: piece by piece, no copy of all in float64."""
+    """Mean and standard deviation (O,) over all rows, in float64 sums: piece by piece, in one buffer.
+
+    A new float64 tensor a piece fragments the heap: as much as a float64 copy of all rows stayed behind.
+    """
     pieces = observation.split(65_536)
-    mean = torch.stack([x.double().sum(dim=0) for x in pieces]).sum(dim=0) / len(observation)
-    square = torch.stack([(x.double() - mean).square().sum(dim=0) for x in pieces]).sum(dim=0) / len(observation)
+    wide = torch.empty_like(pieces[0], dtype=torch.float64)
+
+    def total(value: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.stack([value(wide[: len(x)].copy_(x)).sum(dim=0) for x in pieces]).sum(dim=0)
+
+    mean = total(lambda x: x) / len(observation)
+    square = total(lambda x: x.sub_(mean).square_()) / len(observation)
     return mean.float(), square.sqrt().float()
 
 
