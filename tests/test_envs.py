@@ -300,3 +300,16 @@ def test_goals_of_fetch_are_where_hindsight_looks_for_them(task: str) -> None:
 
 def test_only_fetch_is_told_goals() -> None:
     assert [task for task in list_tasks() if goals(task)] == [task for task in list_tasks() if "Fetch" in task]
+
+
+@pytest.mark.parametrize("task", ["pick-place", "push", "shelf-place"])
+def test_a_grasp_is_felt_as_metaworld_feels_it(task: str) -> None:
+    """Along an expert's episode, step by step: in the air, in touch, and holding."""
+    env, act = make(f"metaworld/{task}-v3", seed=0), scripted_policy(f"metaworld/{task}-v3")
+    observation, felt = env.reset(0), []
+    for step in range(120):
+        geom = env.raw._get_id_main_object()
+        felt.append(env.raw.touching_object(geom))
+        assert felt[-1] == type(env.raw).touching_object(env.raw, geom)
+        observation = env.step(act(observation, step))[0]
+    assert set(felt) == {False, True}
