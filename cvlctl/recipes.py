@@ -131,6 +131,11 @@ class SacSource(OnlineSource):
     ema_rate: Share = 0.005  # of the target critic
     hindsight: PartOf = 0.0  # of a batch's goals are relabelled (HER)
 
+    @property
+    def target_max(self) -> float | None:
+        """A goal's reward is never positive: without the clip Q of states that are at their goals drifts above 0."""
+        return 0.0 if self.hindsight else None
+
 
 class ContrastiveSource(OnlineSource):
     """Contrastive actor-critic, or with `gate: none` TD3: a deterministic policy, collected with Gaussian noise on it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -143,6 +144,26 @@ def test_compiled_update_equals_the_eager_one() -> None:
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, atol=1e-5, rtol=1e-4)
     assert held.data_ptr() == states[1]["actor.0.weight"].data_ptr()  # in place: the acting policy sees every update
+
+
+def test_targets_are_clipped() -> None:
+    """A target network that says 50: targets are -70 + 0.9 * 50, and with a clip at -30 that; terminal ones as they are."""
+    state = sac.init(CONFIG, SPEC, [0])
+    for name, value in state.items():
+        if name.startswith("target/critic."):
+            value.zero_()
+    state["target/critic.2.bias"].fill_(50.0)
+    batch, noise = random_batch(0)
+    batch = batch._replace(reward=torch.full((1, BATCH), -70.0), discount=torch.full((1, BATCH), 0.9))
+    batch.discount[0, 0] = 0.0
+    q = values.q_values(state, networks.normalise(state, batch.observation), batch.action).detach()
+    for target_max, targets in ((None, [-70.0] + [-25.0] * 7), (-30.0, [-70.0] + [-30.0] * 7)):
+        config = dataclasses.replace(CONFIG, initial_temperature=1e-30, target_max=target_max)
+        given = {name: value.clone() for name, value in state.items()}
+        given["log_temperature"].fill_(math.log(1e-30))
+        _, metrics = sac.step(config, given, batch, noise)
+        expected = (q - torch.tensor(targets)).square().sum(dim=1).mean() / 2  # of both critics
+        assert metrics["critic/td"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_replay_gives_back_what_was_added() -> None:

@@ -31,6 +31,7 @@ class Config:
     ema_rate: float = 0.005  # [tau] of the target critic
     target_entropy: float | None = None  # [H-bar]; None: minus the number of action dimensions
     initial_temperature: float = 1.0  # [alpha], the entropy's weight, before it is learned
+    target_max: float | None = None  # of TD targets: 0 where no reward is positive (hindsight experience replay's clip)
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma < 1:
@@ -66,6 +67,8 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     next_action, next_log_prob = policy.sample_tanh(*networks.actor(state, next_observation), noise["next_action"])
     next_q = values.q_values(values.target(state), next_observation, next_action)
     y = td.td_target(batch.reward, batch.discount, td.soft_value(next_q, next_log_prob, temperature))
+    if config.target_max is not None:
+        y = y.clamp(max=config.target_max)
 
     metrics = values.regress(state, observation, batch.action, y, config.learning_rate, config.ema_rate)
 
