@@ -147,7 +147,7 @@ def test_compiled_update_equals_the_eager_one() -> None:
 
 
 def test_targets_are_clipped() -> None:
-    """A target network that says 50: targets are -70 + 0.9 * 50, and with a clip at -30 that; terminal ones as they are."""
+    """A target network that says 50: targets are -70 + 0.9 * 50, or with a clip at -30 that; terminal ones stay."""
     state = sac.init(CONFIG, SPEC, [0])
     for name, value in state.items():
         if name.startswith("target/critic."):
