@@ -75,6 +75,7 @@ def our_settings(threads: int, eager_only: bool = False) -> dict[str, training.S
 
 def measure(contestants: dict[str, Contestant], rounds: int, updates: int, warm_up: int = 4) -> dict[str, list[float]]:
     """Updates a second of every contestant in every round, the contestants taking turns."""
+    torch.compiler.reset()  # the programs of earlier contestants: torch keeps eight of a function
     for run in contestants.values():
         run(warm_up)  # compiles, too
     rates: dict[str, list[float]] = {name: [] for name in contestants}

@@ -159,6 +159,8 @@ def page(scripts: dict[str, Any]) -> str:
         "The script before leaves its own trace in the former.",
         table(["script", "load before", "after", "seconds"], conditions),
     ]
+    if absent := [name for name in SCRIPTS if name not in scripts]:
+        parts.append(f"Not run: {', '.join(absent)}.")
     return "\n\n".join(parts) + "\n"
 
 

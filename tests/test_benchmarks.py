@@ -127,6 +127,7 @@ def test_all_at_once_goes_on_where_one_fails_and_says_what_was_missed(
     assert second["critic"] == first["critic"]
     assert "invalid int value" in second["startup"]["failed"]
     page = (tmp_path / "performance.md").read_text()
+    assert "Not run: sac, td_learners, evaluation" in page
     assert "| **failed**: exit code 2" in page and "cvlctl --help" not in page and "InfoNCE critic" in page
 
     (tmp_path / "startup.json").unlink()  # a clean clone has what was committed
