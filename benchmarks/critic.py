@@ -171,12 +171,13 @@ def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bo
         rates = measure(updating, rounds, updates)
         work = f"{name}'s whole update, batch {CVL_BATCH}, two seeds"
         curves.append(forms(f"{work}, {threads} threads", rates, EAGER))
-        if COMPILED in mine:
-            row = versus(
-                f"{work}, {FORM[COMPILED]}", "its own eager form", rates[COMPILED], rates[EAGER], threads=threads,
-                least=2, aim=3,
-            )  # fmt: skip
-            comparisons.append(row)
+        for form, least, aim in ((COMPILED, 2, 3), (BF16, None, None)):
+            if form in mine:
+                row = versus(
+                    f"{work}, {FORM[form]}", "its own eager form", rates[form], rates[EAGER], threads=threads,
+                    least=least, aim=aim,
+                )  # fmt: skip
+                comparisons.append(row)
     return {
         "comparisons": comparisons,
         "curves": curves,
