@@ -67,6 +67,12 @@ def write_store(
         raise
 
 
+def check_label(name: str) -> None:
+    """Raise a CvlctlError unless the label's name will do as a directory's."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+        raise CvlctlError(f"label {name!r} is not a plain name", "use letters, digits, '_', '-' and '.'")
+
+
 class StoreWriter:
     """Writes a store episode by episode in `<path>.partial`, and resumes what it finds flushed there.
 
@@ -92,8 +98,7 @@ class StoreWriter:
         self.path, self.partial = Path(path), store.beside(Path(path), ".partial")
         self._task, self._horizon, self._force = task, horizon, force
         self._label_arrays = [f"labels/{label}/{array}" for array in store.LABEL_ARRAYS]
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", label):
-            raise CvlctlError(f"label {label!r} is not a plain name", "use letters, digits, '_', '-' and '.'")
+        check_label(label)
         if not isinstance(task, str) or not task.strip():
             raise CvlctlError(f"task {task!r} is not the name of a task", "give a name such as metaworld/reach-v3")
         given = _jsonable("provenance", provenance or {})
@@ -166,6 +171,26 @@ class StoreWriter:
             self._pending.setdefault(name, []).append(value)
         with files.disk(self.partial):
             self._write_full_chunks()
+
+    def add_array(self, name: str, episode_rows: Iterable[np.ndarray]) -> None:
+        """Add a whole row array, such as "labels/given/reward", after the last episode; `finish` comes next.
+
+        Args:
+            episode_rows: (T+1, ...) of every episode. As in `append`, full chunks are written at once.
+        """
+        self._require_open()
+        held: list[np.ndarray] = []
+        waiting = start = 0
+        with files.disk(self.partial):
+            for rows in episode_rows:
+                held.append(rows)
+                waiting += len(rows)
+                full = min(waiting // self._chunk_rows * self._chunk_rows, self._written - start)
+                if full:
+                    values = np.concatenate(held)
+                    self._write(start, {name: values[:full]})
+                    held, waiting, start = [values[full:]], waiting - full, start + full
+        self._pending[name] = [np.concatenate(held)]
 
     def flush(self) -> None:
         """Make every episode so far durable: afterwards neither a kill nor a loss of power loses any of them."""

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cvlctl import files
 from cvlctl.runs import Progress
 from cvlctl.store import LABEL_ARRAYS, Column, Store
 from cvlctl.types import Episode
@@ -92,14 +91,14 @@ def derive(outputs: Sequence[Output], command: str, *, force: bool = False) -> l
         CvlctlError: an output exists (and no `force`), another writer is at work there, a parent is damaged, or the
             disk refuses.
     """
-    writers: list[_Writer] = []
+    writers: list[StoreWriter] = []
     done: list[Store] = []
     try:
         for output in outputs:
             parents = [part.store for part in output.parts]
             horizon = max(store.spec.horizon for store in parents)
             origin = {**_agreed([_about(store) for store in parents]), **_origin(parents, command)}
-            writer = _Writer(
+            writer = StoreWriter(
                 output.path, task=output.task, horizon=horizon, provenance=origin, force=force, resume=False
             )
             writers.append(writer)
@@ -136,33 +135,14 @@ def summary(store: Store) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fill(writer: _Writer, output: Output) -> None:
+def _fill(writer: StoreWriter, output: Output) -> None:
     total = sum(len(part.numbers) for part in output.parts)
     with Progress(str(output.path), total, "episodes") as progress:
         for count, episode in enumerate(episodes(output.parts), start=1):
             writer.append(episode)
             progress.update(count)
     for name, rows in output.labels.items():
-        writer.add_rows(name, rows())
-
-
-class _Writer(StoreWriter):
-    """Takes episodes without labels, then any number of label arrays."""
-
-    def add_rows(self, name: str, episode_rows: Iterable[np.ndarray]) -> None:
-        """Add a whole label array after the last episode: full chunks at once, as those of the data are."""
-        held: list[np.ndarray] = []
-        waiting = start = 0
-        with files.disk(self.partial):
-            for rows in episode_rows:
-                held.append(rows)
-                waiting += len(rows)
-                full = min(waiting // self._chunk_rows * self._chunk_rows, self._written - start)
-                if full:
-                    values = np.concatenate(held)
-                    self._write(start, {name: values[:full]})
-                    held, waiting, start = [values[full:]], waiting - full, start + full
-        self._pending[name] = [np.concatenate(held)]  # the last rows: `finish` writes them
+        writer.add_array(name, rows())
 
 
 def _origin(parents: Sequence[Store], command: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from cvlctl.commands.derive import (
 from cvlctl.errors import CvlctlError
 from cvlctl.runs import LABELS_FILE
 from cvlctl.store import Store, open_store
+from cvlctl.writer import check_label
 
 
 @dataclass(frozen=True)
@@ -182,18 +183,22 @@ def label_store(
     store = open_store(path)
     if name in store.labels:
         raise CvlctlError(f"{path} has a label {name!r} already", "choose another name, or drop that one first")
-    if not is_plain(name):
-        raise CvlctlError(f"label {name!r} is not a plain name", "use letters, digits, '_', '-' and '.'")
-    part, learned = _all(store), None
+    check_label(name)
+    part = _all(store)
+    file: np.ndarray | None = None  # of rewards, one a transition or one a row
     if rewards == "successes":
         store.require_label(label, "success")
-    elif rewards in ("oril", "purl"):
-        learned = _learn(rewards, store, examples, seed)
-    elif (Path(rewards) / LABELS_FILE).is_file():
-        learned = _learned_in(Path(rewards) / LABELS_FILE, store, seed)
-    elif rewards != "zeros" and not rewards.endswith(".npy"):
-        store.require_label(rewards)
-    file = _reward_file(Path(rewards), store) if rewards.endswith(".npy") else learned
+    elif rewards.endswith(".npy"):
+        file = _reward_file(Path(rewards), store)
+    elif rewards != "zeros":
+        from cvlctl.labellers import LABELLERS  # and with it torch, which the others do without
+
+        if rewards in LABELLERS:
+            file = _learn(rewards, store, examples, seed)
+        elif (Path(rewards) / LABELS_FILE).is_file():
+            file = _learned_in(Path(rewards) / LABELS_FILE, store, seed)
+        else:
+            store.require_label(rewards)
 
     def rows() -> Iterator[np.ndarray]:
         if file is not None:
@@ -266,11 +271,6 @@ def in_words(result: dict[str, Any]) -> str:
     if result.get("labels_left_out"):
         line += f"\nleft out, since not every store has them: {', '.join(result['labels_left_out'])}"
     return line
-
-
-def is_plain(name: str) -> bool:
-    """Whether a label's name is plain enough to be a directory's."""
-    return bool(name) and name[0] not in ".-" and all(c.isascii() and (c.isalnum() or c in "_-.") for c in name)
 
 
 def _some(part: Part, out: Path, command: str, force: bool) -> dict[str, Any]:
