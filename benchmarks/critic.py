@@ -8,7 +8,8 @@ Both sides draw transitions and their truncated geometric futures from the same 
 same InfoNCE loss with its partition penalty; the peer's observations are normalised beforehand. An update is one
 gradient step of *both* seeds. Rounds alternate between the contestants, so that a busy machine slows all alike; a ratio
 is the median over rounds. "Our matmul setting" is what `training.resolve_settings` chooses on this machine.
-CVL and LAEO train critic and actor, as without a pretrained critic; no peer has them, so each is beside its eager form.
+CVL and LAEO train critic and actor, as without a pretrained critic; no peer has them, so each is beside its eager form:
+"as shipped" with PyTorch's own matrix products, and under our matmul setting.
 """
 
 from __future__ import annotations
@@ -167,17 +168,19 @@ def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bo
         comparisons.append(row)
     curves = [forms(f"{work}, {threads} threads", rates, shipped)]
     for name, module, config in (("CVL", cvl, cvl.Config()), ("LAEO", laeo, laeo.Config())):
+        plain, same = "its own eager form" + AS_SHIPPED, "its own eager form" + OUR_SETTING
         updating = {form: ours(module, config, data, CVL_BATCH, settings) for form, settings in mine.items()}
+        updating[plain] = ours(module, config, data, CVL_BATCH, Settings("cpu", threads, "float32", False))
         rates = measure(updating, rounds, updates)
         work = f"{name}'s whole update, batch {CVL_BATCH}, two seeds"
-        curves.append(forms(f"{work}, {threads} threads", rates, EAGER))
+        curves.append(forms(f"{work}, {threads} threads", rates, plain))
         for form, least, aim in ((COMPILED, 2, 3), (BF16, None, None)):
             if form in mine:
-                row = versus(
-                    f"{work}, {FORM[form]}", "its own eager form", rates[form], rates[EAGER], threads=threads,
-                    least=least, aim=aim,
-                )  # fmt: skip
-                comparisons.append(row)
+                row = partial(versus, f"{work}, {FORM[form]}", threads=threads)
+                comparisons += [
+                    row(plain, rates[form], rates[plain], least=least, aim=aim),
+                    row(same, rates[form], rates[EAGER]),
+                ]
     return {
         "comparisons": comparisons,
         "curves": curves,
