@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from cvlctl import cli_data
-from cvlctl.cli_data import Json, Quiet
+from cvlctl.cli_data import Json, Quiet, register
 from cvlctl.commands import function
 from cvlctl.console import console, execute, present
 from cvlctl.errors import CvlctlError
@@ -44,10 +44,6 @@ Overrides = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Start over, replacing what is in `out`.")]
 
 
-def _example(line: str) -> str:
-    return f"Example: {line}"
-
-
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
@@ -55,11 +51,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-@app.command(
-    "build-dataset",
-    rich_help_panel=PIPELINE,
-    epilog=_example("cvlctl build-dataset recipes/build/hopper-random.yaml source.episodes=50"),
-)
+@register(app, "build-dataset", PIPELINE, "cvlctl build-dataset recipes/build/hopper-random.yaml source.episodes=50")
 def build_dataset(
     recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
 ) -> None:
@@ -82,9 +74,8 @@ def build_dataset(
         raise typer.Exit(2)
 
 
-@app.command(
-    rich_help_panel=PIPELINE,
-    epilog=_example("cvlctl pretrain recipes/pretrain/drawer-close.yaml steps=20000 out=runs/pretrain/short"),
+@register(
+    app, "pretrain", PIPELINE, "cvlctl pretrain recipes/pretrain/drawer-close.yaml steps=20000 out=runs/pretrain/short"
 )
 def pretrain(
     recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
@@ -96,9 +87,8 @@ def pretrain(
     _step("pretrain", recipe, overrides, force, as_json, quiet)
 
 
-@app.command(
-    rich_help_panel=PIPELINE,
-    epilog=_example("cvlctl finetune recipes/finetune/drawer-close-cvl.yaml algorithm.bc_coefficient=0.1"),
+@register(
+    app, "finetune", PIPELINE, "cvlctl finetune recipes/finetune/drawer-close-cvl.yaml algorithm.bc_coefficient=0.1"
 )
 def finetune(
     recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
@@ -111,10 +101,7 @@ def finetune(
     _step("finetune", recipe, overrides, force, as_json, quiet)
 
 
-@app.command(
-    rich_help_panel=PIPELINE,
-    epilog=_example("cvlctl evaluate recipes/evaluate/drawer-close.yaml episodes=20 --format markdown"),
-)
+@register(app, "evaluate", PIPELINE, "cvlctl evaluate recipes/evaluate/drawer-close.yaml episodes=20 --format markdown")
 def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -139,7 +126,7 @@ def evaluate(
     _step("evaluate", recipe, overrides, force, as_json or form is Form.json, quiet, show)
 
 
-@app.command(rich_help_panel=WHOLE, epilog=_example("cvlctl run recipes/quickstart.yaml --dry-run"))
+@register(app, "run", WHOLE, "cvlctl run recipes/quickstart.yaml --dry-run")
 def run(
     experiment: Recipe,
     overrides: Overrides = None,
@@ -163,7 +150,7 @@ def run(
     present(work, show, as_json, quiet)
 
 
-@app.command(rich_help_panel=LOOK, epilog=_example("cvlctl doctor --parity metaworld/pick-place-v3 gym/Hopper-v5"))
+@register(app, "doctor", LOOK, "cvlctl doctor --parity metaworld/pick-place-v3 gym/Hopper-v5")
 def doctor(
     tasks: Annotated[
         list[str] | None, typer.Argument(metavar="TASKS", help="Of --parity; default: four of Metaworld, two others.")
@@ -199,7 +186,7 @@ def doctor(
     raise typer.Exit(1 if parity and not all(row["agrees"] for row in result) else 0)
 
 
-@recipes_app.command("ls", epilog=_example("cvlctl recipes ls"))
+@register(recipes_app, "ls", None, "cvlctl recipes ls")
 def recipes_ls(
     root: Annotated[Path, typer.Argument(help="Directory to look under.")] = Path("recipes"), as_json: Json = False
 ) -> None:
@@ -209,7 +196,7 @@ def recipes_ls(
     present(lambda: recipes.ls(root), lambda result: recipes.render_ls(result, console()), as_json)
 
 
-@recipes_app.command("validate", epilog=_example("cvlctl recipes validate recipes/quickstart.yaml"))
+@register(recipes_app, "validate", None, "cvlctl recipes validate recipes/quickstart.yaml")
 def recipes_validate(
     paths: Annotated[list[Path] | None, typer.Argument(help="Recipes or directories; default: recipes/")] = None,
     as_json: Json = False,

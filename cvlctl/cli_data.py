@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -16,6 +16,7 @@ app = typer.Typer(
     help="Stores of episodes: what there is, what is in them, whether they are sound; new ones made of them."
 )
 LOOK, MAKE, EXCHANGE = "Looking at stores", "Making new stores of them", "Other formats"
+Command = TypeVar("Command", bound=Callable[..., Any])
 FORMATS = ("d4rl", "minari", "ogbench", "robomimic", "sb3", "npz", "arrays")
 
 
@@ -59,13 +60,24 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the draw.", min=0)]
 Label = Annotated[str, typer.Option("--label", help="Whose rewards and successes count.")]
 
 
+def register(app: typer.Typer, name: str, panel: str | None, example: str) -> Callable[[Command], Command]:
+    """Make a function a command of `app`, with an example of its use below its help."""
+    return app.command(name, rich_help_panel=panel, epilog=f"Example: {example}")
+
+
 def _show(work: Callable[[], dict[str, Any]], as_json: bool, quiet: bool) -> None:
+    """Of what writes all or nothing."""
     from cvlctl.commands import transform
+    from cvlctl.runs import say
 
-    present(work, lambda result: print(transform.in_words(result)), as_json, quiet)
+    try:
+        present(work, lambda result: print(transform.in_words(result)), as_json, quiet)
+    except KeyboardInterrupt:
+        say("nothing was written: the same command starts over")
+        raise
 
 
-@app.command("ls", rich_help_panel=LOOK, epilog="Example: cvlctl data ls data/metaworld")
+@register(app, "ls", LOOK, "cvlctl data ls data/metaworld")
 def ls(
     root: Annotated[Path, typer.Argument(help="Directory to look under.")] = Path("data"), as_json: Json = False
 ) -> None:
@@ -75,7 +87,7 @@ def ls(
     present(lambda: data.ls(root), lambda result: data.render_ls(result, console()), as_json)
 
 
-@app.command("info", rich_help_panel=LOOK, epilog="Example: cvlctl data info data/metaworld/drawer-close.zarr --json")
+@register(app, "info", LOOK, "cvlctl data info data/metaworld/drawer-close.zarr --json")
 def info(store: Store, as_json: Json = False) -> None:
     """Show one store: counts, lengths, returns and their histogram, successes, provenance."""
     from cvlctl.commands import data
@@ -83,7 +95,7 @@ def info(store: Store, as_json: Json = False) -> None:
     present(lambda: data.info(store), lambda result: data.render_info(result, console()), as_json)
 
 
-@app.command("verify", rich_help_panel=LOOK, epilog="Example: cvlctl data verify data/metaworld/drawer-close.zarr")
+@register(app, "verify", LOOK, "cvlctl data verify data/metaworld/drawer-close.zarr")
 def verify(store: Store, as_json: Json = False) -> None:
     """Read all of a store: checksums, types and shapes, NaN and ranges, episode bounds. What is damaged is named.
 
@@ -95,7 +107,7 @@ def verify(store: Store, as_json: Json = False) -> None:
     raise typer.Exit(0 if result["ok"] else 1)
 
 
-@app.command("plot", rich_help_panel=LOOK, epilog="Example: cvlctl data plot data/metaworld/drawer-close.zarr")
+@register(app, "plot", LOOK, "cvlctl data plot data/metaworld/drawer-close.zarr")
 def plot(
     store: Store,
     out: Annotated[Path | None, typer.Option("--out", help="The PNG. Default: beside the store.")] = None,
@@ -109,11 +121,7 @@ def plot(
     present(lambda: data_plot.plot(store, out, label=label, force=force), lambda result: print(result["path"]), as_json)
 
 
-@app.command(
-    "merge",
-    rich_help_panel=MAKE,
-    epilog="Example: cvlctl data merge data/a.zarr data/b.zarr --out data/both.zarr",
-)
+@register(app, "merge", MAKE, "cvlctl data merge data/a.zarr data/b.zarr --out data/both.zarr")
 def merge(
     paths: Annotated[
         list[Path],
@@ -136,7 +144,7 @@ def merge(
     _show(lambda: transform.merge(paths, out, task=task, force=force), as_json, quiet)
 
 
-@app.command("split", rich_help_panel=MAKE, epilog="Example: cvlctl data split data/a.zarr --train 0.9 --seed 0")
+@register(app, "split", MAKE, "cvlctl data split data/a.zarr --train 0.9 --seed 0")
 def split(
     store: Store,
     train: Annotated[float, typer.Option("--train", help="Share of the episodes that go into the first.")] = 0.9,
@@ -155,9 +163,7 @@ def split(
     _show(lambda: transform.split(store, train=train, seed=seed, out=out, force=force), as_json, quiet)
 
 
-@app.command(
-    "filter", rich_help_panel=MAKE, epilog="Example: cvlctl data filter data/a.zarr --out data/good.zarr --success"
-)
+@register(app, "filter", MAKE, "cvlctl data filter data/a.zarr --out data/good.zarr --success")
 def filter_(
     store: Store,
     out: Out,
@@ -184,24 +190,12 @@ def filter_(
     from cvlctl.commands import transform
 
     criteria = transform.Criteria(
-        min_return,
-        max_return,
-        success,
-        min_length,
-        max_length,
-        tuple(task or ()),
-        collected_from,
-        collected_to,
-        label,
+        min_return, max_return, success, min_length, max_length, tuple(task or ()), collected_from, collected_to, label
     )
     _show(lambda: transform.filter_episodes(store, out, criteria, force=force), as_json, quiet)
 
 
-@app.command(
-    "subsample",
-    rich_help_panel=MAKE,
-    epilog="Example: cvlctl data subsample data/a.zarr --out data/few.zarr --fraction 0.1",
-)
+@register(app, "subsample", MAKE, "cvlctl data subsample data/a.zarr --out data/few.zarr --fraction 0.1")
 def subsample(
     store: Store,
     out: Out,
@@ -219,11 +213,7 @@ def subsample(
     _show(lambda: transform.subsample(store, out, **choice, force=force), as_json, quiet)
 
 
-@app.command(
-    "drop-rewards",
-    rich_help_panel=MAKE,
-    epilog="Example: cvlctl data drop-rewards data/a.zarr --out data/a-free.zarr",
-)
+@register(app, "drop-rewards", MAKE, "cvlctl data drop-rewards data/a.zarr --out data/a-free.zarr")
 def drop_rewards(
     store: Store,
     out: Out,
@@ -240,11 +230,7 @@ def drop_rewards(
     _show(lambda: transform.drop_rewards(store, out, labels=tuple(label or ()), force=force), as_json, quiet)
 
 
-@app.command(
-    "label",
-    rich_help_panel=MAKE,
-    epilog="Example: cvlctl data label data/a.zarr sparse --rewards successes --out data/a-sparse.zarr",
-)
+@register(app, "label", MAKE, "cvlctl data label data/a.zarr sparse --rewards successes --out data/a-sparse.zarr")
 def label_store(
     store: Store,
     name: Annotated[str, typer.Argument(help="The new label's name.", show_default=False)],
@@ -277,11 +263,7 @@ def label_store(
     )
 
 
-@app.command(
-    "examples",
-    rich_help_panel=MAKE,
-    epilog="Example: cvlctl data examples data/a.zarr --out examples.npy --rule last --k 5",
-)
+@register(app, "examples", MAKE, "cvlctl data examples data/a.zarr --out examples.npy --rule last --k 5")
 def examples(
     store: Store,
     out: Annotated[
@@ -307,7 +289,7 @@ def examples(
     _show(lambda: transform.examples(store, out, **options, force=force), as_json, quiet=False)
 
 
-@app.command("formats", rich_help_panel=EXCHANGE, epilog="Example: cvlctl data formats")
+@register(app, "formats", EXCHANGE, "cvlctl data formats")
 def list_formats(as_json: Json = False) -> None:
     """List the formats that can be imported and exported."""
     from cvlctl.commands import exchange
@@ -315,11 +297,7 @@ def list_formats(as_json: Json = False) -> None:
     present(exchange.ls, lambda result: exchange.render_ls(result, console()), as_json)
 
 
-@app.command(
-    "import",
-    rich_help_panel=EXCHANGE,
-    epilog="Example: cvlctl data import d4rl hopper.hdf5 --task gym/Hopper-v5 --out data/hopper.zarr",
-)
+@register(app, "import", EXCHANGE, "cvlctl data import d4rl hopper.hdf5 --task gym/Hopper-v5 --out data/hopper.zarr")
 def import_(
     format: Format,
     file: Annotated[Path, typer.Argument(help="The file, or a Minari dataset's folder.", show_default=False)],
@@ -356,9 +334,7 @@ def import_(
     _show(lambda: exchange.import_file(format, file, out, **options, force=force), as_json, quiet)
 
 
-@app.command(
-    "export", rich_help_panel=EXCHANGE, epilog="Example: cvlctl data export data/hopper.zarr d4rl --out hopper.hdf5"
-)
+@register(app, "export", EXCHANGE, "cvlctl data export data/hopper.zarr d4rl --out hopper.hdf5")
 def export(
     store: Store,
     format: Format,
@@ -377,7 +353,7 @@ def export(
     present(lambda: exchange.export(store, format, out, label=label, force=force), line, as_json, quiet)
 
 
-@app.command("fetch", rich_help_panel=EXCHANGE, epilog="Example: cvlctl data fetch d4rl/hopper-medium-v2")
+@register(app, "fetch", EXCHANGE, "cvlctl data fetch d4rl/hopper-medium-v2")
 def fetch(
     name: Annotated[str, typer.Argument(help="Such as d4rl/hopper-medium-v2.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="The file, or a folder for it.")] = Path("data/d4rl"),

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from cvlctl import cli, files, recipes
 from cvlctl import writer as writer_module
-from cvlctl.commands import derive, transform
+from cvlctl.commands import transform
 from cvlctl.commands.finetune import finetune
 from cvlctl.commands.transform import Criteria
 from cvlctl.console import execute
@@ -480,23 +480,48 @@ def test_chunks_and_labels_of_any_size(
     assert sizes == {min(chunk, len(source.rewards()))}
 
 
-@pytest.mark.parametrize("after", [0, 5, 11])
-def test_an_interruption_leaves_no_trace(
-    a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], after: int
-) -> None:
+@pytest.mark.parametrize(
+    ("where", "name", "calls"),
+    [
+        (StoreWriter, "append", 0),
+        (StoreWriter, "append", 5),
+        (StoreWriter, "append", 11),
+        (StoreWriter, "_write", 1),  # chunks of episodes or of labels
+        (StoreWriter, "_write", 4),
+        (writer_module, "_checksum", 3),
+    ],
+)
+def test_an_interruption_leaves_no_trace_and_says_so(
+    a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    where: Any, name: str, calls: int,
+) -> None:  # fmt: skip
     before = transform.subsample(a, tmp_path / "b.zarr", episodes=2)["digest"]
-    append = StoreWriter.append
+    work, done = getattr(where, name), 0
 
-    def stopped(self: StoreWriter, item: Episode) -> None:
-        if self.num_episodes == after:
+    def stopped(*args: Any) -> Any:
+        nonlocal done
+        if done == calls:
             raise KeyboardInterrupt
-        append(self, item)
+        done += 1
+        return work(*args)
 
-    monkeypatch.setattr(StoreWriter, "append", stopped)
-    assert call("data", "drop-rewards", a, "--out", tmp_path / "b.zarr", "--force") == 130
-    assert call("data", "merge", a, a, "--out", tmp_path / "c.zarr", "--quiet") == 130
-    assert names(tmp_path) == ["a.zarr", "b.zarr"] and open_store(tmp_path / "b.zarr").digest() == before
-    assert "interrupted" in capsys.readouterr().err
+    commands: list[list[str | Path]] = [
+        ["merge", a, a, "--out", tmp_path / "c.zarr"],
+        ["filter", a, "--out", tmp_path / "b.zarr", "--force", "--min-length", "1", "--quiet"],
+        ["label", a, "new", "--rewards", "zeros", "--out", tmp_path / "c.zarr", "--json"],
+        ["split", a],
+    ]
+    monkeypatch.setattr(where, name, stopped)
+    for command in commands:
+        done = 0
+        assert call("data", *command) == 130
+        assert done == calls
+        assert names(tmp_path) == ["a.zarr", "b.zarr"] and open_store(tmp_path / "b.zarr").digest() == before
+        assert "nothing was written: the same command starts over" in capsys.readouterr().err
+    monkeypatch.setattr(where, name, work)
+    for command in commands[:2]:
+        assert call("data", *command) == 0
+        assert "nothing was written" not in capsys.readouterr().err
 
 
 def test_nothing_is_replaced_unless_forced(a: Path, tmp_path: Path) -> None:
@@ -535,15 +560,16 @@ def test_a_second_writer_is_refused_and_harms_nothing(a: Path, tmp_path: Path) -
     out = tmp_path / "b.zarr"
     code = textwrap.dedent(f"""
         import sys
-        from cvlctl.commands import derive, transform
         from pathlib import Path
-        append = derive._Writer.append
+        from cvlctl.commands import transform
+        from cvlctl.writer import StoreWriter
+        append = StoreWriter.append
         def waits(self, episode):
             append(self, episode)
             if self.num_episodes == 2:
                 print("half way", flush=True)
                 sys.stdin.read()
-        derive._Writer.append = waits
+        StoreWriter.append = waits
         transform.drop_rewards(Path({str(a)!r}), Path({str(out)!r}))
     """)
     with subprocess.Popen(
@@ -735,7 +761,7 @@ def test_a_disk_that_fills_up_while_labels_are_written(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, start, rows)
 
-    monkeypatch.setattr(derive._Writer, "_write", full)
+    monkeypatch.setattr(StoreWriter, "_write", full)
     with pytest.raises(CvlctlError, match=r"cannot write .*b\.zarr\.partial: No space left"):
         transform.merge([a, a], tmp_path / "b.zarr")
     assert names(tmp_path) == ["a.zarr"]
