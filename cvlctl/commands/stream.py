@@ -160,25 +160,21 @@ class Stream:
         store = self._stores[segment.store]
         ends = store.episode_ends()
         begin, stop = (int(ends[segment.first - 1]) if segment.first else 0), int(ends[segment.end - 1])
-        place = slice(offset, offset + stop - begin)
-        for column, target in zip(self._columns[segment.store], self._arrays, strict=True):
-            if column is not None:
-                rows = column.rows(begin, stop).reshape(stop - begin, -1)
-                target[place] = torch.from_numpy(np.ascontiguousarray(rows))
-        mine = ends[segment.first : segment.end]
-        self._move_rewards(segment, mine - begin, self._arrays[2][place])
-        where = samplers.layout(mine - begin, store.terminated()[segment.first : segment.end])
+        mine = ends[segment.first : segment.end] - begin
+        observation, action, reward = self._columns[segment.store]
+        self._put(0, offset, observation.rows(begin, stop))
+        self._put(1, offset, action.rows(begin, stop))
+        rewards = np.zeros(stop - begin, dtype=np.float32)
+        if reward is not None:
+            kept = self._kept[segment.store][segment.first : segment.end]
+            rewards = arrival_reward(reward.rows(begin, stop), mine, kept)
+        self._put(2, offset, rewards)
+        where = samplers.layout(mine, store.terminated()[segment.first : segment.end])
         return Layout(where.row + offset, where.last + offset, where.terminated, where.first + offset)
 
-    def _move_rewards(self, segment: Segment, ends: np.ndarray, reward: torch.Tensor) -> None:
-        """Rewards as stored, of leaving a row, to rewards on arriving; zeros where an episode's label is not used."""
-        if self._columns[segment.store][2] is None:
-            reward.zero_()
-            return
-        reward[1:] = reward[:-1].clone()
-        kept = self._kept[segment.store][segment.first : segment.end]
-        lost = np.repeat(~kept, np.diff(ends, prepend=0))
-        reward[torch.from_numpy(lost).to(reward.device)] = 0.0
+    def _put(self, array: int, offset: int, rows: np.ndarray) -> None:
+        values = torch.from_numpy(np.ascontiguousarray(rows.reshape(len(rows), -1)))
+        self._arrays[array][offset : offset + len(rows)] = values
 
     def _open(self, i: int) -> tuple[Column, Column, Column | None]:
         store, use = self._stores[i], self._uses[i]
@@ -190,6 +186,19 @@ class Stream:
         where = Layout(*(torch.cat(parts).to(self._device) for parts in zip(*layouts, strict=True)))
         labelled = torch.arange(len(where.row) if self._rewards else 0, device=self._device)
         return Data(observation, action, reward.reshape(1, -1), where, labelled, self._examples)
+
+
+def arrival_reward(stored: np.ndarray, ends: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Rewards (rows,) float32 on arriving at each row's observation; zeros in the episodes that are not `kept` (n,).
+
+    Args:
+        stored: (rows,), with the step that is rewarded: that of row t is received on arriving at row t + 1.
+        ends: (n,) cumulative row counts; an episode's last row is padding.
+    """
+    reward = np.zeros(len(stored), dtype=np.float32)
+    reward[1:] = stored[:-1]
+    reward[np.repeat(~kept, np.diff(ends, prepend=0))] = 0.0
+    return reward
 
 
 @lru_cache(maxsize=4)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cvlctl import checkpoints, report, samplers, training
-from cvlctl.commands.stream import Stream, window_rows
+from cvlctl.commands.stream import Stream, arrival_reward, window_rows
 from cvlctl.errors import CvlctlError
 from cvlctl.networks import State
 from cvlctl.recipes import FinetuneRecipe, PretrainRecipe, StoreUse, SuccessExamples
@@ -101,9 +101,7 @@ def read_part(store: Store, use: StoreUse, rewards: bool) -> Part:
     if rewards and use.rewards != "none":
         keeps_label = use.kept(count)
         if use.from_store:
-            # the reward of row t is received on arriving at row t + 1; an episode's last row is padding
-            reward[1:] = store.rewards(use.rewards)[:-1]
-            reward[np.repeat(~keeps_label, lengths)] = 0.0
+            reward = arrival_reward(store.rewards(use.rewards), ends, keeps_label)
         keeps_label |= use.rest == "zeros"
     labelled = np.repeat(keeps_label, lengths)
     part = Part(observation, action, reward, labelled, ends, store.terminated())
