@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,11 @@ from safetensors import SafetensorError, safe_open
 from cvlctl.errors import CvlctlError
 from cvlctl.files import CHECKPOINT_FORMAT, CHECKPOINT_KEY, checkpoint_file
 from cvlctl.types import Spec
+
+
+def policy_part(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a training state makes its policy: the actor and the normaliser."""
+    return {name: value for name, value in state.items() if name.startswith(("actor.", "observation_"))}
 
 
 class GoalColumns(NamedTuple):

@@ -25,7 +25,7 @@ from cvlctl import checkpoints, envs, networks, replay, training
 from cvlctl.algorithms import ONLINE, contrastive_ac, sac
 from cvlctl.errors import CvlctlError
 from cvlctl.networks import State
-from cvlctl.policies import NumpyPolicy
+from cvlctl.policies import NumpyPolicy, policy_part
 from cvlctl.recipes import BuildRecipe, ContrastiveSource, OnlineSource, SacSource, resolved, with_defaults
 from cvlctl.rollout import Outcome, in_words, outcome
 from cvlctl.runs import Progress, Run, read_run, say
@@ -279,8 +279,8 @@ class _Collector:
                 other.unlink()
 
     def _keep_policy(self, name: str) -> None:
-        kept = {k: v for k, v in self.state.items() if k.startswith(("actor.", "observation_"))}
-        checkpoints.save(self.run.checkpoints / f"{name}.safetensors", kept, {**self.metadata, "step": self.frame})
+        file = self.run.checkpoints / f"{name}.safetensors"
+        checkpoints.save(file, policy_part(self.state), {**self.metadata, "step": self.frame})
 
 
 def acting(state: State, spec: Spec) -> Act:

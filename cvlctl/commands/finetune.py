@@ -19,7 +19,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.files import checkpoint_file, sha256
 from cvlctl.labellers import LABELLERS
 from cvlctl.networks import State
-from cvlctl.policies import load_policy
+from cvlctl.policies import load_policy, policy_part
 from cvlctl.recipes import FinetuneRecipe, resolved, with_defaults
 from cvlctl.runs import LABELS_FILE, Run
 from cvlctl.samplers import Data
@@ -107,8 +107,7 @@ def _policy(recipe: FinetuneRecipe, spec: Spec) -> State:
         state, metadata = checkpoints.load(file)
     except CvlctlError as error:
         raise CvlctlError(f"init_from: {error.what}", error.hint) from error
-    policy = {name: value for name, value in state.items() if name.startswith(("actor.", "observation_"))}
-    return _members(recipe, policy, metadata["seeds"], before[0], spec)
+    return _members(recipe, policy_part(state), metadata["seeds"], before[0], spec)
 
 
 def _members(recipe: FinetuneRecipe, state: State, seeds: list[int], before: Spec, spec: Spec) -> State:
