@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 
 import cvlctl
 from cvlctl import checkpoints, networks, recipes, samplers
-from cvlctl.algorithms import cql, td3_bc, values
+from cvlctl.algorithms import contrastive_ac, cql, td3_bc, values
 from cvlctl.commands.finetune import finetune
 from cvlctl.losses import policy, td
 from cvlctl.networks import State
+from cvlctl.policies import load_policy
+from cvlctl.rollout import PolicyAct
 from cvlctl.types import Spec, TransitionBatch
 
 
@@ -286,3 +289,28 @@ def test_the_actor_learns_every_second_step_alone(tmp_path: Path) -> None:
     assert moved("critic.0.weight") == [True, True, True, True]
     for name in ("actor.0.weight", "target/actor.0.weight", "target/critic.0.weight"):
         assert moved(name) == [True, False, True, False], name  # from step 1 to 2, 2 to 3, ...
+
+
+# --- what is sampled of a policy that has no spread
+
+
+@pytest.mark.parametrize(("module", "spread"), [(td3_bc, False), (contrastive_ac, False), (cql, True)])
+def test_sampled_actions_of_a_deterministic_policy_are_its_greedy_ones(
+    tmp_path: Path, module: ModuleType, spread: bool
+) -> None:
+    """`source: {name: policy}` samples: nobody trained the standard deviation of an actor whose mean alone learns."""
+    config = module.Config(hidden=(16,), learning_rate=1e-2)
+    state, batch, noise = state_of(module, config), batch_of(32), noise_of(module, config, 32)
+    before = state["actor.1.weight"].clone()
+    for _ in range(20):
+        state, _ = module.step(config, state, batch, noise)
+    assert (state["actor.1.weight"][..., :2] - before[..., :2]).abs().max() > 1e-3  # the mean learns
+    about = {"algorithm": "x", "task": "toy", "spec": dataclasses.asdict(SPEC), "seeds": [0, 1], "step": 20}
+    checkpoints.save(tmp_path / "last.safetensors", state, about)
+    rng = np.random.default_rng(0)
+    for seed in (0, 1):
+        policy = load_policy(tmp_path / "last.safetensors", seed)
+        act = PolicyAct(policy, rng.standard_normal((50, 2)), np.zeros((50, 2), np.float32))
+        observations = rng.standard_normal((50, 3)).astype(np.float32)
+        away = np.stack([act(observations[t], t) - policy(observations[t]) for t in range(50)]).std()
+        assert (away > 0.1) if spread else (away < 0.01)

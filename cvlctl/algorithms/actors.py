@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,18 @@ def init(hidden: Sequence[int], spec: Spec, seeds: Sequence[int]) -> State:
     """The actor's weights and its Adam moments."""
     state = networks.actor_init(seeds, spec.observation_shape[0], spec.action_dim, hidden)
     return state | adam_init(state, "actor", list(state))
+
+
+def init_deterministic(hidden: Sequence[int], spec: Spec, seeds: Sequence[int], std: float = 0.0) -> State:
+    """The same for a method that trains the mean alone: the standard deviation before the tanh is `std` in every state.
+
+    No loss ever moves it: whoever samples the policy's actions later gets them with this noise, and not with that of an
+    untrained head. At least e^-5, about 0.007 (`networks.LOG_STD_MIN`).
+    """
+    state, last = init(hidden, spec, seeds), f"actor.{len(hidden)}"
+    state[f"{last}.weight"][..., spec.action_dim :] = 0.0
+    state[f"{last}.bias"][..., spec.action_dim :] = math.log(max(std, math.exp(networks.LOG_STD_MIN)))
+    return state
 
 
 def names(state: State) -> list[str]:

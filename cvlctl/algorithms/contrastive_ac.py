@@ -11,7 +11,6 @@ state V is a guess as well.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -96,20 +95,16 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     """
     mean, std = (x.cpu() for x in reward_statistics(data, config.gamma))
     scale = (1 - config.gamma) / (mean.square() + std.square()).sqrt()
-    actor = actors.init(config.hidden, spec, seeds)
+    actor = actors.init_deterministic(config.hidden, spec, seeds)
     return networks.normaliser_of(seeds, data.observation) | _init(config, spec, seeds, actor, scale)
 
 
 def init_online(config: Config, spec: Spec, seeds: Sequence[int], exploration_noise: float) -> State:
     """The same where there are no data yet: observations and rewards as they are.
 
-    The head of the actor's log standard deviation, which no loss ever moves, says `exploration_noise` in every state:
-    whoever samples the policy's actions later gets about what the collection did.
+    Whoever samples the policy's actions later gets about what the collection did.
     """
-    actor = actors.init(config.hidden, spec, seeds)
-    last = f"actor.{len(config.hidden)}"
-    actor[f"{last}.weight"][..., spec.action_dim :] = 0.0
-    actor[f"{last}.bias"][..., spec.action_dim :] = math.log(max(exploration_noise, math.exp(networks.LOG_STD_MIN)))
+    actor = actors.init_deterministic(config.hidden, spec, seeds, exploration_noise)
     normaliser = networks.no_normaliser(seeds, *spec.observation_shape)
     return normaliser | _init(config, spec, seeds, actor, torch.ones(1, 1))
 

@@ -50,7 +50,7 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     """Twin critic, deterministic actor (the mean of the tanh-Gaussian network), and averages of both as targets."""
     state = networks.normaliser_of(seeds, data.observation)
-    state |= actors.init(config.hidden, spec, seeds) | values.init(config.hidden, spec, seeds)
+    state |= actors.init_deterministic(config.hidden, spec, seeds) | values.init(config.hidden, spec, seeds)
     return state | {f"target/{name}": state[name].clone() for name in actors.names(state)}
 
 
