@@ -16,9 +16,6 @@ The claims: an update takes as long with any amount of data, and memory is the d
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -30,7 +27,7 @@ import cvlctl  # before torch: it says how OpenMP's threads are to wait
 # isort: split
 import numpy as np
 from common import SPEC, Contestant, configure, finish, machine, measure, parser, show, synthetic, versus
-from streaming import episodes
+from streaming import episodes, train
 
 from cvlctl import samplers, training
 from cvlctl.algorithms import cvl
@@ -42,13 +39,6 @@ from cvlctl.training import Settings
 SIZES = [100_000, 500_000, 1_000_000, 2_000_000, 5_000_000]  # transitions: whole episodes of 500
 CVL = cvl.Config()
 BATCH = 256
-CHILD = """
-import json, pathlib, re, sys
-from cvlctl import recipes
-from cvlctl.commands.pretrain import pretrain
-pretrain(recipes.load(sys.argv[1], [], "pretrain"))
-print(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
-"""
 
 
 def beginning(data: Data, transitions: int) -> Data:
@@ -107,21 +97,6 @@ def speed(sizes: Sequence[int], settings: Settings, rounds: int, updates: int) -
     return curve, ends
 
 
-def peak(folder: Path, store: cvlctl.Store, updates: int) -> float:
-    """Peak memory in MB of a training in a process of its own."""
-    plain = {
-        "stores": [str(store.path)], "batch_size": BATCH, "steps": updates, "threads": 1,
-        "device": "cpu", "compile": "false", "memory_gb": 2 * store.num_rows * row_bytes(store) / 1e9,
-        "out": str(folder / "run"),
-    }  # fmt: skip
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(json.dumps(plain))
-    child = subprocess.run([sys.executable, "-c", CHILD, str(recipe)], capture_output=True, text=True)
-    if child.returncode:
-        raise RuntimeError(child.stderr)
-    return int(child.stdout) * 1024 / 1e6
-
-
 def memory(sizes: Sequence[int], updates: int) -> dict[str, Any]:
     """The curve of peak memory: each size in a process of its own, its store gone afterwards."""
     found = []
@@ -130,7 +105,8 @@ def memory(sizes: Sequence[int], updates: int) -> dict[str, Any]:
             folder = Path(temporary)
             num_rows = size // SPEC.horizon * (SPEC.horizon + 1)
             store = cvlctl.write_store(folder / "data.zarr", episodes(num_rows), task="synthetic")
-            found.append((store.num_rows * row_bytes(store) / 1e6, peak(folder, store, updates)))
+            mb = store.num_rows * row_bytes(store) / 1e6
+            found.append((mb, train(folder, store.path, "run", 2 * mb / 1e3, updates)["megabytes"]))
     rows = [[size, round(mb), round(top), round(top - mb)] for size, (mb, top) in zip(sizes, found, strict=True)]
     note = "pretrain, eager, one thread"
     if len(found) > 1:

@@ -25,13 +25,14 @@ import cvlctl
 from cvlctl.commands.stream import row_bytes
 
 LENGTH = 500
+# the peak by VmHWM (Linux alone): what getrusage tells of a process may be the peak of the one that started it
 CHILD = """
-import json, resource, sys
+import json, pathlib, re, sys
 from cvlctl import recipes
 from cvlctl.commands.pretrain import pretrain
 result = pretrain(recipes.load(sys.argv[1], [], "pretrain"))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(json.dumps({"updates_per_second": result["updates_per_second"], "megabytes": round(peak)}))
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]
+print(json.dumps({"updates_per_second": result["updates_per_second"], "megabytes": round(int(peak) * 1024 / 1e6)}))
 """
 
 
@@ -43,7 +44,7 @@ def episodes(rows: int) -> Iterator[cvlctl.Episode]:
 
 
 def train(folder: Path, store: Path, name: str, memory_gb: float | str, updates: int) -> dict[str, Any]:
-    """Rate and peak memory of one training in a process of its own."""
+    """Rate of one training in a process of its own, and its peak memory in MB."""
     plain = {
         "stores": [str(store)], "critic": {"hidden": [256, 256]}, "batch_size": 256, "steps": updates, "threads": 1,
         "device": "cpu", "compile": "false", "memory_gb": memory_gb, "out": str(folder / name),
