@@ -42,7 +42,7 @@ SCRIPTS: dict[str, list[str]] = {
     "seeds": ["--threads", "1", "--together", "2", "--seeds", "1", "2", "--rounds", "1", "--seconds", "0.2",
               "--updates", "1", "--rows", "2000", "--eager-only"],
     "scaling": ["--threads", "1", "--transitions", "1000", "2000", "--rounds", "1", "--updates", "1",
-                "--memory-updates", "2", "--hidden", "16", "--eager-only"],
+                "--memory-updates", "2", "--eager-only"],
     "backends": ["--tasks", "metaworld/drawer-close-v3", "--episodes", "2", "--rounds", "1"],
 }  # fmt: skip
 NEEDS = {"sac": "stable_baselines3", "td_learners": "d3rlpy", "backends": "envpool"}  # a script without its peer

@@ -122,9 +122,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--updates", type=int, default=64, help="updates a round")
     made.add_argument("--memory-updates", type=int, default=20, help="updates of the runs whose memory is measured")
-    made.add_argument(
-        "--hidden", type=int, nargs="+", default=[512, 512], help="of the critic whose memory is measured"
-    )
     made.add_argument("--eager-only", action="store_true", help="compile nothing")
     args = made.parse_args(arguments)
     before, sizes = machine(), sorted(set(args.transitions))
