@@ -20,7 +20,7 @@ from cvlctl.samplers import generator, observation_statistics
 State = dict[str, Tensor]
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-_layer_dtype = torch.float32
+_layer_dtype: torch.dtype | None = None  # that layers multiply in; None: their weights' own
 CLIP = 10.0  # of normalised observations: a dimension that hardly varied in the data must not explode at test time
 
 
@@ -62,7 +62,8 @@ def layers_in(dtype: torch.dtype) -> Iterator[None]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W + b for x (E, B, in), W (E, in, out), or with a twin axis: x (E, c or 1, B, in), W (E, c, in, out)."""
-    x, weight, bias = x.to(_layer_dtype), weight.to(_layer_dtype), bias.to(_layer_dtype)
+    if _layer_dtype is not None:
+        x, weight, bias = x.to(_layer_dtype), weight.to(_layer_dtype), bias.to(_layer_dtype)
     if weight.dim() == 3:
         return torch.baddbmm(bias, x, weight)
     members, copies = weight.shape[:2]
@@ -76,9 +77,12 @@ def mlp(params: State, name: str, x: Tensor, start: int = 0) -> Tensor:
     while True:
         x = linear(x, params[f"{name}.{i}.weight"], params[f"{name}.{i}.bias"])
         if f"{name}.{i + 1}.weight" not in params:
-            return x.float()
+            return x.to(params[f"{name}.{i}.bias"].dtype)
         if f"{name}.{i}.scale" in params:
-            x = F.layer_norm(x.float(), x.shape[-1:]) * params[f"{name}.{i}.scale"] + params[f"{name}.{i}.shift"]
+            x = (
+                F.layer_norm(x.to(params[f"{name}.{i}.scale"].dtype), x.shape[-1:]) * params[f"{name}.{i}.scale"]
+                + params[f"{name}.{i}.shift"]
+            )
         x = torch.relu(x)
         i += 1
 
