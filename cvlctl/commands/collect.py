@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cvlctl import checkpoints, envs, networks, replay, training
-from cvlctl.algorithms import ONLINE, contrastive_ac, sac
+from cvlctl.algorithms import ONLINE, actors, contrastive_ac, sac
 from cvlctl.errors import CvlctlError
 from cvlctl.networks import State
 from cvlctl.policies import NumpyPolicy, policy_part
@@ -285,7 +285,7 @@ class _Collector:
 
 def acting(state: State, spec: Spec) -> Act:
     """The policy of member 0. It follows the weights as they change."""
-    depth = sum(name.startswith("actor.") for name in state) // 2
+    depth = len(actors.names(state)) // 2
     names = [(f"actor.{i}.weight", f"actor.{i}.bias") for i in range(depth)]
     if state["actor.0.weight"].device.type == "cpu":  # numpy on the same memory: no copy
         layers = [(state[w][0].numpy(), state[b][0, 0].numpy()) for w, b in names]
