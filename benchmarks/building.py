@@ -18,7 +18,7 @@ from typing import Any
 from common import finish, machine, parser, versus
 
 from cvlctl.commands.build_many import build_many
-from cvlctl.recipes import BuildManyRecipe, BuildRecipe
+from cvlctl.schema import BuildManyRecipe, BuildRecipe
 from cvlctl.store import open_store
 
 TASKS = ("metaworld/window-open-v3", "metaworld/drawer-open-v3")

@@ -53,9 +53,9 @@ from cvlctl import envs, replay, training
 from cvlctl.algorithms import sac
 from cvlctl.commands.build_dataset import build
 from cvlctl.policies import load_policy
-from cvlctl.recipes import BuildRecipe
 from cvlctl.rollout import EVALUATION_SEED, collect_episode
 from cvlctl.runs import Progress
+from cvlctl.schema import BuildRecipe
 from cvlctl.store import open_store
 from cvlctl.training import Settings
 from cvlctl.types import Episode

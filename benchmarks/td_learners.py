@@ -67,9 +67,9 @@ from cvlctl.commands import train
 from cvlctl.commands.finetune import finetune
 from cvlctl.envs import Act
 from cvlctl.policies import load_policy
-from cvlctl.recipes import FinetuneRecipe
 from cvlctl.rollout import EVALUATION_SEED, collect_episode, outcome
 from cvlctl.samplers import Data
+from cvlctl.schema import FinetuneRecipe
 from cvlctl.store import open_store
 from cvlctl.training import Settings
 from cvlctl.types import EpisodeResult, Spec

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MEMORY = ("out of memory", "lower batch_size, hidden, bank_size or the number of seeds")
-INTERRUPTED = ("interrupted", "run the same command again: it goes on from where it was saved last", 130)
+INTERRUPTED = ("interrupted", "run the same command again", 130)  # what goes on from where, the command has said
 
 
 def present(work: Callable[[], Any], show: Callable[[Any], None], as_json: bool, quiet: bool = False) -> Any:

@@ -20,8 +20,9 @@ from cvlctl.commands.build_dataset import build
 from cvlctl.commands.collect import acting, policies_dir
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import load_policy
-from cvlctl.recipes import BuildRecipe, load, resolved
+from cvlctl.recipes import load, resolved
 from cvlctl.runs import read_metrics, read_run
+from cvlctl.schema import BuildRecipe
 from cvlctl.store import Store, open_store, verify_store
 from cvlctl.types import Spec
 from cvlctl.writer import StoreWriter

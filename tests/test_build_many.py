@@ -19,7 +19,7 @@ from cvlctl.commands import build_dataset, build_many
 from cvlctl.commands.build_many import build_many as build_all
 from cvlctl.console import execute
 from cvlctl.errors import CvlctlError
-from cvlctl.recipes import BuildManyRecipe
+from cvlctl.schema import BuildManyRecipe
 from cvlctl.store import open_store, verify_store
 
 PENDULUM, CAR, HOPPER = "gym/Pendulum-v1", "gym/MountainCarContinuous-v0", "gym/Hopper-v5"

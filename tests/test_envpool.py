@@ -17,8 +17,8 @@ from cvlctl import checkpoints, envpool_backend, envs, networks
 from cvlctl.commands.build_dataset import build
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import RandomPolicy, load_policy
-from cvlctl.recipes import BuildRecipe
 from cvlctl.rollout import PolicyAct, act_together
+from cvlctl.schema import BuildRecipe
 from cvlctl.store import open_store, verify_store
 from cvlctl.types import Episode, Spec
 from cvlctl.writer import StoreWriter

@@ -16,8 +16,8 @@ from cvlctl.commands import evaluate as module
 from cvlctl.commands.evaluate import evaluate
 from cvlctl.console import console
 from cvlctl.errors import CvlctlError
-from cvlctl.recipes import EvaluateRecipe
 from cvlctl.rollout import PolicyJob
+from cvlctl.schema import EvaluateRecipe
 from cvlctl.types import EpisodeResult
 
 TASK = "gym/Pendulum-v1"

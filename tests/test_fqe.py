@@ -12,7 +12,7 @@ import tabular
 import torch
 
 import cvlctl
-from cvlctl import checkpoints, networks, recipes, rollout, samplers, scores
+from cvlctl import checkpoints, networks, recipes, rollout, samplers, schema, scores
 from cvlctl.algorithms import actors, fqe
 from cvlctl.commands import train
 from cvlctl.commands.evaluate import as_text, evaluate
@@ -227,7 +227,7 @@ def test_what_cannot_be_evaluated_is_said(policy: Path, store: Path, tmp_path: P
 
 def test_the_step_is_one_graph(policy: Path, store: Path) -> None:
     """Compiled as a whole, without a break, it does what it does eager."""
-    use = recipes.StoreUse(path=store)
+    use = schema.StoreUse(path=store)
     data = train.join(train.open_stores([use]), [use], None, True)
     config, spec = fqe.Config(hidden=(16,), policy_hidden=(16,)), cvlctl.open_store(store).spec
     draws = fqe.draws(config, spec, 16)

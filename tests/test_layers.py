@@ -10,6 +10,7 @@ LAYERS = [
     ["cli", "cli_data", "__main__"],
     ["commands"],
     ["recipes"],
+    ["schema"],
     ["algorithms", "rollout", "envpool_backend", "report", "critics", "labellers", "formats"],
     ["training", "checkpoints", "runs", "scores", "envs", "policies", "workers", "console", "experiments"],
     ["recipefile"],

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cvlctl import recipes
+from cvlctl import recipes, schema
 from cvlctl.algorithms import ALGORITHMS
 from cvlctl.errors import CvlctlError
 
@@ -85,7 +85,7 @@ def test_numbers_paths_and_short_forms(tmp_path: Path) -> None:
     assert recipe.compile == "true"
     assert recipe.threads == 2
     assert recipe.checkpoint_seconds == 0.5
-    assert recipe.stores[0] == recipes.StoreUse(path=Path("a.zarr"))
+    assert recipe.stores[0] == schema.StoreUse(path=Path("a.zarr"))
     assert recipe.stores[1].rewards == "none"
     assert recipes.resolved(recipe)["out"] == "runs/x"
 
@@ -136,7 +136,7 @@ WRONG = [
     ("seeds=[]", "seeds: expected a list of at least 1"),
     ("threads=many", "threads: expected 'auto' or a whole number, given 'many'"),
     ("device=gpu", "device: expected auto, cpu, cuda or cuda:N, given 'gpu'"),
-    ("precision=half", "precision: expected 'auto', 'float32' or 'medium', given 'half'"),
+    ("precision=half", "precision: expected 'auto', 'float32', 'medium' or 'bf16', given 'half'"),
     ("steps=1e13", "steps: expected a number of at most 1000000000000"),
     ("threads=2000", "threads: expected 'auto' or a number of at most 1024"),
     ("stores=[]", "stores: expected a list of at least 1"),

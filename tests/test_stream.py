@@ -19,9 +19,9 @@ from cvlctl.commands.finetune import finetune
 from cvlctl.commands.pretrain import pretrain
 from cvlctl.commands.stream import SLOTS, Stream, window_rows
 from cvlctl.errors import CvlctlError
-from cvlctl.recipes import StoreUse
 from cvlctl.runs import read_metrics
 from cvlctl.samplers import Draws
+from cvlctl.schema import StoreUse
 from cvlctl.store import Store, open_store
 
 GAMMA = 0.8
@@ -248,7 +248,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
 import resource, sys
 from cvlctl import samplers
 from cvlctl.commands.stream import Stream
-from cvlctl.recipes import StoreUse
+from cvlctl.schema import StoreUse
 from cvlctl.store import open_store
 store = open_store(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

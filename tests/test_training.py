@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import cvlctl
-from cvlctl import checkpoints, recipes, training
+from cvlctl import checkpoints, recipes, schema, training
 from cvlctl.algorithms import ALGORITHMS
 from cvlctl.commands import train
 from cvlctl.commands.finetune import finetune
@@ -284,7 +284,7 @@ def test_a_run_of_an_earlier_version_is_the_same_run(store: Path, tmp_path: Path
 
 def test_stores_can_be_labelled_in_part_with_zeros_or_learned_from_their_best(store: Path) -> None:
     def joined(**use: object) -> Data:
-        uses = [recipes.StoreUse(path=store, **use)]
+        uses = [schema.StoreUse(path=store, **use)]
         return train.join(train.open_stores(uses), uses, None, True)
 
     given = joined()
@@ -301,23 +301,23 @@ def test_stores_can_be_labelled_in_part_with_zeros_or_learned_from_their_best(st
     assert torch.allclose(kept.sort()[0], returns.sort()[0][-2:], atol=1e-4)
     assert best.layout.last.unique().tolist() == [30, 61]
     with pytest.raises(ValueError, match="ranks episodes by their return"):
-        recipes.StoreUse(path=store, rewards="zeros", top=0.5)
+        schema.StoreUse(path=store, rewards="zeros", top=0.5)
 
 
 def test_labelled_fraction_limits_the_bank_alone(store: Path, tmp_path: Path) -> None:
-    use = recipes.StoreUse(path=store, fraction=0.34)
+    use = schema.StoreUse(path=store, fraction=0.34)
     data = train.join(train.open_stores([use]), [use], None, True)
     episode = (data.layout.row[data.labelled] // 31).unique()
     assert len(episode) == 2  # of six
     assert len(data.layout.row) == 180  # and all transitions still train the critic
-    none = recipes.StoreUse(path=store, rewards="none")
+    none = schema.StoreUse(path=store, rewards="none")
     both = train.join(train.open_stores([use, none]), [use, none], None, True)
     assert len(both.layout.row) == 360
     assert both.labelled.max() < 180
 
 
 def test_arrival_reward_is_that_of_the_step_that_arrived(store: Path) -> None:
-    use = recipes.StoreUse(path=store)
+    use = schema.StoreUse(path=store)
     data = train.join(train.open_stores([use]), [use], None, True)
     near = torch.exp(-data.observation[:, 2:].sum(1))  # the observation holds the squared position
     rows = torch.ones(len(near), dtype=torch.bool)
@@ -327,14 +327,14 @@ def test_arrival_reward_is_that_of_the_step_that_arrived(store: Path) -> None:
 
 def test_success_examples_by_rule(store: Path, tmp_path: Path) -> None:
     spec = cvlctl.open_store(store).spec
-    found = train.success_examples(recipes.SuccessExamples(**{"from": store, "num": 10}), spec)
+    found = train.success_examples(schema.SuccessExamples(**{"from": store, "num": 10}), spec)
     assert found.shape == (10, 4)
     assert (np.exp(-found[:, 2:].sum(1)) > 0.5 - 1e-5).all()
-    last = train.success_examples(recipes.SuccessExamples(**{"from": store, "rule": "last", "k": 2}), spec)
+    last = train.success_examples(schema.SuccessExamples(**{"from": store, "rule": "last", "k": 2}), spec)
     observations = cvlctl.open_store(store).observations()
     assert np.array_equal(last, observations[np.sort(np.concatenate([np.arange(30, 186, 31), np.arange(29, 186, 31)]))])
     np.save(tmp_path / "x.npy", found)
-    again = train.success_examples(recipes.SuccessExamples(file=tmp_path / "x.npy"), spec)
+    again = train.success_examples(schema.SuccessExamples(file=tmp_path / "x.npy"), spec)
     assert np.array_equal(np.sort(again, 0), np.sort(found, 0))
 
 
@@ -352,7 +352,7 @@ BAD_EXAMPLES = {
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("message", BAD_EXAMPLES)
 def test_bad_success_examples_are_named(message: str, store: Path, tmp_path: Path) -> None:
-    spec, source = cvlctl.open_store(store).spec, recipes.SuccessExamples(file=tmp_path / "bad.npy")
+    spec, source = cvlctl.open_store(store).spec, schema.SuccessExamples(file=tmp_path / "bad.npy")
     np.save(tmp_path / "bad.npy", BAD_EXAMPLES[message])
     with pytest.raises(CvlctlError, match=rf"success_examples\.file: .*/bad\.npy: {message}"):
         train.success_examples(source, spec)
@@ -360,7 +360,7 @@ def test_bad_success_examples_are_named(message: str, store: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"PK\x03\x04" + b"x" * 50, None])
 def test_files_that_hold_no_success_examples(content: bytes | None, store: Path, tmp_path: Path) -> None:
-    spec, source = cvlctl.open_store(store).spec, recipes.SuccessExamples(file=tmp_path / "bad.npz")
+    spec, source = cvlctl.open_store(store).spec, schema.SuccessExamples(file=tmp_path / "bad.npz")
     if content is not None:
         (tmp_path / "bad.npz").write_bytes(content)
     with pytest.raises(CvlctlError, match=r"no file at .*bad\.npz" if content is None else r"bad\.npz: cannot be read"):

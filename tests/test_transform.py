@@ -381,7 +381,7 @@ def test_examples_by_frame(a: Path, tmp_path: Path) -> None:
 
 def test_examples_that_finetune_reads(a: Path, tmp_path: Path) -> None:
     from cvlctl.commands.train import success_examples
-    from cvlctl.recipes import SuccessExamples
+    from cvlctl.schema import SuccessExamples
 
     for name in ("x.npy", "x.npz"):
         transform.examples(a, tmp_path / name)

@@ -15,7 +15,10 @@ from cvlctl import envpool_backend, envs, files
 from cvlctl.commands import collect, measured
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import RandomPolicy, load_policy
-from cvlctl.recipes import (
+from cvlctl.recipes import built_as, resolved
+from cvlctl.rollout import Outcome, PolicyAct, check_fit, collect_episode, in_words, outcome
+from cvlctl.runs import Progress, say
+from cvlctl.schema import (
     BuildManyRecipe,
     BuildRecipe,
     MixSource,
@@ -25,11 +28,7 @@ from cvlctl.recipes import (
     Reaching,
     ScriptedSource,
     StoresSource,
-    built_as,
-    resolved,
 )
-from cvlctl.rollout import Outcome, PolicyAct, check_fit, collect_episode, in_words, outcome
-from cvlctl.runs import Progress, say
 from cvlctl.store import Store, open_store
 from cvlctl.types import Episode
 from cvlctl.writer import StoreWriter

@@ -25,8 +25,9 @@ from typing import IO, TYPE_CHECKING, Any
 from cvlctl.commands import build_dataset
 from cvlctl.errors import CvlctlError
 from cvlctl.machine import num_cpus
-from cvlctl.recipes import BuildManyRecipe, BuildRecipe, resolved
+from cvlctl.recipes import resolved
 from cvlctl.runs import PLAIN_LINE_SECONDS, Progress, clock, say
+from cvlctl.schema import BuildManyRecipe, BuildRecipe
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -26,9 +26,10 @@ from cvlctl.algorithms import ONLINE, actors, contrastive_ac, sac
 from cvlctl.errors import CvlctlError
 from cvlctl.networks import State
 from cvlctl.policies import NumpyPolicy, policy_part
-from cvlctl.recipes import BuildRecipe, ContrastiveSource, OnlineSource, SacSource, resolved, with_defaults
+from cvlctl.recipes import resolved, with_defaults
 from cvlctl.rollout import Outcome, in_words, outcome
 from cvlctl.runs import Progress, Run, read_run, say
+from cvlctl.schema import BuildRecipe, ContrastiveSource, OnlineSource, SacSource
 from cvlctl.store import Store
 from cvlctl.training import Settings
 from cvlctl.types import Episode, Spec

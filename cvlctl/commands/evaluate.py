@@ -28,10 +28,11 @@ from cvlctl.errors import CvlctlError
 from cvlctl.files import entries, read_json, sha256, write_atomically, write_json
 from cvlctl.policies import load_policy
 from cvlctl.recipefile import nearest
-from cvlctl.recipes import EvaluateRecipe, EvaluationGoals, resolved
+from cvlctl.recipes import resolved
 from cvlctl.rollout import Episodes, GoalUse, PolicyJob, run_episodes, run_lockstep
 from cvlctl.rollout import Progress as OnEpisode
 from cvlctl.runs import Progress, say
+from cvlctl.schema import EvaluateRecipe, EvaluationGoals
 from cvlctl.types import EpisodeResult
 from cvlctl.version import versions
 

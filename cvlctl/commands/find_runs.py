@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from cvlctl import envs
 from cvlctl.errors import CvlctlError
 from cvlctl.files import CHECKPOINT_KEY, read_json
-from cvlctl.recipes import EvaluateRecipe
 from cvlctl.runs import say
+from cvlctl.schema import EvaluateRecipe
 
 
 @dataclass(frozen=True)

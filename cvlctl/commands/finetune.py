@@ -20,9 +20,10 @@ from cvlctl.files import checkpoint_file, sha256
 from cvlctl.labellers import LABELLERS
 from cvlctl.networks import State
 from cvlctl.policies import load_policy, policy_part
-from cvlctl.recipes import FinetuneRecipe, resolved, with_defaults
+from cvlctl.recipes import resolved, with_defaults
 from cvlctl.runs import LABELS_FILE, Run
 from cvlctl.samplers import Data
+from cvlctl.schema import FinetuneRecipe
 from cvlctl.training import Settings
 from cvlctl.types import Spec
 

@@ -18,9 +18,9 @@ from cvlctl import envs
 from cvlctl.algorithms import ONLINE
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import NumpyPolicy, load_policy
-from cvlctl.recipes import BuildRecipe, MixSource, Reaching
 from cvlctl.rollout import EVALUATION_SEED, Outcome, check_fit, collect_episode, outcome
 from cvlctl.runs import Progress, read_run, say
+from cvlctl.schema import BuildRecipe, MixSource, Reaching
 from cvlctl.types import Spec
 
 GAIN = 0.25  # how much each episode that is missing moves the success rate that the next checkpoint should have

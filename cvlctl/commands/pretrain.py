@@ -7,8 +7,9 @@ from typing import Any
 
 from cvlctl.algorithms import occupancy
 from cvlctl.commands import train
-from cvlctl.recipes import PretrainRecipe, resolved, with_defaults
+from cvlctl.recipes import resolved, with_defaults
 from cvlctl.runs import Run
+from cvlctl.schema import PretrainRecipe
 
 
 def pretrain(recipe: PretrainRecipe, *, force: bool = False) -> dict[str, Any]:

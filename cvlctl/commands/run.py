@@ -19,8 +19,9 @@ from cvlctl import recipes
 from cvlctl.commands import function
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments import text_of
-from cvlctl.recipes import ExperimentRecipe, Job, OnlineSource
+from cvlctl.recipes import ExperimentRecipe, Job
 from cvlctl.runs import clock, read_run, say
+from cvlctl.schema import OnlineSource
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -22,8 +22,8 @@ import torch
 from cvlctl import samplers
 from cvlctl.errors import CvlctlError
 from cvlctl.machine import free_memory
-from cvlctl.recipes import StoreUse
 from cvlctl.samplers import Data, Layout
+from cvlctl.schema import StoreUse
 from cvlctl.store import Column, Store
 
 SLOTS = 8  # segments of a window: of neighbouring episodes, so that a window of few is a poor sample of the stores

@@ -19,9 +19,9 @@ from cvlctl import checkpoints, report, samplers, training
 from cvlctl.commands.stream import Stream, arrival_reward, window_rows
 from cvlctl.errors import CvlctlError
 from cvlctl.networks import State
-from cvlctl.recipes import FinetuneRecipe, PretrainRecipe, StoreUse, SuccessExamples
 from cvlctl.runs import Progress, Run, read_metrics, say
 from cvlctl.samplers import Data, Indices
+from cvlctl.schema import FinetuneRecipe, PretrainRecipe, StoreUse, SuccessExamples
 from cvlctl.store import Column, Store, open_store
 from cvlctl.training import Settings
 from cvlctl.types import Spec

@@ -244,7 +244,7 @@ def examples(
         command = command_line("examples", path, out=out, pick=picks)
     else:
         from cvlctl.commands.train import success_examples
-        from cvlctl.recipes import SuccessExamples
+        from cvlctl.schema import SuccessExamples
 
         source = {"from": Path(path), "rule": rule, "num": num, "k": k, "label": label}
         found = success_examples(SuccessExamples.model_validate(source), store.spec)
@@ -366,13 +366,13 @@ def _learn(labeller: str, store: Store, examples: Path | None, seed: int) -> np.
     """(rows,) rewards by a labeller of default settings, in the store's own order."""
     import torch
 
-    from cvlctl import labellers, recipes
+    from cvlctl import labellers, schema
     from cvlctl.commands import train
 
     if examples is None:
         raise CvlctlError(f"--rewards {labeller} is learned from success examples", "give --examples FILE.npy")
     shown = train.success_examples(
-        recipes.SuccessExamples.model_validate({"file": examples, "num": 10**9}), store.spec, "--examples"
+        schema.SuccessExamples.model_validate({"file": examples, "num": 10**9}), store.spec, "--examples"
     )
     seen, given = torch.from_numpy(store.observations()), torch.from_numpy(shown)
     learned = labellers.learn(labeller, labellers.Config(), seen, given, [seed], "cpu")
