@@ -133,7 +133,7 @@ def _size(job: Job, experiment: ExperimentRecipe) -> tuple[str, float]:
             # two critics, their targets, the actor; with the gate V, two classifiers, and three times the critics
             passes = 5 if getattr(source, "gate", "none") == "none" else 14
             weights = passes * _weights(OBSERVATION_DIM, *source.hidden)
-            seconds = _step(source.batch_size * weights) + 1 / SIMULATED
+            seconds = _step(source.batch_size * weights) / source.update_every + 1 / SIMULATED
             return f"{source.steps:,} steps of {source.title}", source.steps * seconds
         if source.name == "stores":
             return f"episodes of {_count(len(source.stores), 'store')}", 10.0
