@@ -64,11 +64,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W + b for x (E, B, in), W (E, in, out), or with a twin axis: x (E, c or 1, B, in), W (E, c, in, out)."""
     if _layer_dtype is not None:
         x, weight, bias = x.to(_layer_dtype), weight.to(_layer_dtype), bias.to(_layer_dtype)
-    if weight.dim() == 3:
-        return torch.baddbmm(bias, x, weight)
-    members, copies = weight.shape[:2]
-    x = x.expand(members, copies, *x.shape[2:]).flatten(0, 1)
-    return torch.baddbmm(bias.flatten(0, 1), x, weight.flatten(0, 1)).unflatten(0, (members, copies))
+    if weight.dim() == 4:
+        members, copies = weight.shape[:2]
+        x = x.expand(members, copies, *x.shape[2:]).flatten(0, 1)
+        return linear(x, weight.flatten(0, 1), bias.flatten(0, 1)).unflatten(0, (members, copies))
+    if torch.compiler.is_compiling():  # one pass for bias and ReLU, instead of one that puts the bias there beforehand
+        return torch.bmm(x, weight) + bias
+    return torch.baddbmm(bias, x, weight)
 
 
 def mlp(params: State, name: str, x: Tensor, start: int = 0) -> Tensor:
