@@ -492,13 +492,15 @@ def test_compiled_and_eager_steps_agree(name: str, store: Path, tmp_path: Path) 
 
 @pytest.mark.skipif(not training.have_compiler(), reason="no C++ compiler")
 def test_compiled_and_eager_steps_agree_in_bf16(store: Path, tmp_path: Path) -> None:
+    """As a whole: they round at other places, and Adam makes a step of a single weight's rounding error."""
     run("cvl", store, tmp_path / "eager", "precision=bf16")
     run("cvl", store, tmp_path / "compiled", "precision=bf16", "compile=true")
     run("cvl", store, tmp_path / "exact", "precision=float32")
     eager, compiled, exact = (state_of(tmp_path / name) for name in ("eager", "compiled", "exact"))
-    for key, value in eager.items():
-        assert (value - compiled[key]).abs().max() < 4e-3, key
-    assert any(not torch.equal(value, exact[key]) for key, value in eager.items())
+    for key, value in exact.items():
+        for rounded in (eager, compiled):
+            assert (rounded[key] - value).norm() <= (0.05 if "adam/" in key else 0.01) * value.norm(), key
+    assert not torch.equal(eager["phi.0.weight"], exact["phi.0.weight"])
 
 
 @pytest.mark.skipif(not training.have_compiler(), reason="no C++ compiler")
