@@ -68,8 +68,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         members, copies = weight.shape[:2]
         x = x.expand(members, copies, *x.shape[2:]).flatten(0, 1)
         return linear(x, weight.flatten(0, 1), bias.flatten(0, 1)).unflatten(0, (members, copies))
-    if torch.compiler.is_compiling():  # one pass for bias and ReLU, instead of one that puts the bias there beforehand
-        return torch.bmm(x, weight) + bias
     return torch.baddbmm(bias, x, weight)
 
 
