@@ -17,6 +17,7 @@ from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
@@ -26,7 +27,9 @@ import numpy as np
 import torch
 
 from cvlctl import samplers, training
+from cvlctl.commands.train import batches
 from cvlctl.machine import cpu_name, num_cpus
+from cvlctl.networks import State
 from cvlctl.samplers import Data
 from cvlctl.types import Spec
 from cvlctl.version import versions
@@ -61,16 +64,53 @@ def configure(settings: training.Settings) -> None:
     training.configure(replace(settings, compile=False))
 
 
-def our_settings(threads: int, eager_only: bool = False) -> dict[str, training.Settings]:
+def our_settings(threads: int, eager_only: bool = False, device: str = "cpu") -> dict[str, training.Settings]:
     """What cvlctl computes with on this machine, by form: as it chooses by itself, compiled where there is a compiler,
     and compiled with the layers in bfloat16 where the processor multiplies such numbers."""
-    choose = partial(training.resolve_settings, device="cpu", threads=threads, precision="auto", steps=1, say=print)
+    choose = partial(training.resolve_settings, device=device, threads=threads, precision="auto", steps=1, say=print)
     made = {EAGER: choose(compile="false")}
     if training.have_compiler() and not eager_only:
         made[COMPILED] = choose(compile="true")
         if torch.cpu._is_avx512_bf16_supported():
             made[BF16] = replace(made[COMPILED], precision="bf16")
     return made
+
+
+def best(mine: dict[str, training.Settings]) -> str:
+    """The form that cvlctl chooses for a long run, of those in `our_settings`."""
+    return COMPILED if COMPILED in mine else EAGER
+
+
+def updates_from(
+    data: Data,
+    draws: samplers.Draws,
+    seeds: Sequence[int],
+    state: State,
+    programs: Sequence[training.Program],
+    settings: training.Settings,
+) -> Contestant:
+    """n updates of all seeds by the training loop's own pieces: draws in blocks, gather, one program for all of them
+    (one of several where the actor learns more rarely)."""
+    stream = batches(data, draws, seeds, 0, 2**40)
+
+    def run(updates: int) -> None:
+        configure(settings)
+        for _ in range(updates):
+            step, (indices, noise) = next(stream)
+            programs[(step + 1) % len(programs)](state, samplers.gather(data, indices, draws), noise)
+        if settings.device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def learner(
+    module: ModuleType, config: Any, seeds: Sequence[int], data: Data, batch_size: int, settings: training.Settings
+) -> Contestant:
+    """The same of a learner from its first state on."""
+    state = {name: value.to(settings.device) for name, value in module.init(config, SPEC, seeds, data).items()}
+    programs = training.programs(module, config, settings)
+    return updates_from(data, module.draws(config, SPEC, batch_size), seeds, state, programs, settings)
 
 
 def measure(contestants: dict[str, Contestant], rounds: int, updates: int, warm_up: int = 4) -> dict[str, list[float]]:
@@ -87,14 +127,18 @@ def measure(contestants: dict[str, Contestant], rounds: int, updates: int, warm_
     return rates
 
 
+def spread(ratio: np.ndarray) -> list[float]:
+    """Median, least and most."""
+    return [round(float(x), 2) for x in (np.median(ratio), ratio.min(), ratio.max())]
+
+
 def summary(rates: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
     """Median rate, and median over rounds of the ratio to `base`, with its extremes."""
     found = {}
     for name, rate in rates.items():
-        ratio = np.array(rate) / np.array(rates[base])
-        spread = {"ratio": np.median(ratio), "ratio_min": ratio.min(), "ratio_max": ratio.max()}
-        row = {"updates_per_second": float(np.median(rate)), **spread}
-        found[name] = {key: round(float(value), 2) for key, value in row.items()}
+        ratios = spread(np.array(rate) / np.array(rates[base]))
+        row = {"updates_per_second": round(float(np.median(rate)), 2)}
+        found[name] = row | dict(zip(("ratio", "ratio_min", "ratio_max"), ratios, strict=True))
     return found
 
 
@@ -209,9 +253,9 @@ def finish(found: dict[str, Any], args: argparse.Namespace) -> None:
         width = max(map(len, both)) + 2
         print(f"{'work / peer':{width}}{'ours':>10}{'theirs':>10} {'unit':10}{'ratio':>8}{'range':>18}  target")
         for name, row in zip(both, rows, strict=True):
-            spread = f"[{row['low']:.2f}, {row['high']:.2f}]"
+            extremes = f"[{row['low']:.2f}, {row['high']:.2f}]"
             print(f"{name:{width}}{row['ours']:10.4g}{row['theirs']:10.4g} {row['unit']:10}{row['ratio']:7.2f}x"
-                  f"{spread:>18}  {reached(row)}")  # fmt: skip
+                  f"{extremes:>18}  {reached(row)}")  # fmt: skip
     print(conditions(found))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -33,9 +33,11 @@ from common import (
     OUR_SETTING,
     SPEC,
     Contestant,
+    best,
     configure,
     finish,
     forms,
+    learner,
     machine,
     measure,
     our_settings,
@@ -46,9 +48,8 @@ from common import (
 )
 from torch import Tensor, nn
 
-from cvlctl import samplers, training
+from cvlctl import samplers
 from cvlctl.algorithms import cvl, laeo, occupancy
-from cvlctl.commands.train import batches
 from cvlctl.networks import State
 from cvlctl.samplers import Data
 from cvlctl.training import Settings
@@ -59,22 +60,6 @@ SEEDS = [0, 1]
 BATCH, CVL_BATCH = 1024, 256  # the recipes' defaults: pretrain, finetune
 LAEO_EXAMPLES = 1000  # success examples to draw from
 PEER = "plain eager PyTorch"
-
-
-def ours(module: Any, config: Any, data: Data, batch_size: int, settings: Settings) -> Contestant:
-    """The training loop's own pieces: draws in blocks, gather, one program for all seeds."""
-    draws = module.draws(config, SPEC, batch_size)
-    state = module.init(config, SPEC, SEEDS, data)
-    program = training.whole_step(partial(module.step, config), settings)
-    stream = batches(data, draws, SEEDS, 0, 2**40)
-
-    def run(updates: int) -> None:
-        configure(settings)
-        for _ in range(updates):
-            _, (indices, noise) = next(stream)
-            program(state, samplers.gather(data, indices, draws), noise)
-
-    return run
 
 
 class PlainCritic(nn.Module):
@@ -150,18 +135,18 @@ def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bo
     """All comparisons, every form's rates, and the state of the machine before and after."""
     before, data, mine = machine(), synthetic(rows), our_settings(threads, eager_only)
     data = data._replace(examples=data.observation[:LAEO_EXAMPLES])
-    shipped, alike, best = PEER + AS_SHIPPED, PEER + OUR_SETTING, COMPILED if COMPILED in mine else EAGER
+    shipped, alike, chosen = PEER + AS_SHIPPED, PEER + OUR_SETTING, best(mine)
     contestants = {
         shipped: theirs(data, CRITIC, BATCH, Settings("cpu", threads, "float32", False)),
         alike: theirs(data, CRITIC, BATCH, mine[EAGER]),
     }
-    contestants |= {form: ours(occupancy, CRITIC, data, BATCH, settings) for form, settings in mine.items()}
+    contestants |= {form: learner(occupancy, CRITIC, SEEDS, data, BATCH, settings) for form, settings in mine.items()}
     rates = measure(contestants, rounds, updates)
     size = "x".join(map(str, CRITIC.hidden)) + f"->{CRITIC.latent_dim}"
     work = f"InfoNCE critic, {size}, batch {BATCH}, two seeds"
     comparisons = [
-        versus(f"{work}, {FORM[best]}", shipped, rates[best], rates[shipped], threads=threads, least=2),
-        versus(f"{work}, {FORM[best]}", alike, rates[best], rates[alike], threads=threads),
+        versus(f"{work}, {FORM[chosen]}", shipped, rates[chosen], rates[shipped], threads=threads, least=2),
+        versus(f"{work}, {FORM[chosen]}", alike, rates[chosen], rates[alike], threads=threads),
     ]
     if BF16 in mine:
         row = versus(f"{work}, {FORM[BF16]}", shipped, rates[BF16], rates[shipped], threads=threads, aim=3.5)
@@ -169,8 +154,8 @@ def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bo
     curves = [forms(f"{work}, {threads} threads", rates, shipped)]
     for name, module, config in (("CVL", cvl, cvl.Config()), ("LAEO", laeo, laeo.Config())):
         plain, same = "its own eager form" + AS_SHIPPED, "its own eager form" + OUR_SETTING
-        updating = {form: ours(module, config, data, CVL_BATCH, settings) for form, settings in mine.items()}
-        updating[plain] = ours(module, config, data, CVL_BATCH, Settings("cpu", threads, "float32", False))
+        updating = {form: learner(module, config, SEEDS, data, CVL_BATCH, settings) for form, settings in mine.items()}
+        updating[plain] = learner(module, config, SEEDS, data, CVL_BATCH, Settings("cpu", threads, "float32", False))
         rates = measure(updating, rounds, updates)
         work = f"{name}'s whole update, batch {CVL_BATCH}, two seeds"
         curves.append(forms(f"{work}, {threads} threads", rates, plain))
@@ -184,7 +169,7 @@ def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bo
     return {
         "comparisons": comparisons,
         "curves": curves,
-        "settings": mine[best].as_dict(),
+        "settings": mine[chosen].as_dict(),
         "sizes": {"seeds": len(SEEDS), "hidden": CRITIC.hidden, "latent_dim": CRITIC.latent_dim, "batch_size": BATCH,
                   "whole_batch_size": CVL_BATCH, "rows": len(data.observation)},
         "rounds": rounds, "updates_a_round": updates,

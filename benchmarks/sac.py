@@ -32,12 +32,12 @@ import torch
 from common import (
     AS_SHIPPED,
     BF16,
-    COMPILED,
     EAGER,
     FORM,
     OUR_SETTING,
     SPEC,
     Contestant,
+    best,
     configure,
     finish,
     forms,
@@ -60,6 +60,7 @@ from cvlctl.store import open_store
 from cvlctl.training import Settings
 from cvlctl.types import Episode
 
+CONFIG, BATCH = sac.Config(), 256
 FILLED = 20_000  # transitions in the replay buffer while measuring
 TASK, WARM_UP = "metaworld/drawer-close-v3", 500  # of the frames' rate: learning frames that do not count yet
 PEER = "Stable-Baselines3"
@@ -118,25 +119,35 @@ def sb3_model(env: Any, **changes: Any) -> Any:
     return model
 
 
-def ours(settings: Settings) -> Contestant:
-    """A function that makes n updates, sampling and noise included."""
-    config = sac.Config()
-    state = sac.init(config, SPEC, [0])
+def ours(
+    settings: Settings,
+    num_seeds: int = 1,
+    config: sac.Config = CONFIG,
+    batch_size: int = BATCH,
+    filled: int = FILLED,
+) -> Contestant:
+    """n updates of all seeds: the online loop's own pieces, without its environment. Sampling and noise are included,
+    and each seed samples from `filled` transitions of its own."""
+    seeds = list(range(num_seeds))
+    state, wanted = sac.init(config, SPEC, seeds), sac.draws(config, SPEC, batch_size)
     program = training.whole_step(partial(sac.step, config), settings)
-    buffer, wanted = replay.Replay(FILLED, SPEC), sac.draws(config, SPEC, 256)
+    buffer = replay.Replay(num_seeds * filled, SPEC)
     rng = np.random.default_rng(0)
-    for _ in range(FILLED):
+    for _ in range(num_seeds * filled):
         o, o2 = rng.standard_normal((2, *SPEC.observation_shape), dtype=np.float32)
         buffer.add(o, rng.uniform(-1, 1, SPEC.action_dim), 0.0, False, o2)
-    frame, draws = 0, replay.draw("sac", wanted, SPEC, [0], 0)
+    own = filled * torch.arange(num_seeds).unsqueeze(1)  # where each seed's transitions begin
+    frame, draws = 0, replay.draw("sac", wanted, SPEC, seeds, 0)
 
     def run(updates: int) -> None:
         nonlocal frame, draws
         configure(settings)
         for _ in range(updates):
-            if frame % replay.BLOCK == 0:
-                draws = replay.draw("sac", wanted, SPEC, [0], frame // replay.BLOCK)
-            program(state, *draws.batch(frame % replay.BLOCK, buffer, config.gamma))
+            block, i = divmod(frame, replay.BLOCK)
+            if i == 0:
+                draws = replay.draw("sac", wanted, SPEC, seeds, block)
+            batch = buffer.gather(own + (draws.place[i] * filled).long(), config.gamma, "cpu")
+            program(state, batch, {name: value[i] for name, value in draws.noise.items()})
             frame += 1
 
     return run
@@ -153,7 +164,7 @@ def theirs(settings: Settings) -> Contestant:
     def run(updates: int) -> None:
         configure(settings)
         for _ in range(updates):  # one a call, as `learn` does with one update a frame
-            model.train(gradient_steps=1, batch_size=256)
+            model.train(gradient_steps=1, batch_size=BATCH)
 
     return run
 
@@ -230,33 +241,33 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     """Updates/s of every form and frames/s of whole collections, beside Stable-Baselines3's."""
     before, threads, mine = machine(), args.threads, our_settings(args.threads, args.eager_only)
     mine.pop(BF16, None)  # not what collects data
-    shipped, alike, best = PEER + AS_SHIPPED, PEER + OUR_SETTING, COMPILED if COMPILED in mine else EAGER
+    shipped, alike, chosen = PEER + AS_SHIPPED, PEER + OUR_SETTING, best(mine)
     as_shipped = Settings("cpu", threads, "float32", False)
     contestants = {shipped: theirs(as_shipped), alike: theirs(mine[EAGER])}
     contestants |= {form: ours(settings) for form, settings in mine.items()}
     rates = measure(contestants, args.rounds, args.updates, warm_up=20)
     curves = [forms(f"SAC's update, batch 256, 256x256, {threads} threads", rates, shipped)]
-    work = f"SAC's update, batch 256, 256x256, {FORM[best]}"
+    work = f"SAC's update, batch 256, 256x256, {FORM[chosen]}"
     comparisons = [
-        versus(work, shipped, rates[best], rates[shipped], threads=threads, least=2.2, aim=3),
-        versus(work, alike, rates[best], rates[alike], threads=threads),
+        versus(work, shipped, rates[chosen], rates[shipped], threads=threads, least=2.2, aim=3),
+        versus(work, alike, rates[chosen], rates[alike], threads=threads),
     ]
     how = (args.frames, args.learning_starts, args.hidden)
     collections = {
         shipped: partial(their_frames, as_shipped, *how),
         alike: partial(their_frames, mine[EAGER], *how),
-        best: partial(our_frames, mine[best], *how),
+        chosen: partial(our_frames, mine[chosen], *how),
     }
     rates, warm_ups = frames_a_second(collections, args.frame_rounds, args.learning_starts)
-    work = f"SAC end to end on {TASK}, one update a frame, {FORM[best]}"
+    work = f"SAC end to end on {TASK}, one update a frame, {FORM[chosen]}"
     row = partial(versus, work, unit="frames/s", threads=threads)
     comparisons += [
-        row(shipped, rates[best], rates[shipped], least=2, aim=2.5),
-        row(alike, rates[best], rates[alike]),
+        row(shipped, rates[chosen], rates[shipped], least=2, aim=2.5),
+        row(alike, rates[chosen], rates[alike]),
     ]
     return {
         "comparisons": comparisons, "curves": curves, "frames": args.frames, "warm_up_seconds": warm_ups,
-        "settings": mine[best].as_dict(), "machine": before, "load_average_after": machine()["load_average"],
+        "settings": mine[chosen].as_dict(), "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
 

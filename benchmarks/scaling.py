@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,26 @@ import cvlctl  # before torch: it says how OpenMP's threads are to wait
 
 # isort: split
 import numpy as np
-from common import SPEC, Contestant, configure, finish, machine, measure, parser, show, synthetic, versus
+from common import (
+    SPEC,
+    Contestant,
+    best,
+    finish,
+    machine,
+    measure,
+    our_settings,
+    parser,
+    show,
+    spread,
+    synthetic,
+    updates_from,
+    versus,
+)
 from streaming import episodes, train
 
-from cvlctl import samplers, training
+from cvlctl import training
 from cvlctl.algorithms import cvl
 from cvlctl.commands.stream import row_bytes
-from cvlctl.commands.train import batches
 from cvlctl.samplers import Data, Layout
 from cvlctl.training import Settings
 
@@ -57,20 +69,8 @@ def contestants(data: Data, sizes: Sequence[int], settings: Settings) -> dict[st
     """Functions that make n updates from so much of the data, all of the same networks."""
     draws = cvl.draws(CVL, SPEC, BATCH)
     state = cvl.init(CVL, SPEC, [0], beginning(data, min(sizes)))
-    program = training.whole_step(partial(cvl.step, CVL), settings)
-
-    def updates_from(part: Data) -> Contestant:
-        stream = batches(part, draws, [0], 0, 2**40)
-
-        def run(updates: int) -> None:
-            configure(settings)
-            for _ in range(updates):
-                _, (indices, noise) = next(stream)
-                program(state, samplers.gather(part, indices, draws), noise)
-
-        return run
-
-    return {str(size): updates_from(beginning(data, size)) for size in sizes}
+    programs = training.programs(cvl, CVL, settings)
+    return {str(n): updates_from(beginning(data, n), draws, [0], state, programs, settings) for n in sizes}
 
 
 def speed(sizes: Sequence[int], settings: Settings, rounds: int, updates: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -82,9 +82,7 @@ def speed(sizes: Sequence[int], settings: Settings, rounds: int, updates: int) -
     rows = []
     for size in sizes:
         found = np.array(rates[str(size)])
-        ratio = found / base
-        spread = [round(float(x), 2) for x in (np.median(ratio), ratio.min(), ratio.max())]
-        rows.append([size, round(float(np.median(found)), 1), *spread])
+        rows.append([size, round(float(np.median(found)), 1), *spread(found / base)])
     how = f"{settings.threads} threads, {'compiled' if settings.compile else 'eager'}, batch {BATCH}, in memory"
     curve = {
         "title": "CVL's updates with more data", "columns": ["transitions", "updates/s", "ratio", "least", "most"],
@@ -127,10 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before, sizes = machine(), sorted(set(args.transitions))
     if any(size < 1 or size % SPEC.horizon for size in sizes):
         made.error(f"--transitions: whole episodes, multiples of {SPEC.horizon}")
-    settings = training.resolve_settings(
-        device="cpu", threads=args.threads, precision="auto", steps=1, say=print,
-        compile="true" if training.have_compiler() and not args.eager_only else "false",
-    )  # fmt: skip
+    mine = our_settings(args.threads, args.eager_only)
+    settings = mine[best(mine)]
     updates_curve, ends = speed(sizes, settings, args.rounds, args.updates)
     show(updates_curve)
     memory_curve = memory(sizes, args.memory_updates)

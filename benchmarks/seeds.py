@@ -30,26 +30,28 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 
 # isort: split
 import numpy as np
-import torch
 from common import (
     AS_SHIPPED,
     OUR_SETTING,
-    SPEC,
     Contestant,
-    configure,
+    best,
     finish,
+    learner,
     machine,
     measure,
+    our_settings,
     parser,
     show,
+    spread,
     synthetic,
     versus,
 )
 from sac import FILLED, theirs
+from sac import ours as sac_learner
 
-from cvlctl import replay, samplers, training
+from cvlctl import training
 from cvlctl.algorithms import cvl, occupancy, sac
-from cvlctl.commands.train import batches, to_device
+from cvlctl.commands.train import to_device
 from cvlctl.samplers import Data
 from cvlctl.training import Settings
 
@@ -73,30 +75,8 @@ def rate(run: Contestant, seconds: float) -> float:
 
 
 def sac_together(num_seeds: int, settings: Settings) -> Contestant:
-    """n updates of all seeds: the online loop's own pieces, without its environment."""
-    seeds = list(range(num_seeds))
-    state, wanted = sac.init(SAC, SPEC, seeds), sac.draws(SAC, SPEC, SAC_BATCH)
-    program = training.whole_step(partial(sac.step, SAC), settings)
-    buffer = replay.Replay(num_seeds * FILLED, SPEC)
-    rng = np.random.default_rng(0)
-    for _ in range(num_seeds * FILLED):
-        o, o2 = rng.standard_normal((2, *SPEC.observation_shape), dtype=np.float32)
-        buffer.add(o, rng.uniform(-1, 1, SPEC.action_dim), 0.0, False, o2)
-    own = FILLED * torch.arange(num_seeds).unsqueeze(1)  # where each seed's transitions begin
-    frame, draws = 0, replay.draw("sac", wanted, SPEC, seeds, 0)
-
-    def run(updates: int) -> None:
-        nonlocal frame, draws
-        configure(settings)
-        for _ in range(updates):
-            block, i = divmod(frame, replay.BLOCK)
-            if i == 0:
-                draws = replay.draw("sac", wanted, SPEC, seeds, block)
-            batch = buffer.gather(own + (draws.place[i] * FILLED).long(), SAC.gamma, "cpu")
-            program(state, batch, {name: value[i] for name, value in draws.noise.items()})
-            frame += 1
-
-    return run
+    """n updates of all seeds of SAC."""
+    return sac_learner(settings, num_seeds, SAC, SAC_BATCH, FILLED)
 
 
 def sb3_process(pipe: Connection, barrier: Barrier) -> None:
@@ -164,25 +144,6 @@ def sac_comparisons(num_seeds: int, settings: Settings, rounds: int, seconds: fl
     ]  # fmt: skip
 
 
-def together(module: Any, config: Any, num_seeds: int, data: Data, batch_size: int, settings: Settings) -> Contestant:
-    """n updates of all seeds by the training loop's own pieces: draws in blocks, gather, one program."""
-    seeds = list(range(num_seeds))
-    draws = module.draws(config, SPEC, batch_size)
-    state = {name: value.to(settings.device) for name, value in module.init(config, SPEC, seeds, data).items()}
-    program = training.whole_step(partial(module.step, config), settings)
-    stream = batches(data, draws, seeds, 0, 2**40)
-
-    def run(updates: int) -> None:
-        configure(settings)
-        for _ in range(updates):
-            _, (indices, noise) = next(stream)
-            program(state, samplers.gather(data, indices, draws), noise)
-        if settings.device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
 def rates_by_seeds(
     module: Any,
     config: Any,
@@ -195,7 +156,7 @@ def rates_by_seeds(
 ) -> dict[int, np.ndarray]:
     """Updates/s (rounds,) of all seeds together, by their number."""
     training.configure(settings)  # forgets the programs of others, of which torch keeps eight at most
-    runs = {str(num): together(module, config, num, data, batch_size, settings) for num in nums}
+    runs = {str(num): learner(module, config, range(num), data, batch_size, settings) for num in nums}
     return {int(num): int(num) * np.array(found) for num, found in measure(runs, rounds, updates, WARM_UP).items()}
 
 
@@ -204,8 +165,7 @@ def curve(name: str, rates: dict[int, np.ndarray], how: str) -> dict[str, Any]:
     rows: list[list[float]] = []
     for num, found in rates.items():
         cost = num * rates[1] / found
-        spread = [round(float(x), 2) for x in (np.median(cost), cost.min(), cost.max())]
-        rows.append([num, round(float(np.median(found)), 1), *spread])
+        rows.append([num, round(float(np.median(found)), 1), *spread(cost)])
     note = f"{how}. Updates/s of all seeds; cost: time of one update of all, one seed's is 1, linear is their number"
     columns = ["seeds", "updates/s", "cost", "least", "most"]
     return {"title": f"{name}, seeds together", "columns": columns, "rows": rows, "note": note}
@@ -223,10 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--eager-only", action="store_true", help="compile nothing")
     args = made.parse_args(arguments)
     before, num = machine(), args.together
-    settings = training.resolve_settings(
-        device=args.device, threads=args.threads, precision="auto", steps=1, say=print,
-        compile="true" if training.have_compiler() and not args.eager_only else "false",
-    )  # fmt: skip
+    mine = our_settings(args.threads, args.eager_only, args.device)
+    settings = mine[best(mine)]
     comparisons = []
     if args.device == "cuda":
         print("SAC beside Stable-Baselines3: left out, it is a comparison on the CPU")

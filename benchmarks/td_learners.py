@@ -46,9 +46,11 @@ from common import (
     OUR_SETTING,
     SPEC,
     Contestant,
+    best,
     configure,
     finish,
     forms,
+    learner,
     machine,
     measure,
     our_settings,
@@ -180,23 +182,6 @@ def peer_buffer(data: Data) -> Any:
     return d3rlpy.dataset.ReplayBuffer(d3rlpy.dataset.InfiniteBuffer(), episodes=episodes)
 
 
-def ours(method: str, config: Any, data: Data, settings: Settings) -> Contestant:
-    """The training loop's own pieces: draws in blocks, gather, one program (two where the actor learns more rarely)."""
-    module = ALGORITHMS[method]
-    draws = module.draws(config, SPEC, BATCH)
-    state = module.init(config, SPEC, [0], data)
-    programs = training.programs(module, config, settings)
-    stream = train.batches(data, draws, [0], 0, 2**40)
-
-    def run(updates: int) -> None:
-        configure(settings)
-        for _ in range(updates):
-            step, (indices, noise) = next(stream)
-            programs[(step + 1) % len(programs)](state, samplers.gather(data, indices, draws), noise)
-
-    return run
-
-
 def theirs(algo: Any, buffer: Any, settings: Settings) -> Contestant:
     """What d3rlpy's `fit` does at each step, less its log and progress bar."""
     algo.build_with_dataset(buffer)
@@ -314,7 +299,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
         show(curve)
     made["curves"][-1]["note"] = SHARE_NOTE
     return made | {
-        "settings": mine[COMPILED if COMPILED in mine else EAGER].as_dict(),
+        "settings": mine[best(mine)].as_dict(),
         "sizes": {"hidden": list(td3_bc.Config().hidden), "batch_size": BATCH, "rows": len(data.observation),
                   "cql_num_actions": args.num_actions},
         "rounds": args.rounds, "updates_a_round": args.updates or UPDATES,
@@ -332,13 +317,14 @@ def compare(
         contestants[D3RLPY + suffix] = theirs(peer(method, config, data), buffer, settings)
         if method == "td3_bc":
             contestants[PLAIN + suffix] = plain(config, data, settings)
-    contestants |= {form: ours(method, config, data, settings) for form, settings in mine.items()}
+    module = ALGORITHMS[method]
+    contestants |= {form: learner(module, config, [0], data, BATCH, settings) for form, settings in mine.items()}
     work = {name: operations(run) for name, run in contestants.items() if name not in (COMPILED, BF16)}
     work |= dict.fromkeys(mine, work[EAGER])  # the counter cannot see into compiled programs
     rates = measure({**contestants, BARE: bare_products(mine[EAGER])}, args.rounds, args.updates or UPDATES[method])
     products = np.array(rates.pop(BARE)) * PRODUCT
     title = f"{TITLES[method]}'s update, batch {BATCH}, {'x'.join(map(str, config.hidden))}"
-    pairs = [(COMPILED if COMPILED in mine else EAGER, name) for name in contestants if name not in mine]
+    pairs = [(best(mine), name) for name in contestants if name not in mine]
     pairs += [(BF16, D3RLPY + AS_SHIPPED)] * (BF16 in mine)
     comparisons = []
     for form, name in pairs:

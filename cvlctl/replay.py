@@ -31,8 +31,9 @@ class Replay:
         self._numpy = self._rows.numpy()  # the same memory
         self._cuts = np.cumsum(self._widths)[:-1].tolist()
         self._goals = goals
-        self._episode = torch.zeros(capacity, dtype=torch.int64)  # of each row
-        self._last = torch.zeros(capacity, dtype=torch.int64)  # row of each episode, so far
+        known = capacity if goals else 0
+        self._episode = np.zeros(known, dtype=np.int64)  # of each row
+        self._last = np.zeros(known, dtype=np.int64)  # row of each episode, so far
         self.size = 0
 
     def add(
@@ -47,7 +48,8 @@ class Replay:
         """Append one transition: (O,), (A,), numbers, (O,), and the number of its episode, 0, 1, ..."""
         row, (a, r, t, n) = self._numpy[self.size], self._cuts
         row[:a], row[a:r], row[r], row[t], row[n:] = observation, action, reward, not terminated, next_observation
-        self._episode[self.size], self._last[episode] = episode, self.size
+        if self._goals:
+            self._episode[self.size], self._last[episode] = episode, self.size
         self.size += 1
 
     def gather(self, index: Tensor, gamma: float, device: str, later: Tensor | None = None) -> TransitionBatch:
@@ -70,7 +72,7 @@ class Replay:
             later: (N,) in [0, 1): how far on to look; negative: the row stays as it is.
         """
         assert self._goals is not None
-        left = self._last[self._episode[index]] - index + 1
+        left = torch.from_numpy(self._last[self._episode[index.numpy()]]) - index + 1
         then = index + (later.clamp(min=0) * left).long()
         before, _, reward, _, after = rows.split(self._widths, dim=-1)  # views
         achieved, desired = self._goals.achieved, self._goals.desired

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import cvlctl
-from cvlctl import samplers
+from cvlctl import replay, samplers
 from cvlctl.algorithms import cvl, occupancy, sac
 from cvlctl.training import Settings
 
@@ -65,14 +65,14 @@ def test_a_rate_counts_until_the_last_update_is_finished(seeds: Any, monkeypatch
 
 def test_every_sac_seed_samples_its_own_transitions(seeds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    gather = seeds.replay.Replay.gather
+    gather = replay.Replay.gather
 
     def spied(self: Any, index: torch.Tensor, *rest: Any) -> Any:
         assert self.size == 3 * 50
         seen.append(index)
         return gather(self, index, *rest)
 
-    monkeypatch.setattr(seeds.replay.Replay, "gather", spied)
+    monkeypatch.setattr(replay.Replay, "gather", spied)
     seeds.sac_together(3, EAGER)(70)  # beyond a block of draws
     index = torch.stack(seen)
     assert index.shape == (70, 3, 16)
@@ -89,7 +89,7 @@ def test_a_turn_is_one_update_of_every_seed_a_call(seeds: Any, monkeypatch: pyte
         return original(config, state, batch, noise)
 
     monkeypatch.setattr(seeds.occupancy, "step", step)
-    seeds.together(occupancy, SMALL_CRITIC, 3, seeds.synthetic(1_100), 16, EAGER)(5)
+    seeds.learner(occupancy, SMALL_CRITIC, range(3), seeds.synthetic(1_100), 16, EAGER)(5)
     assert shapes == [(3, 16, 39)] * 5
 
 
