@@ -7,7 +7,8 @@ episodes in worker processes with a numpy policy. Stable-Baselines3 (the extra `
 SAC actor holding these weights, one environment. AsyncVectorEnv: as many processes as ours, the same actor in plain
 torch on the batch of their observations. Wall seconds count from the call to the last row, processes and environments
 being built on the way; rounds alternate; ratios are medians over rounds. `disagreement` is the largest relative
-difference of an episode's return from ours: the proof that all played the same thing.
+difference of an episode's return from ours: the proof that all played the same thing. Where EnvPool is installed (the
+extra `envpool`), ours once more with `backend: envpool`: as many episodes of the same task, from starts of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,17 @@ import torch
 from common import finish, machine, parser, versus
 from torch import Tensor, nn
 
-from cvlctl import checkpoints, envs, networks
+from cvlctl import checkpoints, envpool_backend, envs, networks
 from cvlctl.networks import State
 from cvlctl.rollout import EVALUATION_SEED, PolicyJob, run_episodes
 
 TASKS = ("metaworld/drawer-close-v3", "metaworld/pick-place-v3")
 HIDDEN = (256, 256)
-OURS, SB3 = "cvlctl", "Stable-Baselines3 evaluate_policy"
-TARGETS = {("metaworld/pick-place-v3", SB3): (3.5, 10.0)}  # at least, aim: the latter is EnvPool's, not measured here
+OURS, OURS_ENVPOOL, SB3 = "cvlctl", "cvlctl, EnvPool", "Stable-Baselines3 evaluate_policy"
+TARGETS: dict[tuple[str, str, str], tuple[float | None, float | None]] = {  # at least, aim
+    ("metaworld/pick-place-v3", OURS, SB3): (3.5, None),
+    ("metaworld/pick-place-v3", OURS_ENVPOOL, SB3): (None, 10.0),
+}
 
 
 class Numbered(gymnasium.Env):
@@ -99,6 +103,12 @@ def ours(task: str, checkpoint: Path, episodes: int, workers: int) -> list[float
     """Returns of the episodes, in their order."""
     job = PolicyJob("random", task, 0, 0, checkpoint)
     return [row.episode_return for row in run_episodes([job], episodes=episodes, workers=workers)]
+
+
+def ours_in_envpool(task: str, checkpoint: Path, episodes: int, threads: int) -> list[float]:
+    """The same of as many episodes of EnvPool's own, of the same length."""
+    job = PolicyJob("random", task, 0, 0, checkpoint)
+    return [row.episode_return for row in envpool_backend.run_episodes([job], episodes=episodes, threads=threads)]
 
 
 def stable_baselines3(task: str, model: Any, episodes: int) -> list[float]:
@@ -163,18 +173,19 @@ def benchmark(tasks: Sequence[str], episodes: int, rounds: int, workers: int) ->
                 async_vector, task, state, episodes, workers
             )
             contestants[OURS] = partial(ours, task, file, episodes, workers)
+            if find_spec("envpool"):
+                contestants[OURS_ENVPOOL] = partial(ours_in_envpool, task, file, episodes, workers)
             seconds, returns = play_in_turns(contestants, rounds)
-        work = f"{episodes} evaluation episodes, {task}, {workers} processes"
-        for name in contestants:
-            if name != OURS:
-                least, aim = TARGETS.get((task, name), (None, None))
-                how: dict[str, Any] = {
-                    "unit": "seconds",
-                    "threads": torch.get_num_threads(),
-                    "least": least,
-                    "aim": aim,
-                }
-                comparisons.append(versus(work, name, seconds[OURS], seconds[name], **how))
+        for mine, name in product((OURS, OURS_ENVPOOL), contestants):
+            if mine not in contestants or name in (OURS, OURS_ENVPOOL):
+                continue
+            least, aim = TARGETS.get((task, mine, name), (None, None))
+            how = f"{workers} processes" if mine == OURS else f"EnvPool's simulator, {workers} threads"
+            comparisons.append(
+                versus(f"{episodes} evaluation episodes, {task}, {how}", name, seconds[mine], seconds[name],
+                       unit="seconds", threads=torch.get_num_threads(), least=least, aim=aim)
+            )  # fmt: skip
+            if mine == OURS:  # EnvPool's starts are its own
                 difference = np.abs(returns[name] - returns[OURS]) / np.maximum(np.abs(returns[OURS]), 1.0)
                 disagreement[f"{task}, {name}"] = float(difference.max())
     sizes = {"episodes": episodes, "rounds": rounds, "workers": workers, "threads": torch.get_num_threads()}

@@ -1,4 +1,4 @@
-"""EnvPool as the simulator of a collection: `NUM_SLOTS` environments of one task, stepped by native threads.
+"""EnvPool as the simulator of a collection or evaluation: `NUM_SLOTS` environments of a task, stepped by its threads.
 
 Episode number n of a seed is the same whoever collects it, and after whatever: it is start number n div 8 of slot
 n mod 8, each slot has a seed of its own, and a start depends on nothing that was done before it. That is what lets a
@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,20 @@ from cvlctl import envs
 from cvlctl.envs import Act
 from cvlctl.errors import CvlctlError
 from cvlctl.machine import num_cpus
-from cvlctl.rollout import act_together
-from cvlctl.types import Episode, Spec
+from cvlctl.policies import load_policy
+from cvlctl.rollout import (
+    EVALUATION_SEED,
+    Episodes,
+    PolicyAct,
+    PolicyJob,
+    Progress,
+    act_together,
+    check_fit,
+    numbers_of,
+    result_row,
+)
+from cvlctl.runs import say
+from cvlctl.types import Episode, EpisodeResult, Spec
 
 NUM_SLOTS = 8  # decides which episodes there are: changing it changes every collection
 
@@ -77,6 +90,14 @@ def versions(task: str) -> dict[str, str]:
         found["mujoco"] = simulator
     if task in DIFFERENT and found["envpool"] == TESTED:
         found["differs"] = DIFFERENT[task]
+    return found
+
+
+def announced_versions(task: str, where: str) -> dict[str, str]:
+    """The same, and a line for people, headed by `where`, if the task is known to differ from gymnasium's."""
+    found = versions(task)
+    if "differs" in found:
+        say(f"{where}: in EnvPool, {task}'s {found['differs']}; see cvlctl doctor --parity {task}")
     return found
 
 
@@ -215,6 +236,44 @@ def collect(
                 episode = _episode(over.pop(first), task, seed, collected_at)
                 first, collected_at = first + 1, collected_at + len(episode)
                 yield episode
+
+
+def run_episodes(
+    jobs: Sequence[PolicyJob],
+    *,
+    episodes: Episodes,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[EpisodeResult]:
+    """Rows as `rollout.run_episodes` has them, of EnvPool's episodes: every job of a task meets the same ones.
+
+    Raises:
+        CvlctlError: what a user can mend in a checkpoint or task; see `check` and `Pool.step` too.
+    """
+    numbers, rows = numbers_of(jobs, episodes), list[EpisodeResult]()
+    env_of = lru_cache(maxsize=1)(lambda task, horizon: envs.make(task, 0, horizon))
+    for job, wanted in zip(jobs, numbers, strict=True):
+        env, policy = env_of(job.task, job.horizon), load_policy(job.checkpoint, job.seed)
+        check_fit(job.checkpoint, policy, env)
+        greedy = PolicyAct(policy, None, np.zeros((env.spec.horizon, env.spec.action_dim), dtype=np.float32))
+        first, total = min(wanted), max(wanted) + 1
+        found = collect(
+            job.task, env.spec, EVALUATION_SEED + seed, partial(_always, greedy), first=first, total=total,
+            threads=threads,
+        )  # fmt: skip
+        for number, episode in enumerate(found, first):
+            if number in wanted:  # the others were played in an earlier evaluation
+                assert episode.rewards is not None
+                successes = [None] * len(episode) if episode.successes is None else episode.successes.tolist()
+                rows.append(result_row(job, number, episode.rewards.tolist(), successes))
+                if progress:
+                    progress(len(rows), sum(map(len, numbers)), rows[-1])
+    return rows
+
+
+def _always(act: Act, number: int) -> Act:
+    return act
 
 
 def _step(pool: Pool, playing: Sequence[_Played]) -> np.ndarray:

@@ -140,6 +140,11 @@ def _notes(records: Sequence[Record]) -> list[str]:
         if "gamma" in r
     )
     notes += dict.fromkeys(f"episodes cut off at {r['horizon']} steps" for r in records if "horizon" in r)
+    notes += dict.fromkeys(
+        f"simulated by {r['backend']}: the starts are not those of gymnasium's episodes"
+        for r in records
+        if "backend" in r
+    )
     notes += dict.fromkeys(_reference(r) for r in records if r.get("reference_min") is not None)
     notes += [f"{r['algorithm']} on {r['task']}: seeds end at unequal steps" for r in records if r.get("uneven_steps")]
     return notes + [f"{r['algorithm']}: too few runs on {', '.join(r['missing'])}" for r in records if r.get("missing")]

@@ -163,7 +163,7 @@ def run_episodes(
     """
     # by task: a worker keeps few environments, and building one takes longer than an episode
     order = sorted(range(len(jobs)), key=lambda index: (jobs[index].task, index))
-    numbers = _numbers(jobs, episodes)
+    numbers = numbers_of(jobs, episodes)
     items = [(index, episode) for index in order for episode in numbers[index]]
     if workers is None:
         workers = num_cpus()
@@ -177,7 +177,8 @@ def run_episodes(
     return [rows[item] for item in sorted(rows)]
 
 
-def _numbers(jobs: Sequence[PolicyJob], episodes: Episodes) -> Sequence[Sequence[int]]:
+def numbers_of(jobs: Sequence[PolicyJob], episodes: Episodes) -> Sequence[Sequence[int]]:
+    """For each job the numbers of its episodes."""
     return [range(episodes)] * len(jobs) if isinstance(episodes, int) else episodes
 
 
@@ -216,7 +217,7 @@ def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:
         goal = goal_of(job, episode)
         seen, _, rewards, successes, _ = _roll(env, lambda o, step: policy(policy.command(o, goal)), episode)
         successes = [_succeeds(job, policy, o, goal, s) for o, s in zip(seen[1:], successes, strict=True)]
-        return _row(job, episode, rewards, successes)
+        return result_row(job, episode, rewards, successes)
 
     return play
 
@@ -263,7 +264,10 @@ def check_fit(checkpoint: Path, policy: NumpyPolicy, env: Env, has_goal: bool = 
         raise CvlctlError(f"{what}; {has}", "use a policy on the task that it was trained for")
 
 
-def _row(job: PolicyJob, episode: int, rewards: Sequence[float], successes: Iterable[bool | None]) -> EpisodeResult:
+def result_row(
+    job: PolicyJob, episode: int, rewards: Sequence[float], successes: Iterable[bool | None]
+) -> EpisodeResult:
+    """The row of an episode, from its steps' rewards and successes."""
     flags = list(successes)  # an episode succeeds where any of its steps does, as Metaworld counts
     success = None if flags[0] is None else any(flags)
     total, discounted = float(sum(rewards)), None
@@ -286,7 +290,7 @@ def run_lockstep(
     """The rows of `run_episodes`, from one process: about `num_envs` environments step together, and the policies of
     all jobs answer in one batched product on `device`. For a GPU beside few CPU cores, or many large policies."""
     policies = [load_policy(job.checkpoint, job.seed) for job in jobs]
-    numbers = _numbers(jobs, episodes)
+    numbers = numbers_of(jobs, episodes)
     groups: dict[Any, list[int]] = {}
     for index, (job, policy) in enumerate(zip(jobs, policies, strict=True)):
         groups.setdefault((job.task, job.horizon, tuple(weight.shape for weight, _ in policy.layers)), []).append(index)
@@ -341,7 +345,7 @@ def _lockstep(
             rewards.append(reward)
             successes.append(_succeeds(job, policy, observation, goal, success))
             if terminated or truncated:
-                yield slot[0], _row(jobs[slot[0]], episode, rewards, successes)
+                yield slot[0], result_row(jobs[slot[0]], episode, rewards, successes)
                 begin(slot)
 
 

@@ -491,7 +491,16 @@ class EvaluateRecipe(Strict):
     horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
     workers: Literal["auto"] | Annotated[int, BeforeValidator(_not_bool), Field(ge=0)] = "auto"
     device: Device = "cpu"  # cpu: whole episodes in worker processes; cuda: environments in lock-step
+    backend: Literal["gymnasium", "envpool"] = "gymnasium"  # envpool: `workers` are its threads; starts of its own
     aggregate: tuple[Literal["iqm", "mean", "median", "optimality_gap"], ...] = ("iqm", "mean", "optimality_gap")
     confidence: Confidence = Confidence()
     baseline: Name | None = None  # of the pairwise differences; None: bc where it is there
     out: Out
+
+    @model_validator(mode="after")
+    def _what_envpool_can(self) -> Self:
+        if self.backend == "envpool" and self.goals is not None:
+            raise ValueError("backend: EnvPool cannot command goals; use backend: gymnasium for them")
+        if self.backend == "envpool" and self.device.startswith("cuda"):
+            raise ValueError("backend: EnvPool simulates, and policies answer it, on the CPU: leave device out")
+        return self

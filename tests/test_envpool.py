@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 from cvlctl import checkpoints, envpool_backend, envs, networks
+from cvlctl.commands import evaluate
 from cvlctl.commands.build_dataset import build
 from cvlctl.errors import CvlctlError
 from cvlctl.policies import RandomPolicy, load_policy
-from cvlctl.rollout import PolicyAct, act_together
-from cvlctl.schema import BuildRecipe
+from cvlctl.rollout import EVALUATION_SEED, PolicyAct, PolicyJob, act_together
+from cvlctl.schema import BuildRecipe, EvaluateRecipe
 from cvlctl.store import open_store, verify_store
 from cvlctl.types import Episode, Spec
 from cvlctl.writer import StoreWriter
@@ -211,6 +213,57 @@ def test_checkpoints_act_together_as_each_alone(policies: list[Path], tmp_path: 
     for number, episode in enumerate(open_store(tmp_path / "p.zarr").episodes()):
         expected = (one if number < 5 else other)(episode.observations[:-1])
         np.testing.assert_allclose(episode.actions, expected, atol=1e-5)
+
+
+def test_evaluated_episodes_are_those_collected(policies: list[Path]) -> None:
+    pytest.importorskip("envpool")
+    jobs = [
+        PolicyJob("bc", HOPPER, 0, 1, file, gamma=0.9, horizon=horizon) for file in policies for horizon in (9, None)
+    ]
+    told: list[tuple[int, int]] = []
+    rows = envpool_backend.run_episodes(
+        jobs, episodes=3, seed=5, threads=1, progress=lambda done, total, row: told.append((done, total))
+    )
+    assert told == [(done, 12) for done in range(1, 13)]
+    for at, job in enumerate(jobs):
+        spec, still = replace(SPECS[HOPPER], horizon=job.horizon or 1000), np.zeros((1000, 3))
+        act = PolicyAct(load_policy(job.checkpoint), None, still)
+        found = envpool_backend.collect(HOPPER, spec, EVALUATION_SEED + 5, lambda n, act=act: act, total=3)  # type: ignore[misc]
+        for row, episode in zip(rows[3 * at : 3 * at + 3], found, strict=True):
+            assert row.episode_return == episode.rewards.astype(float).sum() and row.length == len(episode)
+            assert row.discounted_return == pytest.approx(episode.rewards @ 0.9 ** np.arange(len(episode)), rel=1e-6)
+            assert row.success is None
+    assert [row.episode for row in rows] == [0, 1, 2] * 4 and {row.length for row in rows[:3]} == {9}
+    assert len({row.episode_return for row in rows}) == 12
+    some = envpool_backend.run_episodes(jobs[1:2], episodes=[[0, 2]], seed=5)
+    assert some == [rows[3], rows[5]]
+
+
+def test_evaluate_in_envpool(policies: list[Path], tmp_path: Path, capsys: Any) -> None:
+    plain: dict[str, Any] = {"runs": [str(policies[0])], "episodes": 2, "out": tmp_path / "out", "backend": "envpool"}
+    for wrong, what in (({"goals": {"from": "x.zarr"}}, "cannot command goals"), ({"device": "cuda"}, "on the CPU")):
+        with pytest.raises(ValueError, match=what):
+            EvaluateRecipe.model_validate(plain | wrong)
+    pytest.importorskip("envpool")
+    run = tmp_path / "runs" / "bc" / "checkpoints"
+    run.mkdir(parents=True)
+    metadata = {"algorithm": "bc", "spec": asdict(SPECS[HOPPER]), "seeds": [0], "step": 1, "task": HOPPER}
+    state, _ = checkpoints.load(policies[0])
+    checkpoints.save(run / "last.safetensors", state, metadata)
+    plain["runs"] = [str(tmp_path / "runs" / "bc")]
+    result = evaluate.evaluate(EvaluateRecipe.model_validate(plain))
+    assert result["status"] == "evaluated" and result["episodes"] == 2
+    (record,) = result["table"]
+    assert record["backend"] == "envpool" and "normalised" not in record
+    saved = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert saved["simulators"][HOPPER]["envpool"] and "gymnasium" not in saved["simulators"][HOPPER]
+    assert "simulated by envpool" in (tmp_path / "out" / "table.md").read_text()
+    more = evaluate.evaluate(EvaluateRecipe.model_validate(plain | {"episodes": 3}))
+    assert "2 of 3 episodes are evaluated already" in capsys.readouterr().err
+    whole = evaluate.evaluate(EvaluateRecipe.model_validate(plain | {"episodes": 3, "out": tmp_path / "whole"}))
+    assert Path(more["rows"]).read_text() == Path(whole["rows"]).read_text()
+    with pytest.raises(CvlctlError, match="backend was envpool, now gymnasium"):
+        evaluate.evaluate(EvaluateRecipe.model_validate(plain | {"episodes": 3, "backend": "gymnasium"}))
 
 
 def test_what_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

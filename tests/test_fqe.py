@@ -246,8 +246,8 @@ def test_the_step_is_one_graph(policy: Path, store: Path) -> None:
 
 def test_the_discounted_return_of_an_episode() -> None:
     job = rollout.PolicyJob("fqe", PENDULUM, 0, 1, Path("x"), gamma=0.5)
-    assert rollout._row(job, 0, [1.0, 2.0, 4.0], [None] * 3).discounted_return == 1 + 1 + 1
-    assert rollout._row(dataclasses.replace(job, gamma=None), 0, [1.0], [None]).discounted_return is None
+    assert rollout.result_row(job, 0, [1.0, 2.0, 4.0], [None] * 3).discounted_return == 1 + 1 + 1
+    assert rollout.result_row(dataclasses.replace(job, gamma=None), 0, [1.0], [None]).discounted_return is None
 
 
 def test_rows_with_and_without_a_discounted_return(tmp_path: Path) -> None:

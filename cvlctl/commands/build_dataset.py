@@ -122,10 +122,7 @@ def _versions(recipe: BuildRecipe, env: envs.Env) -> dict[str, str]:
     """What simulates the collection."""
     if getattr(recipe.source, "backend", "gymnasium") == "gymnasium":
         return env.versions()
-    found = envpool_backend.versions(recipe.task)
-    if "differs" in found:
-        say(f"{recipe.out}: in EnvPool, {recipe.task}'s {found['differs']}; see cvlctl doctor --parity {recipe.task}")
-    return found
+    return envpool_backend.announced_versions(recipe.task, str(recipe.out))
 
 
 def _environment(store: Store) -> str:

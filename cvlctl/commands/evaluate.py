@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cvlctl import envs, report, scores
+from cvlctl import envpool_backend, envs, report, scores
 from cvlctl.commands import find_runs
 from cvlctl.errors import CvlctlError
 from cvlctl.files import entries, read_json, sha256, write_atomically, write_json
@@ -92,6 +92,7 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
             for job in jobs
         ],
         **({} if goals is None else {"goals": hashlib.sha256(goals.tobytes()).hexdigest()}),
+        **({} if recipe.backend == "gymnasium" else {"simulators": _simulators(recipe, jobs)}),
     }  # fmt: skip
     before = _open(recipe, force)
     if before and before.get("goals") != record.get("goals"):
@@ -142,6 +143,11 @@ def _goals(source: EvaluationGoals, found: Sequence[find_runs.Checkpoint]) -> np
 def _goal_use(recipe: EvaluateRecipe) -> GoalUse | None:
     goals = recipe.goals
     return None if goals is None else GoalUse(recipe.out / "goals.npy", goals.columns, goals.within)
+
+
+def _simulators(recipe: EvaluateRecipe, jobs: Sequence[PolicyJob]) -> dict[str, dict[str, str]]:
+    tasks = dict.fromkeys(job.task for job in jobs)
+    return {task: envpool_backend.announced_versions(task, str(recipe.out)) for task in tasks}
 
 
 def _play(recipe: EvaluateRecipe, record: dict[str, Any], rows: _JobRows) -> None:
@@ -208,8 +214,8 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
     if not before or before.get("format") != FORMAT or not {"status", "recipe", "jobs"} <= before.keys():
         raise CvlctlError(f"{out}/evaluation.json is damaged", "choose another out, or --force to replace it")
     now = resolved(recipe)
-    for name in ("runs", "checkpoints", "episodes", "seed", "goals", "horizon"):
-        then = before["recipe"].get(name)
+    for name in ("runs", "checkpoints", "episodes", "seed", "goals", "horizon", "backend"):
+        then = before["recipe"].get(name, EvaluateRecipe.model_fields[name].default)
         more = (
             name == "episodes" and isinstance(then, int) and then < now[name]
         )  # those that are there stay what they are
@@ -268,20 +274,27 @@ def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Episodes, 
             jobs, episodes=episodes, seed=recipe.seed, device=device, progress=progress
         )
     workers = None if recipe.workers == "auto" else recipe.workers
+    if recipe.backend == "envpool":
+        return lambda jobs, episodes, progress: envpool_backend.run_episodes(
+            jobs, episodes=episodes, seed=recipe.seed, threads=workers, progress=progress
+        )
     return lambda jobs, episodes, progress: run_episodes(
         jobs, episodes=episodes, seed=recipe.seed, workers=workers, progress=progress
     )
 
 
 def _tables(rows: list[EpisodeResult], recipe: EvaluateRecipe, baseline: str) -> dict[str, Any]:
-    known = {task: envs.references(task, recipe.horizon) for task in dict.fromkeys(row.task for row in rows)}
+    tasks = dict.fromkeys(row.task for row in rows)
+    known = {task: envs.references(task, recipe.horizon) for task in tasks if recipe.backend == "gymnasium"}
     played = ", ".join(f"{name} {versions()[name]}" for name in SIMULATOR if name in versions())
     references: Any = {task: {**reference, "simulator": played} for task, reference in known.items() if reference}
     confidence: Any = recipe.confidence.model_dump()
-    cut = {} if recipe.horizon is None else {"horizon": recipe.horizon}
+    told: dict[str, Any] = {} if recipe.horizon is None else {"horizon": recipe.horizon}
+    if recipe.backend != "gymnasium":
+        told["backend"] = recipe.backend
     table = scores.score_table(rows, references=references, aggregates=recipe.aggregate, **confidence)
     return {
-        "table": [record | cut for record in table],
+        "table": [record | told for record in table],
         "aggregate": scores.aggregate_table(rows, references=references, aggregates=recipe.aggregate, **confidence),
         "pairwise": scores.pairwise(rows, baseline=baseline, **confidence),
         "runs": scores.run_table(rows, references=references, **confidence),
