@@ -15,7 +15,9 @@ CVL and LAEO train critic and actor, as without a pretrained critic; no peer has
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
@@ -60,6 +62,8 @@ SEEDS = [0, 1]
 BATCH, CVL_BATCH = 1024, 256  # the recipes' defaults: pretrain, finetune
 LAEO_EXAMPLES = 1000  # success examples to draw from
 PEER = "plain eager PyTorch"
+WHOLE = {"CVL": cvl, "LAEO": laeo}
+HIDDEN = ((256, 256), (512, 512))  # of their critics: the quickstart's, and the default
 
 
 class PlainCritic(nn.Module):
@@ -152,29 +156,45 @@ def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bo
         row = versus(f"{work}, {FORM[BF16]}", shipped, rates[BF16], rates[shipped], threads=threads, aim=3.5)
         comparisons.append(row)
     curves = [forms(f"{work}, {threads} threads", rates, shipped)]
-    for name, module, config in (("CVL", cvl, cvl.Config()), ("LAEO", laeo, laeo.Config())):
-        plain, same = "its own eager form" + AS_SHIPPED, "its own eager form" + OUR_SETTING
-        updating = {form: learner(module, config, SEEDS, data, CVL_BATCH, settings) for form, settings in mine.items()}
-        updating[plain] = learner(module, config, SEEDS, data, CVL_BATCH, Settings("cpu", threads, "float32", False))
-        rates = measure(updating, rounds, updates)
-        work = f"{name}'s whole update, batch {CVL_BATCH}, two seeds"
-        curves.append(forms(f"{work}, {threads} threads", rates, plain))
-        for form, least, aim in ((COMPILED, 2, 3), (BF16, None, None)):
-            if form in mine:
-                row = partial(versus, f"{work}, {FORM[form]}", threads=threads)
-                comparisons += [
-                    row(plain, rates[form], rates[plain], least=least, aim=aim),
-                    row(same, rates[form], rates[EAGER]),
-                ]
+    for (name, module), hidden in product(WHOLE.items(), HIDDEN):
+        more_comparisons, curve = whole_update(name, module, hidden, data, mine, threads, rounds, updates)
+        comparisons += more_comparisons
+        curves.append(curve)
     return {
         "comparisons": comparisons,
         "curves": curves,
         "settings": mine[chosen].as_dict(),
         "sizes": {"seeds": len(SEEDS), "hidden": CRITIC.hidden, "latent_dim": CRITIC.latent_dim, "batch_size": BATCH,
-                  "whole_batch_size": CVL_BATCH, "rows": len(data.observation)},
+                  "whole_batch_size": CVL_BATCH, "whole_hidden": HIDDEN, "rows": len(data.observation)},
         "rounds": rounds, "updates_a_round": updates,
         "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
+
+
+def whole_update(
+    name: str,
+    module: Any,
+    hidden: tuple[int, ...],
+    data: Data,
+    mine: dict[str, Settings],
+    threads: int,
+    rounds: int,
+    updates: int,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Critic and actor, the critic of this size, beside the same step as PyTorch runs it by itself."""
+    config = module.Config(critic=replace(module.Config().critic, hidden=hidden))
+    plain, same = "its own eager form" + AS_SHIPPED, "its own eager form" + OUR_SETTING
+    updating = {form: learner(module, config, SEEDS, data, CVL_BATCH, settings) for form, settings in mine.items()}
+    updating[plain] = learner(module, config, SEEDS, data, CVL_BATCH, Settings("cpu", threads, "float32", False))
+    rates = measure(updating, rounds, updates)
+    work = f"{name}'s whole update, critic {'x'.join(map(str, hidden))}, batch {CVL_BATCH}, two seeds"
+    comparisons = []
+    for form, least, aim in ((COMPILED, 2, 3), (BF16, None, None)):
+        if form in mine:
+            row = partial(versus, f"{work}, {FORM[form]}", threads=threads)
+            comparisons.append(row(plain, rates[form], rates[plain], least=least, aim=aim))
+            comparisons.append(row(same, rates[form], rates[EAGER]))
+    return comparisons, forms(f"{work}, {threads} threads", rates, plain)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,8 +6,9 @@
   (the extra `bench`; on the CPU alone). A turn of theirs: all five pass a barrier, then each trains until its seconds
   are over; their rates are added up. Both sides make one update a call, batch 256, twin critic and actor of 256x256,
   each seed sampling from 20,000 transitions of its own, which is part of what is timed.
-* CVL with its defaults, batch 256: five seeds together beside five runs one after the other, which make as many updates
-  a second in all as one of them does alone. On a GPU a step is a CUDA graph on both sides.
+* CVL, batch 256, its critic as in the quickstart and by default: five seeds together beside five runs one after the
+  other, which make as many updates a second in all as one of them does alone. On a GPU a step is a CUDA graph on both
+  sides.
 * Curves: what CVL's and the occupancy critic's update (batch 1024) costs with more and more seeds.
 
 A rate counts one update of one seed as one. Contestants take turns, so that a busy machine slows all alike; a ratio is
@@ -55,7 +56,9 @@ from cvlctl.commands.train import to_device
 from cvlctl.samplers import Data
 from cvlctl.training import Settings
 
-SAC, CVL, CRITIC = sac.Config(), cvl.Config(), occupancy.Config()
+SAC, CRITIC = sac.Config(), occupancy.Config()
+HIDDEN = ((256, 256), (512, 512))  # of CVL's critic: the quickstart's, and the default
+CVL = {"x".join(map(str, hidden)): cvl.Config(critic=occupancy.Config(hidden=hidden)) for hidden in HIDDEN}
 SAC_BATCH, CVL_BATCH, CRITIC_BATCH = 256, 256, 1024  # the recipes' defaults
 WARM_UP = 4  # updates before anything is timed; the first compiles
 PRECISION = {AS_SHIPPED: "float32", OUR_SETTING: "medium"}
@@ -195,20 +198,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     nums = sorted({1, num, *args.seeds})
     data = to_device(synthetic(args.rows), args.device)
-    cvl_rates = rates_by_seeds(cvl, CVL, nums, data, CVL_BATCH, settings, args.rounds, args.updates)
-    critic_rates = rates_by_seeds(occupancy, CRITIC, nums, data, CRITIC_BATCH, settings, args.rounds, args.updates)
     least, aim = (1.5, None) if args.device == "cpu" else (None, 4.0)
-    comparisons.append(
-        versus(
-            f"CVL update, {num} seeds together, {args.device}", f"{num} runs one after the other",
-            cvl_rates[num].tolist(), cvl_rates[1].tolist(), threads=args.threads, least=least, aim=aim,
-        )
-    )  # fmt: skip
     how = f"{args.device}, {args.threads} threads, {'compiled' if settings.compile else 'eager'}, batch "
-    curves = [
-        curve("CVL", cvl_rates, f"{how}{CVL_BATCH}, bank {CVL.bank_size}"),
-        curve("Occupancy critic", critic_rates, f"{how}{CRITIC_BATCH}"),
-    ]
+    curves = []
+    for size, config in CVL.items():
+        rates = rates_by_seeds(cvl, config, nums, data, CVL_BATCH, settings, args.rounds, args.updates)
+        comparisons.append(
+            versus(
+                f"CVL update, critic {size}, {num} seeds together, {args.device}", f"{num} runs one after the other",
+                rates[num].tolist(), rates[1].tolist(), threads=args.threads, least=least, aim=aim,
+            )
+        )  # fmt: skip
+        curves.append(curve(f"CVL, critic {size}", rates, f"{how}{CVL_BATCH}, bank {config.bank_size}"))
+    rates = rates_by_seeds(occupancy, CRITIC, nums, data, CRITIC_BATCH, settings, args.rounds, args.updates)
+    curves.append(curve("Occupancy critic", rates, f"{how}{CRITIC_BATCH}"))
     for one in curves:
         show(one)
     found = {

@@ -66,7 +66,12 @@ def test_critic_script(
 ) -> None:
     critic = script("critic")
     small = ["--threads", "1", "--rounds", "1", "--updates", "1", "--rows", "2000", "--eager-only"]
-    for name, value in (("BATCH", 16), ("CVL_BATCH", 16), ("CRITIC", occupancy.Config(hidden=(16,)))):
+    for name, value in (
+        ("BATCH", 16),
+        ("CVL_BATCH", 16),
+        ("CRITIC", occupancy.Config(hidden=(16,))),
+        ("HIDDEN", [(16,), (8,)]),
+    ):
         monkeypatch.setattr(critic, name, value)
     critic.main([*small, "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
@@ -76,6 +81,8 @@ def test_critic_script(
     forms = {name: numbers for name, *numbers in found["curves"][0]["rows"]}
     assert list(forms) == [*peers, "cvlctl, eager"]
     assert forms[peers[0]][1:] == [1.0, 1.0, 1.0]
+    wholes = [f"{name}'s whole update, critic {size}" for name in ("CVL", "LAEO") for size in (16, 8)]
+    assert [curve["title"].split(", batch")[0] for curve in found["curves"][1:]] == wholes
     assert forms["cvlctl, eager"][1] == pytest.approx(found["comparisons"][0]["ratio"], abs=0.01)
     assert found["settings"]["threads"] == 1
     assert found["machine"]["versions"]["torch"]

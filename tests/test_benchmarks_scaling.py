@@ -39,7 +39,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
 def seeds(script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script, with small networks and batches of ours."""
     found = script("seeds")
-    small = {"SAC": sac.Config(hidden=(16,)), "CVL": SMALL_CVL, "CRITIC": SMALL_CRITIC, "FILLED": 50}
+    small = {"SAC": sac.Config(hidden=(16,)), "CVL": {"16": SMALL_CVL}, "CRITIC": SMALL_CRITIC, "FILLED": 50}
     small |= {"SAC_BATCH": 16, "CVL_BATCH": 16, "CRITIC_BATCH": 16}
     for name, value in small.items():
         monkeypatch.setattr(found, name, value)
@@ -123,7 +123,7 @@ def test_seeds_script_without_stable_baselines3(
     seeds.main([*SEEDS_SMALL, "--json", str(tmp_path / "found.json")])
     assert "left out, it is not installed; pip install -e '.[bench]'" in capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["work"] for row in found["comparisons"]] == ["CVL update, 2 seeds together, cpu"]
+    assert [row["work"] for row in found["comparisons"]] == ["CVL update, critic 16, 2 seeds together, cpu"]
 
 
 def test_smaller_data_are_the_first_episodes_and_no_copy(script: Callable[[str], Any]) -> None:
