@@ -134,7 +134,7 @@ class Pool:
             self._pool: Any = _package().make_gymnasium(
                 name_of(task),
                 num_envs=NUM_SLOTS,
-                num_threads=min(threads or num_cpus(), NUM_SLOTS),
+                num_threads=min(num_cpus() if threads is None else max(1, threads), NUM_SLOTS),
                 env_seed=seeds,
                 max_episode_steps=spec.horizon + 1,
                 **options,

@@ -25,7 +25,7 @@ command can be interrupted and run again: it goes on from where it was saved las
 already.
 
 Exit codes: 0 done, 1 `data verify` or `doctor --parity` found faults, 2 something to mend (two lines say what and how),
-130 interrupted.
+70 a bug of ours, 130 interrupted.
 """
 
 

@@ -239,7 +239,9 @@ def test_evaluated_episodes_are_those_collected(policies: list[Path]) -> None:
     assert some == [rows[3], rows[5]]
 
 
-def test_evaluate_in_envpool(policies: list[Path], tmp_path: Path, capsys: Any) -> None:
+def test_evaluate_in_envpool(
+    policies: list[Path], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain: dict[str, Any] = {"runs": [str(policies[0])], "episodes": 2, "out": tmp_path / "out", "backend": "envpool"}
     for wrong, what in (({"goals": {"from": "x.zarr"}}, "cannot command goals"), ({"device": "cuda"}, "on the CPU")):
         with pytest.raises(ValueError, match=what):
@@ -262,8 +264,26 @@ def test_evaluate_in_envpool(policies: list[Path], tmp_path: Path, capsys: Any) 
     assert "2 of 3 episodes are evaluated already" in capsys.readouterr().err
     whole = evaluate.evaluate(EvaluateRecipe.model_validate(plain | {"episodes": 3, "out": tmp_path / "whole"}))
     assert Path(more["rows"]).read_text() == Path(whole["rows"]).read_text()
+    rows = (tmp_path / "out" / "rows.jsonl").read_bytes()
+    with monkeypatch.context() as patched:  # what is there can be read without EnvPool; more of it needs the same one
+        patched.setitem(sys.modules, "envpool", None)
+        again = evaluate.evaluate(EvaluateRecipe.model_validate(plain | {"episodes": 3}))
+        assert again["status"] == "finished already"
+        with pytest.raises(CvlctlError, match="EnvPool cannot be imported"):
+            evaluate.evaluate(EvaluateRecipe.model_validate(plain | {"episodes": 4}))
+    with monkeypatch.context() as patched:
+        patched.setattr(envpool_backend.metadata, "version", lambda name: "9.9.9")
+        with pytest.raises(
+            CvlctlError, match=f"{HOPPER} was simulated by envpool .*, and now would be by envpool 9.9.9"
+        ):
+            evaluate.evaluate(EvaluateRecipe.model_validate(plain | {"episodes": 4}))
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == rows
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(evaluate, "run_lockstep", lambda *args, **options: pytest.fail("played in gymnasium"))
+    on_gpu = evaluate.evaluate(EvaluateRecipe.model_validate(plain | {"episodes": 4, "device": "auto"}))
+    assert on_gpu["status"] == "evaluated"
     with pytest.raises(CvlctlError, match="backend was envpool, now gymnasium"):
-        evaluate.evaluate(EvaluateRecipe.model_validate(plain | {"episodes": 3, "backend": "gymnasium"}))
+        evaluate.evaluate(EvaluateRecipe.model_validate(plain | {"episodes": 4, "backend": "gymnasium"}))
 
 
 def test_what_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

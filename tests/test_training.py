@@ -480,6 +480,27 @@ def test_auto_decides_by_length_and_by_compiler(monkeypatch: pytest.MonkeyPatch)
             resolve(device="cuda")
 
 
+def test_a_machine_that_cannot_go_on_says_so(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {"threads": 1, "precision": "float32", "compile": "false", "steps": 1, "say": print}
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        patched.setattr(torch.cuda, "device_count", lambda: 2)
+        assert training.resolve_settings(device="cuda:1", **asked).device == "cuda:1"
+        with pytest.raises(CvlctlError, match="device: cuda:2, but PyTorch sees 2 GPUs, from cuda:0 on"):
+            training.resolve_settings(device="cuda:2", **asked)
+    run("bc", store, tmp_path / "run", "steps=1")
+    record = tmp_path / "run" / "run.json"
+    record.write_text(record.read_text().replace("finished", "started"))
+    last = tmp_path / "run" / "checkpoints" / "last.safetensors"
+    state, metadata = checkpoints.load(last)
+    monkeypatch.setattr(training, "have_compiler", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for change, what in (({"device": "cuda"}, "sees no GPU"), ({"compile": True}, "no C.. compiler")):
+        checkpoints.save(last, state, metadata | {"settings": metadata["settings"] | change})
+        with pytest.raises(CvlctlError, match=f"the run began with .*{what}.* here\n.*--force"):
+            run("bc", store, tmp_path / "run", "steps=1")
+
+
 @pytest.mark.skipif(not training.have_compiler(), reason="no C++ compiler")
 @pytest.mark.parametrize("name", ["cvl", *(pytest.param(n, marks=pytest.mark.slow) for n in ALL if n != "cvl")])
 def test_compiled_and_eager_steps_agree(name: str, store: Path, tmp_path: Path) -> None:

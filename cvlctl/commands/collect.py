@@ -31,7 +31,6 @@ from cvlctl.rollout import Outcome, in_words, outcome
 from cvlctl.runs import Progress, Run, read_run, say
 from cvlctl.schema import BuildRecipe, ContrastiveSource, OnlineSource, SacSource
 from cvlctl.store import Store
-from cvlctl.training import Settings
 from cvlctl.types import Episode, Spec
 from cvlctl.writer import StoreWriter
 
@@ -170,7 +169,7 @@ class _Collector:
         self.replay = replay.Replay(source.steps, env.spec, envs.goals(recipe.task))
         if saved is not None:
             state, metadata = saved
-            self.settings = Settings(**metadata["settings"])
+            self.settings = training.saved_settings(metadata["settings"])
             for number, episode in enumerate(writer.episodes()):
                 self._remember(episode, number)
             run.cut_metrics(self.frame)

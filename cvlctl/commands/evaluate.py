@@ -92,7 +92,6 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
             for job in jobs
         ],
         **({} if goals is None else {"goals": hashlib.sha256(goals.tobytes()).hexdigest()}),
-        **({} if recipe.backend == "gymnasium" else {"simulators": _simulators(recipe, jobs)}),
     }  # fmt: skip
     before = _open(recipe, force)
     if before and before.get("goals") != record.get("goals"):
@@ -102,6 +101,8 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
         saved = read_json(recipe.out / "table.json")
         if saved is not None:
             return {"status": "finished already", **paths, **saved}
+    if recipe.backend == "envpool":
+        record["simulators"] = _simulators(recipe, jobs, before)
 
     have = _reusable(recipe, before)
     rows: _JobRows = {}
@@ -145,9 +146,21 @@ def _goal_use(recipe: EvaluateRecipe) -> GoalUse | None:
     return None if goals is None else GoalUse(recipe.out / "goals.npy", goals.columns, goals.within)
 
 
-def _simulators(recipe: EvaluateRecipe, jobs: Sequence[PolicyJob]) -> dict[str, dict[str, str]]:
+def _simulators(
+    recipe: EvaluateRecipe, jobs: Sequence[PolicyJob], before: dict[str, Any] | None
+) -> dict[str, dict[str, str]]:
+    """What simulates each task; it has to be what simulated the rows that are there already."""
     tasks = dict.fromkeys(job.task for job in jobs)
-    return {task: envpool_backend.announced_versions(task, str(recipe.out)) for task in tasks}
+    found = {task: envpool_backend.announced_versions(task, str(recipe.out)) for task in tasks}
+    for task, then in ((before or {}).get("simulators") or {}).items():
+        if then != found.get(task, then):
+            what = f"{recipe.out}: {task} was simulated by {_named(then)}, and now would be by {_named(found[task])}"
+            raise CvlctlError(what, "choose another out, or --force to replace it")
+    return found
+
+
+def _named(simulator: dict[str, str]) -> str:
+    return ", ".join(f"{name} {simulator[name]}" for name in ("envpool", "mujoco") if name in simulator)
 
 
 def _play(recipe: EvaluateRecipe, record: dict[str, Any], rows: _JobRows) -> None:
@@ -262,6 +275,11 @@ def _write_record(out: Path, record: dict[str, Any], status: str) -> None:
 
 
 def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Episodes, OnEpisode], list[EpisodeResult]]:
+    workers = None if recipe.workers == "auto" else recipe.workers
+    if recipe.backend == "envpool":
+        return lambda jobs, episodes, progress: envpool_backend.run_episodes(
+            jobs, episodes=episodes, seed=recipe.seed, threads=workers, progress=progress
+        )
     device = recipe.device
     if device != "cpu":
         import torch
@@ -272,11 +290,6 @@ def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Episodes, 
     if device.startswith("cuda"):
         return lambda jobs, episodes, progress: run_lockstep(
             jobs, episodes=episodes, seed=recipe.seed, device=device, progress=progress
-        )
-    workers = None if recipe.workers == "auto" else recipe.workers
-    if recipe.backend == "envpool":
-        return lambda jobs, episodes, progress: envpool_backend.run_episodes(
-            jobs, episodes=episodes, seed=recipe.seed, threads=workers, progress=progress
         )
     return lambda jobs, episodes, progress: run_episodes(
         jobs, episodes=episodes, seed=recipe.seed, workers=workers, progress=progress

@@ -42,7 +42,7 @@ def window_rows(stores: Sequence[Store], memory_gb: float | str, device: str) ->
         memory_gb: what data may take; "auto" is half of what the device has free (the other half is for what is
             computed with it).
     """
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else free_memory()
     allowed = free / 2 if isinstance(memory_gb, str) else memory_gb * 1e9
     rows, size = sum(store.num_rows for store in stores), row_bytes(stores[0])
     return 0 if rows * size <= allowed else int(allowed // size)

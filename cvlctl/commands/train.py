@@ -217,7 +217,7 @@ def train(
         if status == "resume":
             saved, metadata = checkpoints.load(run.last)
             try:
-                start, settings = int(metadata["step"]), Settings(**metadata["settings"])
+                start, settings = int(metadata["step"]), training.saved_settings(metadata["settings"])
             except (KeyError, TypeError, ValueError) as error:
                 what = f"{run.last}: step or settings are missing or garbled: {error}"
                 raise CvlctlError(what, "the file is damaged: --force starts the run over") from error
