@@ -2,7 +2,7 @@
 # make install   the environment alone, in .venv
 # make test      environment, lint, types, tests, recipe and docs checks, a short end-to-end run
 # make learn     the slow learning tests
-# make bench     measured comparisons with peers, into docs/performance.md (about 35 minutes; leave the machine alone)
+# make bench     measured comparisons with peers, into docs/performance.md (about 40 minutes; leave the machine alone)
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
 VENV ?= .venv

@@ -45,9 +45,18 @@ def test_every_command_is_documented_with_an_example_and_every_option_explained(
         assert all(parameter.help for parameter in command.params), path
 
 
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as they are made of their words."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_lead_somewhere_and_nothing_is_left_to_fill_in() -> None:
     for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")]:
         text = page.read_text()
-        for target in re.findall(r"\]\(([^)#]+)", text):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+            if not target.startswith("http"):
+                place = page.parent / target if target else page
+                assert place.exists(), f"{page}: {target}"
+                assert not anchor or anchor in anchors(place.read_text()), f"{page}: {target}#{anchor}"
         assert not re.search(r"^[A-Z]{6,}$", text, re.M), f"{page}: a placeholder"

@@ -12,7 +12,7 @@ import torch
 from tabular import MDP
 
 import cvlctl
-from cvlctl import recipes
+from cvlctl import recipes, training
 from cvlctl.commands.pretrain import pretrain
 from cvlctl.losses import occupancy_q
 
@@ -35,12 +35,12 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Trained:
     """A critic of one MDP, with the exact answers beside it."""
 
-    def __init__(self, mdp: MDP, store: Path, out: Path, precision: str, critic: dict) -> None:
+    def __init__(self, mdp: MDP, store: Path, out: Path, precision: str, compile: str, critic: dict) -> None:
         path = out / "recipe.yaml"
         path.write_text(f"{{stores: ['{store}'], out: '{out / 'run'}', steps: {STEPS}}}")
         settings = {"gamma": mdp.gamma, "hidden": [128, 128], "latent_dim": 32, **critic}
         overrides = [f"critic.{key}={value}" for key, value in settings.items()]
-        overrides += ["batch_size=256", "threads=1", "compile=false", f"precision={precision}"]
+        overrides += ["batch_size=256", "threads=1", f"compile={compile}", f"precision={precision}"]
         pretrain(recipes.load(path, overrides, "pretrain"))
         self.mdp, self.critic = mdp, cvlctl.load_critic(out / "run")
         opened = cvlctl.open_store(store)
@@ -72,10 +72,11 @@ class Trained:
 def train(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
     cache: dict[str, Trained] = {}
 
-    def trained(make: Callable[[], MDP], precision: str = "auto", **critic: object) -> Trained:
-        key = f"{make.__name__} {precision} {critic}"
+    def trained(make: Callable[[], MDP], precision: str = "auto", compile: str = "false", **critic: object) -> Trained:
+        key = f"{make.__name__} {precision} {compile} {critic}"
         if key not in cache:
-            cache[key] = Trained(make(), stores[make.__name__], tmp_path_factory.mktemp("run"), precision, critic)
+            out = tmp_path_factory.mktemp("run")
+            cache[key] = Trained(make(), stores[make.__name__], out, precision, compile, critic)
         return cache[key]
 
     return trained
@@ -108,16 +109,23 @@ def test_critic_recovers_occupancy_and_q(make, loss: str, train, capsys: pytest.
     assert laeo >= 0.93
 
 
-@pytest.mark.parametrize("make", MDPS)
-def test_in_bf16_the_critic_is_as_good(make, train, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("make", "compile"),
+    [*((make, "false") for make in MDPS), (MDPS[0], "true")],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_in_bf16_the_critic_is_as_good(make, compile: str, train, capsys: pytest.CaptureFixture[str]) -> None:
+    if compile == "true" and not training.have_compiler():
+        pytest.skip("nothing is compiled here")
     found = {}
     for precision in ("auto", "bf16"):
-        t = train(make, precision, loss="info_nce")
+        t = train(make, precision, compile, loss="info_nce")
         occupancy = np.exp(t.log_ratio()) * t.marginal
         off = t.total_variation(occupancy / occupancy.sum(-1, keepdims=True))
         found[precision] = (off, t.correlation(t.q(), t.mdp.q()))
     with capsys.disabled():
-        print(f"\n  {t.mdp.name}: occupancy off, correlation of Q: float32 %.3f %.3f, bf16 %.3f %.3f"
+        how = "compiled" if compile == "true" else "eager"
+        print(f"\n  {t.mdp.name}, {how}: occupancy off, correlation of Q: float32 %.3f %.3f, bf16 %.3f %.3f"
               % (*found["auto"], *found["bf16"]), end="")  # fmt: skip
     assert found["bf16"][0] < found["auto"][0] + 0.02
     assert found["bf16"][1] > found["auto"][1] - 0.01
