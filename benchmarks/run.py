@@ -41,6 +41,8 @@ SCRIPTS: dict[str, list[str]] = {
                  "--rounds", "1"],
     "seeds": ["--threads", "1", "--together", "2", "--seeds", "1", "2", "--rounds", "1", "--seconds", "0.2",
               "--updates", "1", "--rows", "2000", "--eager-only"],
+    "together": ["--threads", "1", "--seeds", "2", "--methods", "TD3+BC", "--rounds", "1", "--updates", "1", "--rows",
+                 "2000", "--eager-only"],
     "scaling": ["--threads", "1", "--transitions", "1000", "2000", "--rounds", "1", "--updates", "1",
                 "--memory-updates", "2", "--eager-only"],
     "backends": ["--tasks", "metaworld/drawer-close-v3", "--episodes", "2", "--rounds", "1"],

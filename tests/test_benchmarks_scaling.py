@@ -175,3 +175,22 @@ def test_scaling_script(
         scaling.main(["--transitions", "1000", "1300"])
     assert "multiples of 500" in capsys.readouterr().err
     assert cvlctl.__version__ == found["machine"]["versions"]["cvlctl"]
+
+
+def test_together_counts_every_seed_s_update(
+    script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    together = script("together")
+    small = ["--threads", "1", "--seeds", "3", "--rounds", "1", "--updates", "1", "--rows", "2000", "--eager-only"]
+    together.main([*small, "--methods", "TD3+BC", "IQL", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [row[0] for row in found["curves"][0]["rows"]] == ["TD3+BC", "IQL"] and len(found["curves"]) == 1
+    assert "3 seeds of each method together" in capsys.readouterr().out
+    # calls a second of both forms; a call is an update of each of three seeds
+    monkeypatch.setattr(together, "best", lambda mine: "fast")
+    monkeypatch.setattr(together, "our_settings", lambda *args: {together.EAGER: EAGER, "fast": EAGER})
+    monkeypatch.setattr(together, "measure", lambda runs, *rest: {together.EAGER: [10.0, 5.0], "fast": [40.0, 20.0]})
+    together.main([*small, "--methods", "CVL", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["curves"][0]["rows"] == [["CVL", 22.5, 90.0, 4, 4, 4, round(1_500_000 / 90 / 60, 1)]]
+    assert (found["comparisons"][0]["ours"], found["comparisons"][0]["ratio"]) == (90, 4)
