@@ -114,7 +114,7 @@ def sb3_model(env: Any, **changes: Any) -> Any:
     from stable_baselines3 import SAC
     from stable_baselines3.common.logger import Logger
 
-    model = SAC("MlpPolicy", env, device="cpu", seed=0, **changes)
+    model = SAC("MlpPolicy", env, device="cpu", **{"seed": 0, **changes})
     model.set_logger(Logger(None, []))
     return model
 
@@ -303,7 +303,7 @@ def _learn_ours(task: str, frames: int, seed: int, learning_starts: int) -> dict
 def _learn_theirs(task: str, frames: int, seed: int, learning_starts: int) -> dict[str, Any]:
     configure(Settings("cpu", torch.get_num_threads(), "float32", False))
     env = Wrapped(task, seed)
-    model = sb3_model(env, buffer_size=frames, learning_starts=learning_starts)
+    model = sb3_model(env, seed=seed, buffer_size=frames, learning_starts=learning_starts)
     begin = time.perf_counter()
     model.learn(frames)
     seconds = time.perf_counter() - begin

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -302,3 +304,58 @@ def test_config_refuses_nonsense() -> None:
     ):
         with pytest.raises(ValueError):
             sac.Config(**wrong)
+
+
+def test_updates_are_those_of_stable_baselines3(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same weights, batches and noise: critics, target, actor and temperature after thirty updates."""
+    pytest.importorskip("stable_baselines3")
+    from stable_baselines3 import SAC
+    from stable_baselines3.common.logger import Logger
+    from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+    config, spec, batch_size = sac.Config(), Spec((3,), 1, 200), 256
+    model = SAC("MlpPolicy", "Pendulum-v1", device="cpu", buffer_size=10, learning_starts=0)
+    model.set_logger(Logger(None, []))
+    state = sac.init(config, spec, [0])
+
+    def linears(modules: Any) -> list[torch.nn.Linear]:
+        return [module for module in modules if isinstance(module, torch.nn.Linear)]
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Their parameter, ours in its layout."""
+        nets = [("", "critic", model.critic), ("target/", "critic", model.critic_target)]
+        for prefix, name, critic in nets:
+            for copy, net in enumerate((critic.qf0, critic.qf1)):
+                for i, layer in enumerate(linears(net)):
+                    yield layer.weight, state[f"{prefix}{name}.{i}.weight"][0, copy].T
+                    yield layer.bias, state[f"{prefix}{name}.{i}.bias"][0, copy, 0]
+        actor, width = model.actor, spec.action_dim
+        for i, layer in enumerate(linears(actor.latent_pi)):
+            yield layer.weight, state[f"actor.{i}.weight"][0].T
+            yield layer.bias, state[f"actor.{i}.bias"][0, 0]
+        for head, part in ((actor.mu, slice(None, width)), (actor.log_std, slice(width, None))):
+            yield head.weight, state["actor.2.weight"][0].T[part]
+            yield head.bias, state["actor.2.bias"][0, 0, part]
+        yield model.log_ent_coef, state["log_temperature"][0]
+
+    for theirs, mine in pairs():
+        theirs.data.copy_(mine)
+    started = [mine.clone() for _, mine in pairs()]
+    g = torch.Generator().manual_seed(0)
+    program, given = training.whole_step(lambda s, b, n: sac.step(config, s, b, n), EAGER), []
+    monkeypatch.setattr(torch.distributions.Normal, "rsample", lambda self: self.loc + self.scale * given.pop(0))
+    for _ in range(30):
+        observation, after = torch.randn((2, 1, batch_size, 3), generator=g)
+        action, reward = 2 * torch.rand((1, batch_size, 1), generator=g) - 1, torch.rand((1, batch_size), generator=g)
+        ended = (torch.rand((1, batch_size), generator=g) < 0.1).float()
+        noise = {name: torch.randn((1, batch_size, 1), generator=g) for name in ("action", "next_action")}
+        sample = ReplayBufferSamples(observation[0], action[0], after[0], ended[0, :, None], reward[0, :, None])
+        monkeypatch.setattr(model.replay_buffer, "sample", lambda *_, sample=sample, **__: sample)
+        given += [noise["action"][0], noise["next_action"][0]]
+        model.train(1, batch_size)
+        batch = TransitionBatch(observation, action, reward, config.gamma * (1 - ended), after)
+        state, _ = program(state, batch, noise)
+        assert not given
+    # as a whole: Adam makes a step of a single weight's rounding error
+    for before, (theirs, mine) in zip(started, pairs(), strict=True):
+        assert (theirs.data - mine).norm() < 0.01 * (mine - before).norm() > 0
