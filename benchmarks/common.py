@@ -64,13 +64,10 @@ def configure(settings: training.Settings) -> None:
     training.configure(replace(settings, compile=False))
 
 
-def our_settings(
-    threads: int, eager_only: bool = False, device: str = "cpu", online: bool = False
-) -> dict[str, training.Settings]:
+def our_settings(threads: int, eager_only: bool = False, device: str = "cpu") -> dict[str, training.Settings]:
     """What cvlctl computes with on this machine, by form: as it chooses by itself, compiled where there is a compiler,
     and compiled with the layers in bfloat16 where the processor multiplies such numbers."""
-    how: dict[str, Any] = {"device": device, "threads": threads, "precision": "auto", "online": online}
-    choose = partial(training.resolve_settings, steps=1, say=print, **how)
+    choose = partial(training.resolve_settings, device=device, threads=threads, precision="auto", steps=1, say=print)
     made = {EAGER: choose(compile="false")}
     if training.have_compiler() and not eager_only:
         made[COMPILED] = choose(compile="true")

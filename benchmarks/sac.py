@@ -239,7 +239,7 @@ def frames_a_second(
 
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     """Updates/s of every form and frames/s of whole collections, beside Stable-Baselines3's."""
-    before, threads, mine = machine(), args.threads, our_settings(args.threads, args.eager_only, online=True)
+    before, threads, mine = machine(), args.threads, our_settings(args.threads, args.eager_only)
     mine.pop(BF16, None)  # not what collects data
     shipped, alike, chosen = PEER + AS_SHIPPED, PEER + OUR_SETTING, best(mine)
     as_shipped = Settings("cpu", threads, "float32", False)

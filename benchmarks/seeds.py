@@ -22,7 +22,6 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -129,7 +128,7 @@ def sb3_apart(num_processes: int) -> Iterator[dict[str, Rate]]:
 
 def sac_comparisons(num_seeds: int, settings: Settings, rounds: int, seconds: float) -> list[dict[str, Any]]:
     training.configure(settings)
-    run = sac_together(num_seeds, replace(settings, fused_bias=False))  # as online
+    run = sac_together(num_seeds, settings)
     run(WARM_UP)
     ours: list[float] = []
     with sb3_apart(num_seeds) as peers:

@@ -21,7 +21,6 @@ State = dict[str, Tensor]
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 _layer_dtype: torch.dtype | None = None  # that layers multiply in; None: their weights' own
-_fused_bias = False
 CLIP = 10.0  # of normalised observations: a dimension that hardly varied in the data must not explode at test time
 
 
@@ -51,16 +50,14 @@ def mlp_init(
 
 
 @contextmanager
-def layers(dtype: torch.dtype | None = None, *, fused_bias: bool = False) -> Iterator[None]:
-    """Within, the layers of all networks multiply in `dtype` (weights, losses and all else stay float32), and compiled
-    ones add their bias in one pass with the ReLU, instead of filling the result with it beforehand."""
-    global _layer_dtype, _fused_bias
-    before = _layer_dtype, _fused_bias
-    _layer_dtype, _fused_bias = dtype, fused_bias
+def layers_in(dtype: torch.dtype) -> Iterator[None]:
+    """Within, the layers of all networks multiply in `dtype`. Weights, losses and all else stay float32."""
+    global _layer_dtype
+    before, _layer_dtype = _layer_dtype, dtype
     try:
         yield
     finally:
-        _layer_dtype, _fused_bias = before
+        _layer_dtype = before
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -71,7 +68,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         members, copies = weight.shape[:2]
         x = x.expand(members, copies, *x.shape[2:]).flatten(0, 1)
         return linear(x, weight.flatten(0, 1), bias.flatten(0, 1)).unflatten(0, (members, copies))
-    if _fused_bias and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and weight.shape[-1] > 1:
+        # one pass for bias and ReLU, instead of one that fills the result with the bias beforehand: the same bits, but
+        # not at width 1, where the compiler makes a sum of the product
         return torch.bmm(x, weight) + bias
     return torch.baddbmm(bias, x, weight)
 

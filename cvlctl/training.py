@@ -42,7 +42,6 @@ class Settings:
     precision: str  # "float32", the library's default; "medium": oneDNN on a CPU, TF32 on a GPU; "bf16": the layers
     compile: bool
     window_rows: int = 0  # of stores that do not fit in memory; 0: they do
-    fused_bias: bool = False  # compiled layers add it with the ReLU: up to a tenth faster, other bits
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,20 +54,9 @@ def have_compiler() -> bool:
 
 
 def resolve_settings(
-    *,
-    device: str,
-    threads: int | str,
-    precision: str,
-    compile: str,
-    steps: int,
-    say: Callable[[str], None],
-    online: bool = False,
+    *, device: str, threads: int | str, precision: str, compile: str, steps: int, say: Callable[[str], None]
 ) -> Settings:
     """Decide what "auto" means on this machine for a run of `steps` updates, and say so where a user could wonder.
-
-    Args:
-        online: the learner collects data. It keeps the bits that it always had: one rounded otherwise acts otherwise
-            sooner or later, and collects another replay than the one that results were published on.
 
     Raises:
         CvlctlError: where a GPU or a compiler is asked for and there is none.
@@ -88,7 +76,7 @@ def resolve_settings(
         precision = "medium" if _medium_is_float32(where) else "float32"
     if precision == "bf16" and where == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         say("precision: bf16, but this CPU has no such instructions: float32 is faster here")
-    return Settings(where, num_threads, precision, whole_step, fused_bias=whole_step and not online)
+    return Settings(where, num_threads, precision, whole_step)
 
 
 def saved_settings(saved: dict[str, Any]) -> Settings:
@@ -226,12 +214,11 @@ Program = Callable[[State, Any, Any], tuple[State, Metrics]]
 def whole_step(step: Program, settings: Settings) -> Program:
     """`step(state, batch, noise)` as one program: eager, compiled as a whole, or on a GPU captured in a CUDA graph."""
     program = _program(step, settings)
-    dtype = torch.bfloat16 if settings.precision == "bf16" else None
-    if dtype is None and not settings.fused_bias:
+    if settings.precision != "bf16":
         return program
 
     def run(state: State, batch: Any, noise: Any) -> tuple[State, Metrics]:
-        with networks.layers(dtype, fused_bias=settings.fused_bias):
+        with networks.layers_in(torch.bfloat16):
             return program(state, batch, noise)
 
     return run

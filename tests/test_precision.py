@@ -24,7 +24,7 @@ def test_layers_multiply_rounded_numbers_and_add_them_up_in_float32() -> None:
     params = {"net.0.weight": weight, "net.0.bias": bias, "net.1.weight": torch.ones(1, 1, 1), "net.1.bias": bias}
     exact = 258 * (1 + 2.0**-9)
     assert networks.mlp(params, "net", x).flatten().tolist() == [exact, exact]
-    with networks.layers(torch.bfloat16):
+    with networks.layers_in(torch.bfloat16):
         rounded = networks.mlp(params, "net", x)
     assert rounded.dtype == torch.float32
     assert rounded.flatten().tolist() == [258.0, 258.0]
@@ -40,7 +40,7 @@ def test_gradients_are_those_of_float32_to_three_digits(layer_norm: bool) -> Non
         return networks.mlp(params, "net", x).square().sum(), {}
 
     exact, _ = training.value_and_grad(loss, state, list(state))
-    with networks.layers(torch.bfloat16):
+    with networks.layers_in(torch.bfloat16):
         rounded, _ = training.value_and_grad(loss, state, list(state))
     for name, grad in exact.items():
         assert rounded[name].dtype == torch.float32
@@ -83,37 +83,21 @@ def test_after_a_failed_step_the_process_is_as_it_was() -> None:
     assert networks.linear(x, torch.ones(1, 1, 1), torch.zeros(1, 1, 1)).item() == 1 + 2.0**-9
 
 
-def test_offline_runs_fuse_the_bias_and_online_ones_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "have_compiler", lambda: True)
-    resolve = partial(training.resolve_settings, device="cpu", threads=1, precision="auto", steps=1, say=print)
-    assert resolve(compile="true").fused_bias
-    assert not resolve(compile="true", online=True).fused_bias and not resolve(compile="false").fused_bias
-    old = {"device": "cpu", "threads": 1, "precision": "medium", "compile": True, "window_rows": 0}
-    assert not Settings(**old).fused_bias  # a checkpoint of before: its run goes on with the bits that it had
-
-
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_fused_or_not_a_compiled_layer_is_the_same_but_for_rounding(precision: str) -> None:
-    if not training.have_compiler():
-        pytest.skip("nothing is compiled here")
+@pytest.mark.skipif(not training.have_compiler(), reason="nothing is compiled here")
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_compiled_layer_has_the_bits_of_an_eager_one(width: int) -> None:
+    """Online learners act on what they compute: one that rounds otherwise collects another replay sooner or later."""
     g = torch.Generator().manual_seed(0)
-    state = networks.mlp_init("net", [0, 1], [5, 16, 3], copies=2)
-    x, given = torch.randn(2, 1, 64, 5, generator=g), dict(state)
-    seen: list[bool] = []
-
-    def step(state: Any, batch: Any, noise: Any) -> Any:
-        seen.append(networks._fused_bias)
-        return {"y": networks.mlp(state, "net", batch)}, {}
-
-    found = {}
-    for compiled, fused in ((False, True), (True, False), (True, True)):
-        program = training.whole_step(partial(step), Settings("cpu", 1, precision, compiled, fused_bias=fused))
-        found[compiled, fused] = program(given, x, None)[0]["y"]
-    assert True in seen and False in seen and not networks._fused_bias
-    with networks.layers(torch.bfloat16 if precision == "bf16" else None):
-        assert torch.equal(found[False, True], networks.mlp(given, "net", x))  # eager: one product with the bias in it
-    for one in found.values():
-        torch.testing.assert_close(one, found[False, True], atol=1e-5 if precision == "float32" else 0.02, rtol=0)
+    state = networks.mlp_init("net", [0, 1], [5, 64, width], copies=2)
+    x = torch.randn(2, 1, 64, 5, generator=g)
+    settings = Settings("cpu", 1, "medium", True)
+    program = training.whole_step(lambda s, batch, noise: ({"y": networks.mlp(s, "net", batch)}, {}), settings)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(program(state, x, None)[0]["y"], networks.mlp(state, "net", x))
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_auto_never_rounds_and_a_cpu_without_the_instructions_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,7 +181,7 @@ class _Collector:
             threads = 1 if recipe.threads == "auto" else recipe.threads
             self.settings = training.resolve_settings(
                 device=recipe.device, threads=threads, precision=recipe.precision, compile=recipe.compile,
-                steps=(source.steps - source.learning_starts) // source.update_every, say=say, online=True,
+                steps=(source.steps - source.learning_starts) // source.update_every, say=say,
             )  # fmt: skip
         training.configure(self.settings)
         self.state = {name: value.to(self.settings.device) for name, value in state.items()}
