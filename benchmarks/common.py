@@ -35,6 +35,7 @@ from cvlctl.types import Spec
 from cvlctl.version import versions
 
 SPEC = Spec((39,), 4, 500)  # Metaworld's
+HIDDEN = ((256, 256), (512, 512))  # of CVL's and LAEO's critics: the quickstart's, and the default
 AS_SHIPPED, OUR_SETTING = ", as shipped", ", our matmul setting"  # what a peer computes with
 EAGER, COMPILED, BF16 = "cvlctl, eager", "cvlctl, whole step compiled", "cvlctl, whole step compiled, bf16"
 FORM = {EAGER: "eager", COMPILED: "compiled", BF16: "compiled, bf16"}  # in the name of a comparison's work
@@ -44,7 +45,7 @@ Contestant = Callable[[int], None]  # makes n updates
 
 
 def synthetic(rows: int) -> Data:
-    """Random episodes of 500 steps, `rows` rows in all, in memory."""
+    """Random episodes of 500 steps, `rows` rows in all, in memory; the first thousand states are success examples."""
     rng = np.random.default_rng(0)
     num_episodes = max(2, rows // (SPEC.horizon + 1))
     ends = np.arange(1, num_episodes + 1) * (SPEC.horizon + 1)
@@ -54,7 +55,7 @@ def synthetic(rows: int) -> Data:
     where = samplers.layout(ends, np.zeros(num_episodes, dtype=bool))
     return Data(
         torch.from_numpy(observation), torch.from_numpy(action), torch.from_numpy(reward).unsqueeze(0), where,
-        torch.arange(len(where.row)), torch.zeros(0, *SPEC.observation_shape),
+        torch.arange(len(where.row)), torch.from_numpy(observation[:1000]),
     )  # fmt: skip
 
 
@@ -79,6 +80,16 @@ def our_settings(threads: int, eager_only: bool = False, device: str = "cpu") ->
 def best(mine: dict[str, training.Settings]) -> str:
     """The form that cvlctl chooses for a long run, of those in `our_settings`."""
     return COMPILED if COMPILED in mine else EAGER
+
+
+def with_critic(module: ModuleType, hidden: tuple[int, ...]) -> Any:
+    """The Config of CVL or LAEO with a critic of this size."""
+    return module.Config(critic=replace(module.Config().critic, hidden=hidden))
+
+
+def size_of(hidden: Sequence[int]) -> str:
+    """As people write it: 256x256."""
+    return "x".join(map(str, hidden))
 
 
 def updates_from(

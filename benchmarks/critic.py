@@ -15,7 +15,6 @@ CVL and LAEO train critic and actor, as without a pretrained critic; no peer has
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -32,6 +31,7 @@ from common import (
     COMPILED,
     EAGER,
     FORM,
+    HIDDEN,
     OUR_SETTING,
     SPEC,
     Contestant,
@@ -45,8 +45,10 @@ from common import (
     our_settings,
     parser,
     show,
+    size_of,
     synthetic,
     versus,
+    with_critic,
 )
 from torch import Tensor, nn
 
@@ -60,10 +62,8 @@ from cvlctl.types import Spec
 CRITIC = occupancy.Config()  # InfoNCE, 512x512->64
 SEEDS = [0, 1]
 BATCH, CVL_BATCH = 1024, 256  # the recipes' defaults: pretrain, finetune
-LAEO_EXAMPLES = 1000  # success examples to draw from
 PEER = "plain eager PyTorch"
 WHOLE = {"CVL": cvl, "LAEO": laeo}
-HIDDEN = ((256, 256), (512, 512))  # of their critics: the quickstart's, and the default
 
 
 class PlainCritic(nn.Module):
@@ -138,7 +138,6 @@ def theirs(data: Data, config: occupancy.Config, batch_size: int, settings: Sett
 def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bool = False) -> dict[str, Any]:
     """All comparisons, every form's rates, and the state of the machine before and after."""
     before, data, mine = machine(), synthetic(rows), our_settings(threads, eager_only)
-    data = data._replace(examples=data.observation[:LAEO_EXAMPLES])
     shipped, alike, chosen = PEER + AS_SHIPPED, PEER + OUR_SETTING, best(mine)
     contestants = {
         shipped: theirs(data, CRITIC, BATCH, Settings("cpu", threads, "float32", False)),
@@ -146,8 +145,7 @@ def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bo
     }
     contestants |= {form: learner(occupancy, CRITIC, SEEDS, data, BATCH, settings) for form, settings in mine.items()}
     rates = measure(contestants, rounds, updates)
-    size = "x".join(map(str, CRITIC.hidden)) + f"->{CRITIC.latent_dim}"
-    work = f"InfoNCE critic, {size}, batch {BATCH}, two seeds"
+    work = f"InfoNCE critic, {size_of(CRITIC.hidden)}->{CRITIC.latent_dim}, batch {BATCH}, two seeds"
     comparisons = [
         versus(f"{work}, {FORM[chosen]}", shipped, rates[chosen], rates[shipped], threads=threads, least=2),
         versus(f"{work}, {FORM[chosen]}", alike, rates[chosen], rates[alike], threads=threads),
@@ -182,12 +180,12 @@ def whole_update(
     updates: int,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Critic and actor, the critic of this size, beside the same step as PyTorch runs it by itself."""
-    config = module.Config(critic=replace(module.Config().critic, hidden=hidden))
+    config = with_critic(module, hidden)
     plain, same = "its own eager form" + AS_SHIPPED, "its own eager form" + OUR_SETTING
     updating = {form: learner(module, config, SEEDS, data, CVL_BATCH, settings) for form, settings in mine.items()}
     updating[plain] = learner(module, config, SEEDS, data, CVL_BATCH, Settings("cpu", threads, "float32", False))
     rates = measure(updating, rounds, updates)
-    work = f"{name}'s whole update, critic {'x'.join(map(str, hidden))}, batch {CVL_BATCH}, two seeds"
+    work = f"{name}'s whole update, critic {size_of(hidden)}, batch {CVL_BATCH}, two seeds"
     comparisons = []
     for form, least, aim in ((COMPILED, 2, 3), (BF16, None, None)):
         if form in mine:

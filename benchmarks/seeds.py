@@ -33,6 +33,7 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 import numpy as np
 from common import (
     AS_SHIPPED,
+    HIDDEN,
     OUR_SETTING,
     Contestant,
     best,
@@ -43,23 +44,26 @@ from common import (
     our_settings,
     parser,
     show,
+    size_of,
     spread,
     synthetic,
     versus,
+    with_critic,
 )
+from sac import BATCH as SAC_BATCH
+from sac import CONFIG as SAC
 from sac import FILLED, theirs
 from sac import ours as sac_learner
 
 from cvlctl import training
-from cvlctl.algorithms import cvl, occupancy, sac
+from cvlctl.algorithms import cvl, occupancy
 from cvlctl.commands.train import to_device
 from cvlctl.samplers import Data
 from cvlctl.training import Settings
 
-SAC, CRITIC = sac.Config(), occupancy.Config()
-HIDDEN = ((256, 256), (512, 512))  # of CVL's critic: the quickstart's, and the default
-CVL = {"x".join(map(str, hidden)): cvl.Config(critic=occupancy.Config(hidden=hidden)) for hidden in HIDDEN}
-SAC_BATCH, CVL_BATCH, CRITIC_BATCH = 256, 256, 1024  # the recipes' defaults
+CRITIC = occupancy.Config()
+CVL = {size_of(hidden): with_critic(cvl, hidden) for hidden in HIDDEN}
+CVL_BATCH, CRITIC_BATCH = 256, 1024  # the recipes' defaults
 WARM_UP = 4  # updates before anything is timed; the first compiles
 PRECISION = {AS_SHIPPED: "float32", OUR_SETTING: "medium"}
 

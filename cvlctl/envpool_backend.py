@@ -252,6 +252,7 @@ def run_episodes(
         CvlctlError: what a user can mend in a checkpoint or task; see `check` and `Pool.step` too.
     """
     numbers, rows = numbers_of(jobs, episodes), list[EpisodeResult]()
+    num_wanted = sum(map(len, numbers))
     env_of = lru_cache(maxsize=1)(lambda task, horizon: envs.make(task, 0, horizon))
     for job, wanted in zip(jobs, numbers, strict=True):
         env, policy = env_of(job.task, job.horizon), load_policy(job.checkpoint, job.seed)
@@ -268,7 +269,7 @@ def run_episodes(
                 successes = [None] * len(episode) if episode.successes is None else episode.successes.tolist()
                 rows.append(result_row(job, number, episode.rewards.tolist(), successes))
                 if progress:
-                    progress(len(rows), sum(map(len, numbers)), rows[-1])
+                    progress(len(rows), num_wanted, rows[-1])
     return rows
 
 

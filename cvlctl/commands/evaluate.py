@@ -152,7 +152,7 @@ def _simulators(
     """What simulates each task; it has to be what simulated the rows that are there already."""
     tasks = dict.fromkeys(job.task for job in jobs)
     found = {task: envpool_backend.announced_versions(task, str(recipe.out)) for task in tasks}
-    for task, then in ((before or {}).get("simulators") or {}).items():
+    for task, then in (before or {}).get("simulators", {}).items():
         if then != found.get(task, then):
             what = f"{recipe.out}: {task} was simulated by {_named(then)}, and now would be by {_named(found[task])}"
             raise CvlctlError(what, "choose another out, or --force to replace it")
