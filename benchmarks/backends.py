@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from cvlctl import envpool_backend, envs
-from cvlctl.policies import RandomPolicy
-from cvlctl.rollout import collect_episode
+from cvlctl.play import envpool, envs
+from cvlctl.play.policies import RandomPolicy
+from cvlctl.play.rollout import collect_episode
+from cvlctl.play.workers import share_out
 from cvlctl.types import Spec
-from cvlctl.workers import share_out
 
 TASKS = ("metaworld/pick-place-v3", "metaworld/drawer-close-v3")
 PROCESSES = 2  # and threads of EnvPool
@@ -57,7 +57,7 @@ def in_envpool(task: str, spec: Spec, episodes: int) -> Done:
         begun.append((time.perf_counter(), time.process_time()))  # the first time, all starts are there
         return RandomPolicy(spec, 0, number)
 
-    steps = sum(map(len, envpool_backend.collect(task, spec, 0, act_of, total=episodes, threads=PROCESSES)))
+    steps = sum(map(len, envpool.collect(task, spec, 0, act_of, total=episodes, threads=PROCESSES)))
     begin, cpu = begun[0]
     return {"steps": steps, "seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
 
@@ -86,7 +86,7 @@ def benchmark(tasks: Sequence[str], episodes: int, rounds: int) -> dict[str, Any
             comparisons.append(row)
     return {
         "comparisons": comparisons, "episodes": episodes, "tasks": found,
-        "envpool": envpool_backend.versions(tasks[0]),
+        "envpool": envpool.versions(tasks[0]),
         "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 

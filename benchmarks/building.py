@@ -17,9 +17,9 @@ from typing import Any
 
 from common import finish, machine, parser, versus
 
-from cvlctl.commands.build_many import build_many
-from cvlctl.schema import BuildManyRecipe, BuildRecipe
-from cvlctl.store import open_store
+from cvlctl.collect.build_many import build_many
+from cvlctl.collect.recipe import BuildManyRecipe, BuildRecipe
+from cvlctl.data.store import open_store
 
 TASKS = ("metaworld/window-open-v3", "metaworld/drawer-open-v3")
 

@@ -26,11 +26,13 @@ import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to w
 import numpy as np
 import torch
 
-from cvlctl import samplers, training
-from cvlctl.commands.train import batches
+from cvlctl.data import samplers
+from cvlctl.data.samplers import Data, batches
+from cvlctl.learn import settings as settings_module
+from cvlctl.learn.networks import State
+from cvlctl.learn.programs import Program, programs_of
+from cvlctl.learn.settings import Settings, have_compiler, resolve_settings
 from cvlctl.machine import cpu_name, num_cpus
-from cvlctl.networks import State
-from cvlctl.samplers import Data
 from cvlctl.types import Spec
 from cvlctl.version import versions
 
@@ -59,25 +61,25 @@ def synthetic(rows: int) -> Data:
     )  # fmt: skip
 
 
-def configure(settings: training.Settings) -> None:
+def configure(settings: Settings) -> None:
     """Threads and precision of a contestant whose turn it is. Not what `training.configure` does besides before a
     compiled run: forget all compiled programs, which would put their compilation into every round."""
-    training.configure(replace(settings, compile=False))
+    settings_module.configure(replace(settings, compile=False))
 
 
-def our_settings(threads: int, eager_only: bool = False, device: str = "cpu") -> dict[str, training.Settings]:
+def our_settings(threads: int, eager_only: bool = False, device: str = "cpu") -> dict[str, Settings]:
     """What cvlctl computes with on this machine, by form: as it chooses by itself, compiled where there is a compiler,
     and compiled with the layers in bfloat16 where the processor multiplies such numbers."""
-    choose = partial(training.resolve_settings, device=device, threads=threads, precision="auto", steps=1, say=print)
+    choose = partial(resolve_settings, device=device, threads=threads, precision="auto", steps=1, say=print)
     made = {EAGER: choose(compile="false")}
-    if training.have_compiler() and not eager_only:
+    if have_compiler() and not eager_only:
         made[COMPILED] = choose(compile="true")
         if torch.cpu._is_avx512_bf16_supported():
             made[BF16] = replace(made[COMPILED], precision="bf16")
     return made
 
 
-def best(mine: dict[str, training.Settings]) -> str:
+def best(mine: dict[str, Settings]) -> str:
     """The form that cvlctl chooses for a long run, of those in `our_settings`."""
     return COMPILED if COMPILED in mine else EAGER
 
@@ -97,8 +99,8 @@ def updates_from(
     draws: samplers.Draws,
     seeds: Sequence[int],
     state: State,
-    programs: Sequence[training.Program],
-    settings: training.Settings,
+    programs: Sequence[Program],
+    settings: Settings,
 ) -> Contestant:
     """n updates of all seeds by the training loop's own pieces: draws in blocks, gather, one program for all of them
     (one of several where the actor learns more rarely)."""
@@ -116,11 +118,11 @@ def updates_from(
 
 
 def learner(
-    module: ModuleType, config: Any, seeds: Sequence[int], data: Data, batch_size: int, settings: training.Settings
+    module: ModuleType, config: Any, seeds: Sequence[int], data: Data, batch_size: int, settings: Settings
 ) -> Contestant:
     """The same of a learner from its first state on."""
     state = {name: value.to(settings.device) for name, value in module.init(config, SPEC, seeds, data).items()}
-    programs = training.programs(module, config, settings)
+    programs = programs_of(module, config, settings)
     return updates_from(data, module.draws(config, SPEC, batch_size), seeds, state, programs, settings)
 
 

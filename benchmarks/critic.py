@@ -52,11 +52,11 @@ from common import (
 )
 from torch import Tensor, nn
 
-from cvlctl import samplers
-from cvlctl.algorithms import cvl, laeo, occupancy
-from cvlctl.networks import State
-from cvlctl.samplers import Data
-from cvlctl.training import Settings
+from cvlctl.data import samplers
+from cvlctl.data.samplers import Data
+from cvlctl.learn.algorithms import cvl, laeo, occupancy
+from cvlctl.learn.networks import State
+from cvlctl.learn.settings import Settings
 from cvlctl.types import Spec
 
 CRITIC = occupancy.Config()  # InfoNCE, 512x512->64

@@ -32,9 +32,12 @@ import torch
 from common import finish, machine, parser, versus
 from torch import Tensor, nn
 
-from cvlctl import checkpoints, envpool_backend, envs, networks
-from cvlctl.networks import State
-from cvlctl.rollout import EVALUATION_SEED, PolicyJob, run_episodes
+from cvlctl import checkpoints
+from cvlctl.learn import networks
+from cvlctl.learn.networks import State
+from cvlctl.play import envpool, envs
+from cvlctl.play.players import run_episodes
+from cvlctl.play.rollout import EVALUATION_SEED, PolicyJob
 
 TASKS = ("metaworld/drawer-close-v3", "metaworld/pick-place-v3")
 HIDDEN = (256, 256)
@@ -108,7 +111,7 @@ def ours(task: str, checkpoint: Path, episodes: int, workers: int) -> list[float
 def ours_in_envpool(task: str, checkpoint: Path, episodes: int, threads: int) -> list[float]:
     """The same of as many episodes of EnvPool's own, of the same length."""
     job = PolicyJob("random", task, 0, 0, checkpoint)
-    return [row.episode_return for row in envpool_backend.run_episodes([job], episodes=episodes, threads=threads)]
+    return [row.episode_return for row in envpool.run_episodes([job], episodes=episodes, threads=threads)]
 
 
 def stable_baselines3(task: str, model: Any, episodes: int) -> list[float]:

@@ -2,9 +2,9 @@
 
     python benchmarks/importing.py [--transitions 1000000] [--frames 500000] [--rounds 5] [--json importing.json]
 
-Import: `cvlctl.formats.import_store` (episodes cut and checked, digests of the file and of every array, durable on the
-disk) against h5py reading the same arrays whole and zarr writing what a store holds, with the store's codecs. The file
-is synthetic, of Hopper's size, compressed by gzip as D4RL's are.
+Import: `cvlctl.data.formats.import_store` (episodes cut and checked, digests of the file and of every array,
+durable on the disk) against h5py reading the same arrays whole and zarr writing what a store holds, with the store's
+codecs. The file is synthetic, of Hopper's size, compressed by gzip as D4RL's are.
 
 Load: all arrays of a store of Metaworld frames (random actions; or --store, one of yours) into memory, against Minari
 (the extra `bench`) iterating over the same episodes, in a dataset that Minari itself wrote. `size` is that on the disk.
@@ -36,11 +36,12 @@ from common import Contestant, finish, machine, measure, parser, versus
 from numcodecs import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from cvlctl import envs, formats
-from cvlctl.policies import RandomPolicy
-from cvlctl.rollout import collect_episode
-from cvlctl.store import Store, open_store
-from cvlctl.writer import CHUNK_ROWS, write_store
+from cvlctl.data import formats
+from cvlctl.data.store import Store, open_store
+from cvlctl.data.writer import CHUNK_ROWS, write_store
+from cvlctl.play import envs
+from cvlctl.play.policies import RandomPolicy
+from cvlctl.play.rollout import collect_episode
 
 TASK = "metaworld/drawer-close-v3"
 RAW, IMPORT = "h5py reads, zarr writes", "cvlctl imports"

@@ -1,4 +1,4 @@
-"""Measure the returns that normalised scores refer to, and write cvlctl/references.json.
+"""Measure the returns that normalised scores refer to, and write cvlctl/play/references.json.
 
 For each Metaworld task: uniformly random actions (min; 50 episodes, each goal once, since luck decides much there) and
 the scripted expert (max; 10 episodes), the first of the same stream. For locomotion: D4RL's constants, copied here.
@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from cvlctl.envs import list_tasks, make, scripted_policy
-from cvlctl.policies import RandomPolicy
-from cvlctl.rollout import EVALUATION_SEED, collect_episode
-from cvlctl.workers import share_out
+from cvlctl.play.envs import list_tasks, make, scripted_policy
+from cvlctl.play.policies import RandomPolicy
+from cvlctl.play.rollout import EVALUATION_SEED, collect_episode
+from cvlctl.play.workers import share_out
 
 RANDOM_EPISODES, SCRIPTED_EPISODES = 50, 10
 
@@ -58,7 +58,7 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "cvlctl" / "references.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "cvlctl" / "play" / "references.json")
     options = parser.parse_args()
 
     names = [task for task in list_tasks() if task.startswith("metaworld/")]

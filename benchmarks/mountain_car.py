@@ -31,11 +31,11 @@ import numpy as np
 from scipy.spatial import cKDTree
 from scipy.stats import pearsonr, spearmanr
 
-from cvlctl import recipes
-from cvlctl.commands.build_dataset import build
-from cvlctl.commands.pretrain import pretrain
+from cvlctl.collect.build import build
+from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
-from cvlctl.store import Store
+from cvlctl.experiments.commands import load
+from cvlctl.learn.pretrain import pretrain
 from cvlctl.types import Episode
 
 ROOT = Path(__file__).parents[1]
@@ -172,7 +172,7 @@ def compare(
         resamples: of the episodes; force: train the critic again.
     """
     if store is None:
-        store = Path(build(recipes.load(BUILD, kind="build-dataset"))["path"])
+        store = Path(build(load(BUILD, kind="build-dataset"))["path"])
     replay = cvlctl.open_store(store)
     episodes = list(replay.episodes())
     order = np.random.default_rng(0).permutation(len(episodes))
@@ -191,7 +191,7 @@ def compare(
         )
     run = out / "critic"
     places = [f"stores=[{json.dumps(str(train_path))}]", f"out={run}"]
-    recipe = recipes.load(PRETRAIN, [*overrides, *places], "pretrain")
+    recipe = load(PRETRAIN, [*overrides, *places], "pretrain")
     pretrain(recipe, force=force)
 
     gamma = recipe.critic.gamma

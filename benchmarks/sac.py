@@ -49,15 +49,17 @@ from common import (
     versus,
 )
 
-from cvlctl import envs, replay, training
-from cvlctl.algorithms import sac
-from cvlctl.commands.build_dataset import build
-from cvlctl.policies import load_policy
-from cvlctl.rollout import EVALUATION_SEED, collect_episode
-from cvlctl.runs import Progress
-from cvlctl.schema import BuildRecipe
-from cvlctl.store import open_store
-from cvlctl.training import Settings
+from cvlctl.collect import replay
+from cvlctl.collect.build import build
+from cvlctl.collect.recipe import BuildRecipe
+from cvlctl.data.store import open_store
+from cvlctl.learn.algorithms import sac
+from cvlctl.learn.programs import whole_step
+from cvlctl.learn.settings import Settings
+from cvlctl.play import envs
+from cvlctl.play.policies import load_policy
+from cvlctl.play.rollout import EVALUATION_SEED, collect_episode
+from cvlctl.progress import Progress
 from cvlctl.types import Episode
 
 CONFIG, BATCH = sac.Config(), 256
@@ -130,7 +132,7 @@ def ours(
     and each seed samples from `filled` transitions of its own."""
     seeds = list(range(num_seeds))
     state, wanted = sac.init(config, SPEC, seeds), sac.draws(config, SPEC, batch_size)
-    program = training.whole_step(partial(sac.step, config), settings)
+    program = whole_step(partial(sac.step, config), settings)
     buffer = replay.Replay(num_seeds * filled, SPEC)
     rng = np.random.default_rng(0)
     for _ in range(num_seeds * filled):

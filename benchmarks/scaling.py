@@ -42,11 +42,11 @@ from common import (
 )
 from streaming import episodes, train
 
-from cvlctl import training
-from cvlctl.algorithms import cvl
-from cvlctl.commands.stream import row_bytes
-from cvlctl.samplers import Data, Layout
-from cvlctl.training import Settings
+from cvlctl.data.samplers import Data, Layout
+from cvlctl.data.stream import row_bytes
+from cvlctl.learn.algorithms import cvl
+from cvlctl.learn.programs import programs_of
+from cvlctl.learn.settings import Settings, configure
 
 SIZES = [100_000, 500_000, 1_000_000, 2_000_000, 5_000_000]  # transitions: whole episodes of 500
 CVL = cvl.Config()
@@ -69,14 +69,14 @@ def contestants(data: Data, sizes: Sequence[int], settings: Settings) -> dict[st
     """Functions that make n updates from so much of the data, all of the same networks."""
     draws = cvl.draws(CVL, SPEC, BATCH)
     state = cvl.init(CVL, SPEC, [0], beginning(data, min(sizes)))
-    programs = training.programs(cvl, CVL, settings)
+    programs = programs_of(cvl, CVL, settings)
     return {str(n): updates_from(beginning(data, n), draws, [0], state, programs, settings) for n in sizes}
 
 
 def speed(sizes: Sequence[int], settings: Settings, rounds: int, updates: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The curve of updates/s, and the comparison of its ends."""
     data = synthetic(max(sizes) // SPEC.horizon * (SPEC.horizon + 1))
-    training.configure(settings)
+    configure(settings)
     rates = measure(contestants(data, sizes, settings), rounds, updates)
     base = np.array(rates[str(sizes[0])])
     rows = []

@@ -55,11 +55,10 @@ from sac import CONFIG as SAC
 from sac import FILLED, theirs
 from sac import ours as sac_learner
 
-from cvlctl import training
-from cvlctl.algorithms import cvl, occupancy
-from cvlctl.commands.train import to_device
-from cvlctl.samplers import Data
-from cvlctl.training import Settings
+from cvlctl.data.load import to_device
+from cvlctl.data.samplers import Data
+from cvlctl.learn.algorithms import cvl, occupancy
+from cvlctl.learn.settings import Settings, configure
 
 CRITIC = occupancy.Config()
 CVL = {size_of(hidden): with_critic(cvl, hidden) for hidden in HIDDEN}
@@ -131,7 +130,7 @@ def sb3_apart(num_processes: int) -> Iterator[dict[str, Rate]]:
 
 
 def sac_comparisons(num_seeds: int, settings: Settings, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    training.configure(settings)
+    configure(settings)
     run = sac_together(num_seeds, settings)
     run(WARM_UP)
     ours: list[float] = []
@@ -162,7 +161,7 @@ def rates_by_seeds(
     updates: int,
 ) -> dict[int, np.ndarray]:
     """Updates/s (rounds,) of all seeds together, by their number."""
-    training.configure(settings)  # forgets the programs of others, of which torch keeps eight at most
+    configure(settings)  # forgets the programs of others, of which torch keeps eight at most
     runs = {str(num): learner(module, config, range(num), data, batch_size, settings) for num in nums}
     return {int(num): int(num) * np.array(found) for num, found in measure(runs, rounds, updates, WARM_UP).items()}
 

@@ -22,15 +22,15 @@ import numpy as np
 from common import finish, machine, parser, versus
 
 import cvlctl
-from cvlctl.commands.stream import row_bytes
+from cvlctl.data.stream import row_bytes
 
 LENGTH = 500
 # the peak by VmHWM (Linux alone): what getrusage tells of a process may be the peak of the one that started it
 CHILD = """
 import json, pathlib, re, sys
-from cvlctl import recipes
-from cvlctl.commands.pretrain import pretrain
-result = pretrain(recipes.load(sys.argv[1], [], "pretrain"))
+from cvlctl.experiments import commands
+from cvlctl.learn.pretrain import pretrain
+result = pretrain(commands.load(sys.argv[1], [], "pretrain"))
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]
 print(json.dumps({"updates_per_second": result["updates_per_second"], "megabytes": round(int(peak) * 1024 / 1e6)}))
 """

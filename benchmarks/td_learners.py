@@ -63,17 +63,20 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cvlctl import envs, report, samplers, scores, training
-from cvlctl.algorithms import ALGORITHMS, cql, iql, td3_bc
-from cvlctl.commands import train
-from cvlctl.commands.finetune import finetune
-from cvlctl.envs import Act
-from cvlctl.policies import load_policy
-from cvlctl.rollout import EVALUATION_SEED, collect_episode, outcome
-from cvlctl.samplers import Data
-from cvlctl.schema import FinetuneRecipe
-from cvlctl.store import open_store
-from cvlctl.training import Settings
+from cvlctl.data import samplers
+from cvlctl.data.load import join
+from cvlctl.data.samplers import Data
+from cvlctl.data.store import open_store
+from cvlctl.learn.algorithms import ALGORITHMS, cql, iql, td3_bc
+from cvlctl.learn.finetune import finetune
+from cvlctl.learn.recipe import FinetuneRecipe
+from cvlctl.learn.settings import Settings, resolve_settings
+from cvlctl.play import envs
+from cvlctl.play.envs import Act
+from cvlctl.play.policies import load_policy
+from cvlctl.play.rollout import EVALUATION_SEED, collect_episode, outcome
+from cvlctl.score.render import to_rich
+from cvlctl.score.tables import pairwise, score_table
 from cvlctl.types import EpisodeResult, Spec
 
 METHODS = ("td3_bc", "iql", "cql")
@@ -358,10 +361,10 @@ def learn_ours(recipe: FinetuneRecipe, method: str, config: Any) -> tuple[Act, f
 
 def learn_theirs(recipe: FinetuneRecipe, method: str, config: Any) -> tuple[Act, float]:
     """The same with d3rlpy, on the transitions that the recipe names, and with the recipe's matmul setting."""
-    settings = training.resolve_settings(
+    settings = resolve_settings(
         device="cpu", threads=recipe.threads, precision=recipe.precision, compile="false", steps=1, say=print
     )
-    data = train.join([open_store(recipe.stores[0].path)], recipe.stores, None, True)
+    data = join([open_store(recipe.stores[0].path)], recipe.stores, None, True)
     buffer = peer_buffer(data)
     library().seed(recipe.seeds[0])
     algo = peer(method, config, data)
@@ -406,11 +409,11 @@ def learn(args: argparse.Namespace) -> dict[str, Any]:
             if args.json:
                 args.json.write_text(json.dumps(found, indent=1) + "\n")
     rows = [EpisodeResult(**row) for run in found["runs"].values() for row in run["rows"]]
-    found["scores"] = scores.score_table(rows, aggregates=[])
+    found["scores"] = score_table(rows, aggregates=[])
     found["differences"] = [
         record
         for method in dict.fromkeys(row.algorithm.split(",")[0] for row in rows)
-        for record in scores.pairwise(rows, baseline=f"{method}, d3rlpy")
+        for record in pairwise(rows, baseline=f"{method}, d3rlpy")
         if record["algorithm"] == f"{method}, cvlctl"
     ]
     return found
@@ -435,9 +438,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return finish(speed(args), args)
     found = learn(args)
     console = Console()
-    console.print(report.to_rich(found["scores"], "greedy episodes"))
+    console.print(to_rich(found["scores"], "greedy episodes"))
     if found["differences"]:
-        console.print(report.to_rich(found["differences"], "cvlctl less d3rlpy"))
+        console.print(to_rich(found["differences"], "cvlctl less d3rlpy"))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return None

@@ -33,8 +33,8 @@ from common import (
 # isort: split
 import numpy as np
 
-from cvlctl.algorithms import cql, cvl, iql, laeo, td3_bc
-from cvlctl.commands.train import to_device
+from cvlctl.data.load import to_device
+from cvlctl.learn.algorithms import cql, cvl, iql, laeo, td3_bc
 
 BATCH, LONG = 256, 500_000
 METHODS: dict[str, tuple[ModuleType, Any]] = {

@@ -13,20 +13,20 @@ from cvlctl.version import __version__
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
-    from cvlctl.critics import load_critic
+    from cvlctl.data.store import open_store
+    from cvlctl.data.writer import write_store
     from cvlctl.errors import CvlctlError
-    from cvlctl.policies import load_policy
-    from cvlctl.store import open_store
+    from cvlctl.learn.critics import load_critic
+    from cvlctl.play.policies import load_policy
     from cvlctl.types import Episode
-    from cvlctl.writer import write_store
 
 _HOMES = {
     "CvlctlError": "cvlctl.errors",
     "Episode": "cvlctl.types",
-    "load_critic": "cvlctl.critics",
-    "load_policy": "cvlctl.policies",
-    "open_store": "cvlctl.store",
-    "write_store": "cvlctl.writer",
+    "load_critic": "cvlctl.learn.critics",
+    "load_policy": "cvlctl.play.policies",
+    "open_store": "cvlctl.data.store",
+    "write_store": "cvlctl.data.writer",
 }
 
 __all__ = ["CvlctlError", "Episode", "__version__", "load_critic", "load_policy", "open_store", "write_store"]

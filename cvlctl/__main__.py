@@ -1,5 +1,5 @@
 """`python -m cvlctl`."""
 
-from cvlctl.cli import main
+from cvlctl.cli.app import main
 
 main()

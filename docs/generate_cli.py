@@ -12,7 +12,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from cvlctl.cli import app
+from cvlctl.cli.app import app
 
 TARGET = Path(__file__).with_name("cli.md")
 HEAD = """# Command line

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from cvlctl import Episode, samplers
+from cvlctl import Episode
+from cvlctl.data import samplers
 
 Array = np.ndarray
 

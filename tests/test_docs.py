@@ -10,7 +10,7 @@ from typing import Any
 
 from typer.main import get_command
 
-from cvlctl.cli import app
+from cvlctl.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 

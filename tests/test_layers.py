@@ -1,73 +1,128 @@
-"""Who may import whom: left may import right, never back (docs/architecture.md)."""
+"""Who may import whom (docs/architecture.md): rooms from left to right, never back; no two files import each other."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "cvlctl"
-LAYERS = [
-    ["cli", "cli_data", "__main__"],
-    ["commands"],
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "cvlctl"
+# left may import right; what stands in one group may not import each other, but for what a folder holds
+ROOMS = [
+    ["__main__"],
+    ["cli"],
+    ["experiments"],
+    ["collect", "score"],
+    ["learn"],
+    ["data"],
+    ["play"],
     ["recipes"],
-    ["schema"],
-    ["algorithms", "rollout", "envpool_backend", "report", "critics", "labellers", "formats"],
-    ["training", "checkpoints", "runs", "scores", "envs", "policies", "workers", "console", "experiments"],
-    ["recipefile"],
-    ["store", "writer", "networks", "replay"],
-    ["losses", "samplers"],
-    ["types"],
-    ["files"],
-    ["errors", "version", "machine"],
+    ["runs"],
+    ["checkpoints", "figures", "interrupts", "progress"],
+    ["files", "types"],
+    ["machine", "version", "errors"],
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 LIGHT = {"torch", "numpy", "cvlctl", "math", "dataclasses", "typing", "collections", "__future__", "types"}
+SHARED = {"occupancy", "actors", "values", "readouts"}  # what algorithms may import of each other
+STEP = {  # what a training step may import of cvlctl: nothing that needs more than torch and numpy
+    "cvlctl.learn.algorithms", "cvlctl.learn.losses", "cvlctl.learn.networks", "cvlctl.learn.updates",
+    "cvlctl.data.samplers", "cvlctl.types", "cvlctl.errors",
+}  # fmt: skip
 
 
-def imports(path: Path) -> list[str]:
-    """Absolute module names imported anywhere in a file, `from cvlctl import x` as cvlctl.x."""
-    found = []
+def name_of(path: Path) -> str:
+    """cvlctl/data/store.py -> cvlctl.data.store; a folder's __init__.py is the folder."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of the modules imported anywhere in a file; of `from a import b`, a.b where that is a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = node.module == "cvlctl"
-            found += [f"cvlctl.{alias.name}" for alias in node.names] if inside else [node.module]
-    return found
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in FILES else node.module
 
 
-def test_every_module_has_a_layer_and_keeps_to_it() -> None:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        own = path.relative_to(PACKAGE).with_suffix("").parts
-        if own == ("__init__",):
+GRAPH = {name: {found for found in imports(path) if found in FILES} for name, path in FILES.items()}
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def test_every_file_has_a_room_and_no_import_runs_back() -> None:
+    for name, found in GRAPH.items():
+        if name == "cvlctl":  # the public API, loaded on first use
             continue
-        assert own[0] in LEVEL, f"{path} has no layer"
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] != "cvlctl" or len(parts) == 1 or parts[1] == own[0] or parts[1] not in LEVEL:
-                continue
-            assert LEVEL[parts[1]] >= LEVEL[own[0]], f"{path.name} imports {name}, which lies above it"
+        assert room(name) in LEVEL, f"{name} has no room"
+        for other in found - {"cvlctl"}:
+            inside = room(other) == room(name)
+            assert inside or LEVEL[room(other)] > LEVEL[room(name)], f"{name} imports {other}, which lies above it"
+
+
+def test_no_two_files_import_each_other_by_whatever_way() -> None:
+    clear: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a circle: {' > '.join((*way[way.index(name) :], name))}"
+        if name not in clear:
+            for other in GRAPH[name] - {"cvlctl"}:
+                visit(other, (*way, name))
+            clear.add(name)
+
+    for name in FILES:
+        visit(name, ())
 
 
 def test_algorithms_import_only_shared_parts_of_each_other() -> None:
-    for path in (PACKAGE / "algorithms").glob("*.py"):
-        if path.stem != "__init__":
-            others = {n.split(".")[2] for n in imports(path) if n.startswith("cvlctl.algorithms.")}
-            assert others <= {"occupancy", "actors", "values", "readouts"}, path
+    for name, found in GRAPH.items():
+        if name.startswith("cvlctl.learn.algorithms."):
+            others = {n.split(".")[3] for n in found if n.startswith("cvlctl.learn.algorithms.")}
+            assert others <= SHARED, name
 
 
-def test_a_training_step_needs_torch_and_numpy_alone() -> None:
-    for folder in ("algorithms", "losses"):
-        for path in (PACKAGE / folder).glob("*.py"):
-            assert {name.split(".")[0] for name in imports(path)} <= LIGHT, path
+@pytest.mark.parametrize("folder", ["algorithms", "losses"])
+def test_a_training_step_needs_torch_and_numpy_alone(folder: str) -> None:
+    for path in (PACKAGE / "learn" / folder).glob("*.py"):
+        found = set(imports(path))
+        assert {name.split(".")[0] for name in found} <= LIGHT, path
+        ours = {name for name in found if name.startswith("cvlctl")}
+        assert all(any(name == step or name.startswith(f"{step}.") for step in STEP) for name in ours), (path, ours)
+    for name in STEP & set(FILES):
+        assert {found.split(".")[0] for found in imports(FILES[name])} <= LIGHT | {"contextlib", "itertools"}, name
 
 
-def test_zarr_is_imported_by_the_store_and_its_writer_alone() -> None:
-    users = [p.stem for p in PACKAGE.rglob("*.py") if any(n.split(".")[0] == "zarr" for n in imports(p))]
-    assert sorted(users) == ["store", "writer"]
+def test_recipes_know_no_step() -> None:
+    for name, path in FILES.items():
+        if room(name) == "recipes":
+            text = path.read_text()
+            assert not [step for step in ("collect", "learn", "score", "data", "play") if f"cvlctl.{step}" in text], (
+                name
+            )
+
+
+def test_zarr_is_imported_by_the_store_its_chunks_and_its_writer_alone() -> None:
+    users = [name for name, path in FILES.items() if "zarr" in {found.split(".")[0] for found in imports(path)}]
+    assert users == ["cvlctl.data.chunks", "cvlctl.data.store", "cvlctl.data.writer"]
 
 
 def test_nothing_can_load_a_pickle() -> None:
     for path in PACKAGE.rglob("*.py"):
         source = path.read_text()
         assert "import pickle" not in source and "torch.load" not in source and "allow_pickle=True" not in source, path
+
+
+def test_the_map_in_architecture_md_is_that_of_the_files() -> None:
+    assert subprocess.run([sys.executable, ROOT / "docs" / "generate_map.py", "--check"]).returncode == 0

@@ -1,0 +1,1 @@
+"""What people and programs see: parse, call, render. `app` is the command line, `console` errors and exit codes."""

@@ -1,0 +1,245 @@
+"""The command line: parse, call, render. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from cvlctl.cli import data
+from cvlctl.cli.console import console, execute, present
+from cvlctl.cli.options import Json, Quiet, register
+from cvlctl.errors import CvlctlError
+from cvlctl.version import __version__
+
+HELP = "From logged trajectories to policies and honest score tables: contrastive occupancy critics for offline RL."
+PIPELINE, WHOLE, LOOK = "The four steps, in order", "All of them", "Looking around"
+
+app = typer.Typer(help=HELP, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+recipes_app = typer.Typer(help="Recipes: what there is, and whether they are valid.")
+for group, name in ((data.app, "data"), (recipes_app, "recipes")):
+    app.add_typer(group, name=name, rich_help_panel=LOOK, no_args_is_help=True)
+
+
+class Form(StrEnum):
+    """How `evaluate` prints its tables."""
+
+    rich = "rich"
+    csv = "csv"
+    json = "json"
+    markdown = "markdown"
+
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see `cvlctl recipes ls`.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Wins over the file: steps=1000 algorithm.bc_coefficient=0.1"),
+]
+Force = Annotated[bool, typer.Option("--force", help="Start over, replacing what is in `out`.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"cvlctl {__version__}")
+        raise typer.Exit
+
+
+@register(app, "build-dataset", PIPELINE, "cvlctl build-dataset recipes/build/hopper-random.yaml source.episodes=50")
+def build_dataset(
+    recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Collect a store of episodes: an online learner's replay buffer, random actions, scripted experts, or policies.
+
+    Run it again after an interruption, and it goes on; for a finished store it says so and exits. Of several tasks
+    (`task: [...]`, `task: metaworld/all`) each has a process, and `--json` gives a list; exit code 2 where one failed.
+    """
+
+    def show(result: Any) -> None:
+        if isinstance(result, list):
+            from cvlctl.collect import build_many
+
+            build_many.render(result, console())
+        else:
+            _line(result)
+
+    result = _step("build-dataset", recipe, overrides, force, as_json, quiet, show)
+    if isinstance(result, list) and any(one["status"] == "failed" for one in result):
+        raise typer.Exit(2)
+
+
+@register(
+    app, "pretrain", PIPELINE, "cvlctl pretrain recipes/pretrain/drawer-close.yaml steps=20000 out=runs/pretrain/short"
+)
+def pretrain(
+    recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Train an occupancy critic on stores, without looking at rewards.
+
+    All seeds train together. Run it again after an interruption, and it goes on with the same bits.
+    """
+    _step("pretrain", recipe, overrides, force, as_json, quiet)
+
+
+@register(
+    app, "finetune", PIPELINE, "cvlctl finetune recipes/finetune/drawer-close-cvl.yaml algorithm.bc_coefficient=0.1"
+)
+def finetune(
+    recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
+) -> None:
+    """Train policies: from rewards (cvl), from success examples (laeo), or by cloning (bc).
+
+    On a pretrained critic (`init_from`), or from scratch. Run it again after an interruption, and it goes on with the
+    same bits.
+    """
+    _step("finetune", recipe, overrides, force, as_json, quiet)
+
+
+@register(app, "evaluate", PIPELINE, "cvlctl evaluate recipes/evaluate/drawer-close.yaml episodes=20 --format markdown")
+def evaluate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    form: Annotated[Form, typer.Option("--format", help="rich, csv, markdown, or json (as --json).")] = Form.rich,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Roll out policies, and print their scores with confidence intervals.
+
+    Every episode's result is saved as a row; only what is missing runs again.
+    """
+
+    def show(result: dict[str, Any]) -> None:
+        from cvlctl.score import evaluate as command
+
+        if form in (Form.csv, Form.markdown):
+            print(command.as_text(result, form.value), end="")
+        else:
+            command.render(result, console())
+
+    _step("evaluate", recipe, overrides, force, as_json or form is Form.json, quiet, show)
+
+
+@register(app, "run", WHOLE, "cvlctl run recipes/quickstart.yaml --dry-run")
+def run(
+    experiment: Recipe,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with sizes and estimates.")] = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run an experiment: stages of the four commands, multiplied by a matrix. Finished stages are skipped."""
+
+    def work() -> dict[str, Any]:
+        from cvlctl.experiments.run import run_experiment
+
+        return run_experiment(experiment, overrides or [], force=force, dry_run=dry_run)
+
+    def show(result: dict[str, Any]) -> None:
+        from cvlctl.experiments.run import render
+
+        render(result, console())
+
+    present(work, show, as_json, quiet)
+
+
+@register(app, "doctor", LOOK, "cvlctl doctor --parity metaworld/pick-place-v3 gym/Hopper-v5")
+def doctor(
+    tasks: Annotated[
+        list[str] | None, typer.Argument(metavar="TASKS", help="Of --parity; default: four of Metaworld, two others.")
+    ] = None,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Compare EnvPool's simulation of the tasks with gymnasium's.")
+    ] = False,
+    episodes: Annotated[int, typer.Option("--episodes", help="Of --parity: whole episodes of a task.")] = 10,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what this installation and machine offer: versions, extras, devices, compiler, memory.
+
+    `--parity` asks whether EnvPool (`source.backend` of build-dataset) simulates what gymnasium does: from the same
+    starts, by the same actions. Exit code 1 where a task differs.
+    """
+    if tasks and not parity:
+        raise CvlctlError(f"doctor: {' '.join(tasks)} is for --parity alone", "cvlctl doctor --parity TASKS")
+
+    def work() -> Any:
+        from cvlctl.cli import doctor
+        from cvlctl.play import parity as compare
+
+        return compare.parity(tasks or [], episodes) if parity else doctor.doctor()
+
+    def show(result: Any) -> None:
+        from cvlctl.cli import doctor
+        from cvlctl.play import parity as compare
+
+        (compare if parity else doctor).render(result, console())
+
+    result = present(work, show, as_json, quiet)
+    raise typer.Exit(1 if parity and not all(row["agrees"] for row in result) else 0)
+
+
+@register(recipes_app, "ls", None, "cvlctl recipes ls")
+def recipes_ls(
+    root: Annotated[Path, typer.Argument(help="Directory to look under.")] = Path("recipes"), as_json: Json = False
+) -> None:
+    """List recipes: which command each is for, and what it reproduces."""
+    from cvlctl.cli import recipes
+
+    present(lambda: recipes.ls(root), lambda result: recipes.render_ls(result, console()), as_json)
+
+
+@register(recipes_app, "validate", None, "cvlctl recipes validate recipes/quickstart.yaml")
+def recipes_validate(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Recipes or directories; default: recipes/")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check recipes against the schema; exit code 2 where one is not valid."""
+    from cvlctl.cli import recipes
+
+    paths = paths or [Path("recipes")]
+    result = present(
+        lambda: recipes.validate(paths), lambda result: recipes.render_validate(result, console()), as_json
+    )
+    raise typer.Exit(0 if all(one["ok"] for one in result) else 2)
+
+
+def _step(
+    command: str,
+    recipe: Path,
+    overrides: list[str] | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    show: Callable[[Any], None] | None = None,
+) -> Any:
+    """Load the recipe of one of the four commands, run it, and show its result: in one line, if not by `show`."""
+
+    def work() -> Any:
+        from cvlctl.experiments import commands
+
+        loaded = commands.load(recipe, overrides or [], command)
+        return commands.function(command)(loaded, force=force)
+
+    return present(work, show or _line, as_json, quiet)
+
+
+def _line(result: dict[str, Any]) -> None:
+    place = result.get("out") or result.get("path")
+    plain = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
+    facts = ", ".join(f"{key} {value}" for key, value in plain.items() if key not in ("status", "out", "path"))
+    print(f"{result['status']}: {place} ({facts})")
+
+
+def main() -> NoReturn:
+    """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it lacks
+    sys.exit(execute(app, sys.argv[1:]))

@@ -1,0 +1,59 @@
+"""What the commands' arguments and options share: types with their help, completion, registration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FORMATS = ("d4rl", "minari", "ogbench", "robomimic", "sb3", "npz", "arrays")
+
+
+def stores(incomplete: str) -> list[str]:
+    """Completion: stores under data/ and under the directory typed so far. It looks at names alone."""
+    typed = incomplete.rpartition("/")[0]
+    roots = {"data", typed} - {""}
+    found = set()
+    for root in roots:
+        for folder, children, _ in os.walk(root):
+            found |= {os.path.join(folder, name) for name in children if name.endswith(".zarr")}
+            children[:] = [name for name in children if not name.endswith((".zarr", ".partial", ".old"))]
+    return sorted(name for name in found if name.startswith(incomplete))
+
+
+def formats(incomplete: str) -> list[str]:
+    """Completion: formats. A test holds `FORMATS` to `cvlctl.data.formats`, which is slow to import."""
+    return [name for name in FORMATS if name.startswith(incomplete)]
+
+
+class Rule(StrEnum):
+    """Which states `examples` takes."""
+
+    successes = "successes"
+    last = "last"
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, errors too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out, once the new one is complete.")]
+Store = Annotated[
+    Path,
+    typer.Argument(help="A store, such as data/x.zarr.", show_default=False, metavar="STORE", autocompletion=stores),
+]
+Format = Annotated[
+    str,
+    typer.Argument(help="See `cvlctl data formats`.", show_default=False, metavar="FORMAT", autocompletion=formats),
+]
+Out = Annotated[Path, typer.Option("--out", help="Where the new store goes.", show_default=False)]
+Seed = Annotated[int, typer.Option("--seed", help="Of the draw.", min=0)]
+Label = Annotated[str, typer.Option("--label", help="Whose rewards and successes count.")]
+
+
+def register(app: typer.Typer, name: str, panel: str | None, example: str) -> Callable[[Command], Command]:
+    """Make a function a command of `app`, with an example of its use below its help."""
+    return app.command(name, rich_help_panel=panel, epilog=f"Example: {example}")

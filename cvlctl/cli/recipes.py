@@ -1,0 +1,69 @@
+"""`cvlctl recipes ls | validate`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cvlctl.errors import CvlctlError
+from cvlctl.experiments.commands import kind_of, load
+from cvlctl.recipes.yamlfile import read
+
+
+def ls(root: Path) -> list[dict[str, Any]]:
+    """The recipes under `root`: path, command (None: not a recipe), about (its opening comment's start)."""
+    if not root.is_dir():
+        raise CvlctlError(f"no directory {root}", "name the directory that holds the recipes")
+    return [_row(path) for path in sorted(root.rglob("*.yaml"))]
+
+
+def validate(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Each recipe among `paths` (files, or directories of them): path, command, ok, error, hint."""
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
+    if not files:
+        raise CvlctlError(f"no recipes under {', '.join(map(str, paths))}", "name a recipe, or a directory of recipes")
+    results = []
+    for file in files:
+        row = {"path": str(file), "command": None, "ok": True, "error": None, "hint": None}
+        try:
+            row["command"] = load(file).command
+        except CvlctlError as error:
+            row |= {"ok": False, "error": error.what, "hint": error.hint}
+        results.append(row)
+    return results
+
+
+def render_ls(result: list[dict[str, Any]], console: Console) -> None:
+    """Print the result of `ls`."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("recipe", "command", "what it is"):
+        table.add_column(heading, no_wrap=heading == "command", overflow="fold")
+    for row in result:
+        table.add_row(Text(row["path"]), row["command"] or "?", Text(row["about"]))
+    console.print(table)
+
+
+def render_validate(result: list[dict[str, Any]], console: Console) -> None:
+    """Print the result of `validate`: one line a recipe."""
+    for row in result:
+        console.print(f"{row['path']}: {'valid' if row['ok'] else row['error']}", markup=False, soft_wrap=True)
+        if row["hint"]:
+            console.print(f"    hint: {row['hint']}", markup=False, soft_wrap=True)
+
+
+def _row(path: Path) -> dict[str, Any]:
+    try:
+        command = kind_of(read(path)[1])
+        first = re.split(r"\.\s+(?=[A-Z])", path.read_text().lstrip().splitlines()[0])[0].rstrip(".")
+    except CvlctlError as error:
+        return {"path": str(path), "command": None, "about": error.what}
+    return {"path": str(path), "command": command, "about": first.lstrip("# ") if first.startswith("#") else ""}

@@ -1,0 +1,103 @@
+"""One store of one task: collected, resumed, or found finished."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from cvlctl.collect import online
+from cvlctl.collect.recipe import (
+    BuildRecipe,
+    OnlineSource,
+)
+from cvlctl.collect.sources import roll_out
+from cvlctl.data.store import Store, open_store
+from cvlctl.data.writer import StoreWriter
+from cvlctl.errors import CvlctlError
+from cvlctl.play import envpool, envs
+from cvlctl.play.rollout import outcome
+from cvlctl.progress import Progress, say
+
+
+def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] = Progress) -> dict[str, Any]:
+    """Collect the store of `recipe`, resume it, or find it finished.
+
+    Args:
+        progress: what reports on it: a bar for people, or lines for a process that builds several.
+
+    Returns:
+        status ("built" or "finished already"), path, episodes, transitions, seconds, return_mean, normalised (the score
+        of return_mean; None where the task has no reference returns), environment (what was simulated by what), and
+        success_rate: the share of episodes with a successful step, None where the task has no notion of it.
+
+    Raises:
+        CvlctlError: where another recipe's store lies at `out` (`force` replaces it once the new one is complete), and
+            whatever the sources find wrong.
+    """
+    begin, plain = time.monotonic(), recipe.resolved()
+    if recipe.out.exists() and not force:
+        return finished(recipe)
+    env = envs.make(recipe.task, recipe.seed, recipe.horizon)
+    try:
+        provenance = {"recipe": plain, "environment": _versions(recipe, env), "seeds": [recipe.seed]}
+        open_writer = partial(
+            StoreWriter, recipe.out, task=recipe.task, horizon=env.spec.horizon, provenance=provenance, force=force
+        )
+        if isinstance(recipe.source, OnlineSource):
+            store = online.collect(recipe, recipe.source, env, open_writer, force, progress)
+        else:
+            with open_writer() as writer:
+                facts = roll_out(recipe, env, writer, progress)
+                reference = envs.references(recipe.task, recipe.horizon)
+                store = writer.finish(collector={**plain["source"], **facts}, reference=reference)
+    except KeyboardInterrupt:
+        say(f"{recipe.out}: stopped; the same command goes on from the last checkpoint")
+        raise
+    finally:
+        env.close()
+    return _summary(store, "built", time.monotonic() - begin)
+
+
+def finished(recipe: BuildRecipe) -> dict[str, Any]:
+    """The summary of the store that is there.
+
+    Raises:
+        CvlctlError: it is another recipe's.
+    """
+    store = open_store(recipe.out)
+    if not recipe.built(store.provenance.get("recipe")):
+        what = f"{recipe.out} holds a store of another recipe"
+        raise CvlctlError(what, "choose another out, or --force to replace it")
+    if isinstance(recipe.source, OnlineSource):
+        online.finish_run(recipe, recipe.source)
+    return _summary(store, "finished already", 0.0)
+
+
+def _summary(store: Store, status: str, seconds: float) -> dict[str, Any]:
+    results = [outcome(episode) for episode in store.episodes()]
+    mean, reference = float(np.mean([total for total, _ in results])), store.attributes.get("reference")
+    return {
+        "status": status, "path": str(store.path), "episodes": store.num_episodes, "transitions": store.num_transitions,
+        "seconds": round(seconds, 1), "return_mean": mean,
+        "normalised": reference and 100 * (mean - reference["min"]) / (reference["max"] - reference["min"]),
+        "environment": _environment(store),
+        "success_rate": None if results[0][1] is None else float(np.mean([success for _, success in results])),
+    }  # fmt: skip
+
+
+def _versions(recipe: BuildRecipe, env: envs.Env) -> dict[str, str]:
+    """What simulates the collection."""
+    if getattr(recipe.source, "backend", "gymnasium") == "gymnasium":
+        return env.versions()
+    return envpool.announced_versions(recipe.task, str(recipe.out))
+
+
+def _environment(store: Store) -> str:
+    """The task, which names the environment's version, and what simulated it: a score means nothing without."""
+    versions = store.provenance.get("environment") or {}
+    named = ("envpool", "mujoco", "gymnasium", "metaworld")
+    packages = [f"{name} {versions[name]}" for name in named if name in versions]
+    return " ".join([store.task, *([f"({', '.join(packages)})"] if packages else [])])

@@ -1,0 +1,256 @@
+"""What a recipe of `cvlctl build-dataset` may say."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
+from pydantic_core import PydanticCustomError
+
+from cvlctl.errors import CvlctlError
+from cvlctl.learn.algorithms import ONLINE
+from cvlctl.play import envs
+from cvlctl.recipes.matrix import expand
+from cvlctl.recipes.values import (
+    Computed,
+    Count,
+    Noise,
+    Out,
+    PartOf,
+    Rate,
+    Seed,
+    Share,
+    Steps,
+    Strict,
+    fields_of,
+    not_bool,
+)
+from cvlctl.recipes.yamlfile import Key, Source, shown
+
+
+def _known_task(task: str) -> str:
+    try:
+        envs.check_task(task)
+    except CvlctlError as error:
+        raise PydanticCustomError("cvlctl", "{what}", {"what": error.what, "hint": error.hint}) from error
+    return task
+
+
+class OnlineSource(Strict):
+    """An online learner; its replay buffer is the dataset. `steps` are environment steps."""
+
+    title: ClassVar[str]  # in messages
+
+    name: str
+    steps: Steps
+    hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (256, 256)
+    batch_size: Annotated[Count, Field(ge=2)] = 256
+    learning_starts: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 1000  # random actions until here
+    random_repeat: Annotated[Count, Field(le=64)] = 1  # frames that each of them is held: pushes instead of trembling
+    random_share: PartOf = 0.0  # of the frames after that whose action is random, too
+    update_every: Count = 1  # frames
+    learning_rate: Rate = 3e-4
+    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    policy_every_steps: Count | None = None  # policy checkpoints kept along the way; None: ten of them
+
+    @property
+    def config(self) -> Any:
+        """The learner's own Config: the source's keys, and its defaults where the source has none."""
+        config = ONLINE[self.name].Config
+        return config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(config) if hasattr(self, f.name)})
+
+    @model_validator(mode="after")
+    def _check_config(self) -> Self:
+        _ = self.config  # raises ValueError
+        return self
+
+
+class SacSource(OnlineSource):
+    """Soft actor-critic."""
+
+    title: ClassVar[str] = "SAC"
+
+    name: Literal["sac"]
+    ema_rate: Share = 0.005  # of the target critic
+    hindsight: PartOf = 0.0  # of a batch's goals are relabelled (HER)
+
+    @property
+    def target_max(self) -> float | None:
+        """A goal's reward is never positive: without the clip Q of states that are at their goals drifts above 0."""
+        return 0.0 if self.hindsight else None
+
+
+class ContrastiveSource(OnlineSource):
+    """Contrastive actor-critic, or with `gate: none` TD3: a deterministic policy, collected with Gaussian noise on it.
+
+    The other keys are those of the algorithm's Config.
+    """
+
+    title: ClassVar[str] = "contrastive actor-critic"
+
+    name: Literal["contrastive_ac"]
+    exploration_noise: Noise = 0.1  # standard deviation
+
+
+if TYPE_CHECKING:
+    _Contrastive = ContrastiveSource
+else:
+    _Contrastive = create_model(
+        "contrastive_source",
+        __base__=ContrastiveSource,
+        **fields_of(ONLINE["contrastive_ac"].Config, besides=ContrastiveSource.model_fields),
+    )
+
+
+class _Rollouts(Strict):
+    """How much a source rolls out: so many episodes, or whole episodes until there are so many transitions."""
+
+    episodes: Count | None = None
+    transitions: Count | None = None
+    backend: Literal["gymnasium", "envpool"] = "gymnasium"  # what simulates: see docs/datasets.md on their differences
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> Self:
+        if (self.episodes is None) == (self.transitions is None):
+            raise ValueError("needs exactly one of episodes and transitions")
+        return self
+
+
+class RandomSource(_Rollouts):
+    """Uniformly random actions."""
+
+    name: Literal["random"]
+
+
+class ScriptedSource(_Rollouts):
+    """Metaworld's own experts, with Gaussian noise of standard deviation `noise` on their actions."""
+
+    name: Literal["scripted"]
+    noise: Noise = 0.0
+
+
+class Reaching(Strict):
+    """A checkpoint of an online collection: the first with a mean return of at least `reaches` times that of the last.
+
+    Each is measured over `episodes` episodes of sampled actions, whose starts are apart from those of any collection.
+    """
+
+    run: Path  # the policies beside a store of `source: {name: sac}` or contrastive_ac
+    reaches: Share
+    episodes: Count = 10
+
+
+class PolicySource(_Rollouts):
+    """Rolls out checkpoints: `episodes` of each, or by turns until there are `transitions`.
+
+    `seed` names the member of a run of several seeds.
+    """
+
+    name: Literal["policy"]
+    checkpoints: Annotated[tuple[Path, ...], Field(min_length=1)] | Reaching
+    noise: Noise = 0.0
+    greedy: bool = False
+    seed: Seed = 0
+
+
+class MixSource(Strict):
+    """Rolls out checkpoints of an online collection so that a share `success_rate` of the episodes succeeds.
+
+    Every checkpoint's rate is measured first; the checkpoint of each episode is then chosen by what the episodes so far
+    lack, and every episode is kept. It is an error where the share ends further than `tolerance` from the request.
+    """
+
+    name: Literal["mix"]
+    run: Path  # the policies beside a store of `source: {name: sac}` or contrastive_ac
+    success_rate: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)]
+    episodes: Count
+    tolerance: Rate = 0.025
+    measured_episodes: Count = 10  # of each checkpoint, not kept
+
+
+class StoresSource(Strict):
+    """Episodes of other stores of the task, one store after the other; `until`: those that were over by that frame."""
+
+    name: Literal["stores"]
+    stores: Annotated[tuple[Path, ...], Field(min_length=1)]
+    until: Count | Reaching | None = None  # Reaching: the frame at which its checkpoint was taken
+
+
+class BuildRecipe(Computed):
+    """`cvlctl build-dataset`: a store of episodes of `task`."""
+
+    command: ClassVar[str] = "build-dataset"
+
+    task: Annotated[str, AfterValidator(_known_task)]
+    source: Annotated[
+        SacSource | _Contrastive | RandomSource | ScriptedSource | PolicySource | MixSource | StoresSource,
+        Field(discriminator="name"),
+    ]
+    out: Out
+    seed: Seed = 0
+    horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
+
+    @model_validator(mode="after")
+    def _has_goals(self) -> Self:
+        if getattr(self.source, "hindsight", 0) and envs.goals(self.task) is None:
+            raise ValueError(f"source.hindsight relabels goals, and {self.task} is told none: gym/Fetch... tasks are")
+        return self
+
+    @classmethod
+    def read(cls, data: Any, source: Source, prefix: Key = ()) -> Any:
+        """One recipe; where `task` is a list or a family, a BuildManyRecipe."""
+        if not prefix and "source" in data and _is_many(data.get("task")):
+            return _several(data, source, super().read)
+        return super().read(data, source, prefix)
+
+    def built(self, recorded: Any) -> bool:
+        """Whether a resolved recipe found in a store is this one: keys that came later have their defaults.
+
+        `out` may differ: a store may have been moved, or be reached by another path.
+        """
+        return self.with_defaults(recorded or {}) | {"out": None} == self.resolved() | {"out": None}
+
+
+class BuildManyRecipe(Strict):
+    """`cvlctl build-dataset` of several tasks at once, in worker processes.
+
+    In its file `task` is a list, or metaworld/all; `${task}` stands for each of them, in `out` at least.
+    """
+
+    command: ClassVar[str] = "build-dataset"
+
+    processes: Literal["auto"] | Count = "auto"  # auto: one a CPU
+    recipes: Annotated[tuple[BuildRecipe, ...], Field(min_length=1)]
+
+
+def _is_many(task: Any) -> bool:
+    return isinstance(task, list) or (isinstance(task, str) and task.endswith("/all"))
+
+
+def _several(data: Mapping[str, Any], source: Source, read: Callable[..., Any]) -> BuildManyRecipe:
+    """The recipe of every task, each checked by `read`; `data` is one whose `task` is a list or a family."""
+    listed = data["task"] if isinstance(data["task"], list) else [data["task"]]
+    tasks = [task for name in listed for task in _family(name)]
+    where = source.where(("task",))
+    if not tasks:
+        raise CvlctlError(f"{where}: task is an empty list", "name tasks, or a family such as metaworld/all")
+    if twice := next((task for task in tasks if tasks.count(task) > 1), None):
+        raise CvlctlError(f"{where}: task names {twice} twice")
+    if "${task}" not in str(data.get("out", "${task}")):
+        what = f"{source.where(('out',))}: out is {shown(data['out'])} for {len(tasks)} tasks"
+        raise CvlctlError(what, "mention ${task} in it, such as data/${task}.zarr, so that each has a store of its own")
+    body = {key: value for key, value in data.items() if key != "processes"} | {"task": "${task}"}
+    stage = {"build": {"command": "build-dataset", **body}}
+    filled = expand("", {"task": tasks}, stage, ["build-dataset"], source)
+    built = tuple(read(each.body, source) for each in filled)
+    return BuildManyRecipe.read({"processes": data.get("processes", "auto"), "recipes": built}, source)
+
+
+def _family(name: Any) -> list[Any]:
+    """metaworld/all: every task of Metaworld; any other name stands for itself."""
+    if not isinstance(name, str) or not name.endswith("/all"):
+        return [name]
+    return [task for task in envs.list_tasks() if task.startswith(name.removesuffix("all"))] or [name]

@@ -1,0 +1,179 @@
+"""Derived stores: episodes of other stores with all their labels, streamed chunk by chunk, and where they came from.
+
+Memory stays flat: one chunk of each array of a parent, and what the writer holds until its own chunk is full.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cvlctl.data.store import LABEL_ARRAYS, Column, Store
+from cvlctl.data.writer import StoreWriter
+from cvlctl.progress import Progress
+from cvlctl.types import Episode
+
+FORMAT_KEYS = ("format", "version", "task", "tasks", "spec", "counts", "checksums", "provenance")
+# what is true of a store's writing, not of its episodes
+OWN_PROVENANCE = ("versions", "platform", "git_commit", "created", "recipe", "parents", "command")
+
+Rows = Callable[[], Iterator[np.ndarray]]  # (T+1,) rows of every episode, in order, the final row included
+
+
+class Part(NamedTuple):
+    """Some episodes of a store; `numbers` (n,) ascend."""
+
+    store: Store
+    numbers: np.ndarray
+
+
+class Output(NamedTuple):
+    """A store to be written: episodes, label arrays by name ("labels/given/reward"), and the store's task."""
+
+    path: Path
+    parts: Sequence[Part]
+    labels: Mapping[str, Rows]
+    task: str
+
+
+def whole(store: Store) -> Part:
+    """All of a store."""
+    return Part(store, np.arange(store.num_episodes))
+
+
+def bounds(part: Part) -> Iterator[tuple[int, int]]:
+    """First row and end of every episode of a part."""
+    ends = part.store.episode_ends()
+    starts = ends - part.store.lengths() - 1
+    yield from zip(starts[part.numbers].tolist(), ends[part.numbers].tolist(), strict=True)
+
+
+def column_rows(parts: Sequence[Part], name: str) -> Iterator[np.ndarray]:
+    """(T+1, ...) rows of one array, episode by episode."""
+    for part in parts:
+        column = Column(part.store, name)
+        for start, end in bounds(part):
+            yield column.rows(start, end)
+
+
+def episodes(parts: Sequence[Part]) -> Iterator[Episode]:
+    """The episodes, without labels; each keeps its task, seed and collected_at."""
+    for part in parts:
+        store = part.store
+        observation, action = Column(store, "data/observation"), Column(store, "data/action")
+        tasks, terminated = store.episode_tasks(), store.terminated().tolist()
+        collected_at, seeds = store.collected_at().tolist(), store.seeds().tolist()
+        for i, (start, end) in zip(part.numbers.tolist(), bounds(part), strict=True):
+            about = (terminated[i], tasks[i], collected_at[i], seeds[i])
+            yield Episode(observation.rows(start, end), action.rows(start, end - 1), None, None, *about)
+
+
+def label_arrays(store: Store) -> list[str]:
+    """Names of the label arrays of a store."""
+    pairs = [(label, array) for label in store.labels for array in LABEL_ARRAYS]
+    return [f"labels/{label}/{array}" for label, array in pairs if store.has_label(label, array)]
+
+
+def copied_labels(parts: Sequence[Part]) -> dict[str, Rows]:
+    """The label arrays that every part has."""
+    common = [name for name in label_arrays(parts[0].store) if all(name in label_arrays(p.store) for p in parts)]
+    return {name: lambda name=name: column_rows(parts, name) for name in common}  # type: ignore[misc]
+
+
+def derive(outputs: Sequence[Output], command: str, *, force: bool = False) -> list[Store]:
+    """Write stores, all of them or none: whatever goes wrong, nothing half-written stays, and old stores stay.
+
+    Args:
+        command: the command line that does this, for the provenance.
+        force: replace stores that are there already, once the new ones are complete.
+
+    Raises:
+        CvlctlError: an output exists (and no `force`), another writer is at work there, a parent is damaged, or the
+            disk refuses.
+    """
+    writers: list[StoreWriter] = []
+    done: list[Store] = []
+    try:
+        for output in outputs:
+            parents = [part.store for part in output.parts]
+            horizon = max(store.spec.horizon for store in parents)
+            origin = {**_agreed([_about(store) for store in parents]), **_origin(parents, command)}
+            writer = StoreWriter(
+                output.path, task=output.task, horizon=horizon, provenance=origin, force=force, resume=False
+            )
+            writers.append(writer)
+            _fill(writer, output)
+        for writer, output in zip(writers, outputs, strict=True):
+            done.append(writer.finish(**_agreed([_extra(part.store) for part in output.parts])))
+    except BaseException:
+        for writer in writers:
+            writer.close(discard=True)
+        for store in done:  # one half of a split is worse than none
+            shutil.rmtree(store.path, ignore_errors=True)
+        raise
+    return done
+
+
+def command_line(name: str, *words: object, **options: Any) -> str:
+    """The command line that does the same; what was left to its default of None is left out."""
+    line = ["cvlctl", "data", name, *map(str, words)]
+    for key, value in options.items():
+        flag = f"--{key.replace('_', '-')}"
+        if isinstance(value, bool):
+            line.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            many = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            line += [word for one in many for word in (flag, str(one))]
+    return shlex.join(line)
+
+
+def summary(store: Store) -> dict[str, Any]:
+    """What is said of a store that was just written."""
+    return {
+        "status": "written", "path": str(store.path), "episodes": store.num_episodes,
+        "transitions": store.num_transitions, "labels": store.labels, "digest": store.digest(),
+    }  # fmt: skip
+
+
+def _fill(writer: StoreWriter, output: Output) -> None:
+    total = sum(len(part.numbers) for part in output.parts)
+    with Progress(str(output.path), total, "episodes") as progress:
+        for count, episode in enumerate(episodes(output.parts), start=1):
+            writer.append(episode)
+            progress.update(count)
+    for name, rows in output.labels.items():
+        writer.add_array(name, rows())
+
+
+def _origin(parents: Sequence[Store], command: str) -> dict[str, Any]:
+    """Of each parent: path, digests, and its own provenance in turn."""
+    described = [
+        {
+            "path": str(store.path),
+            "digest": store.digest(),
+            "labels": {label: store.label_digest(label) for label in store.labels},
+            "provenance": store.provenance,
+            "attributes": _extra(store),
+        }
+        for store in parents
+    ]
+    return {"parents": described, "command": command}
+
+
+def _about(store: Store) -> dict[str, Any]:
+    return {key: value for key, value in store.provenance.items() if key not in OWN_PROVENANCE}
+
+
+def _extra(store: Store) -> dict[str, Any]:
+    return {key: value for key, value in store.attributes.items() if key not in FORMAT_KEYS}
+
+
+def _agreed(all_of_them: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all the parents say alike."""
+    first, *others = all_of_them
+    return {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}

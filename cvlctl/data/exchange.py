@@ -1,0 +1,99 @@
+"""`cvlctl data import | export | fetch | formats`: files of other projects in, stores out, and the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cvlctl.data import formats
+from cvlctl.data.derive import command_line, summary
+from cvlctl.data.store import open_store
+from cvlctl.errors import CvlctlError
+
+FLAGS = {
+    "horizon": "--horizon", "action_bounds": "--action-bounds", "clip_actions": "--clip-actions",
+    "observation_keys": "--observation-key", "keys": "--key",
+}  # fmt: skip
+
+
+def import_file(
+    format: str,
+    path: Path,
+    out: Path,
+    *,
+    task: str | None = None,
+    horizon: int | None = None,
+    label: str = "given",
+    action_bounds: tuple[float, float] | None = None,
+    clip_actions: bool = False,
+    observation_keys: Sequence[str] = (),
+    keys: Sequence[str] = (),
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a file's episodes to a new store; arguments are those of `formats.import_store`, `keys` as OURS=THEIRS.
+
+    Returns:
+        status, path, episodes, transitions, labels, digest.
+    """
+    named = {"action_bounds": action_bounds, "clip_actions": clip_actions, "observation_keys": list(observation_keys)}
+    options: dict[str, Any] = {key: value for key, value in named.items() if value}
+    if keys:
+        pairs = [pair.partition("=") for pair in keys]
+        for (ours, sign, theirs), pair in zip(pairs, keys, strict=True):
+            if not (ours and sign and theirs):
+                raise CvlctlError(f"--key {pair} is not OURS=THEIRS", "such as --key observations=obs")
+        options["keys"] = {ours: theirs for ours, _, theirs in pairs}
+    command = command_line(
+        "import", format, path, out=out, task=task, horizon=horizon, label=label if label != "given" else None,
+        clip_actions=clip_actions or None, observation_key=observation_keys, key=keys,
+    )  # fmt: skip
+    if action_bounds:
+        command += f" --action-bounds {action_bounds[0]:g} {action_bounds[1]:g}"
+    about: dict[str, Any] = {"task": task, "horizon": horizon, "label": label, "force": force, "command": command}
+    return summary(formats.import_store(format, path, out, **about, **options))
+
+
+def export(path: Path, format: str, out: Path, *, label: str = "given", force: bool = False) -> dict[str, Any]:
+    """Write a store as a file of another project: status, path, format, episodes, transitions."""
+    store = open_store(path)
+    written = formats.export_store(format, store, out, label=label, force=force)
+    counts = {"episodes": store.num_episodes, "transitions": store.num_transitions}
+    return {"status": "written", "path": str(written), "format": format, **counts}
+
+
+def fetch(name: str, out: Path, *, mirror: str = "", sha256: str = "", force: bool = False) -> dict[str, Any]:
+    """Download a dataset: status, name, path, url, bytes, sha256, checked, as `formats.fetch` says."""
+    return formats.fetch(name, out, mirror=mirror, sha256_is=sha256, force=force)
+
+
+def fetched_in_words(result: dict[str, Any]) -> str:
+    """The result of `fetch`, for people."""
+    told = {
+        "given": "as given",
+        "published": "as published",
+        "recorded": "as when it came",
+        "nothing": f"none is published; it is kept in {result['path']}.json, and holds from now on",
+    }
+    digest = f"{result['bytes']:,} bytes, sha256 {result['sha256']}: {told[result['checked']]}"
+    return f"{result['status']}: {result['path']}\n{digest}"
+
+
+def ls() -> list[dict[str, Any]]:
+    """The formats: name, what it is, whether it is written too, and the options of its reader."""
+    return [
+        {"format": name, "about": entry.about, "export": entry.write is not None, "options": formats.options_of(name)}
+        for name, entry in formats.FORMATS.items()
+    ]
+
+
+def render_ls(result: list[dict[str, Any]], console: Console) -> None:
+    """Print the result of `ls` as a table."""
+    table = Table("format", "what it is", "import", "export", "options of import")
+    for row in result:
+        words = ", ".join(FLAGS[name] for name in row["options"])
+        table.add_row(row["format"], row["about"], "yes", "yes" if row["export"] else "", words)
+    console.print(table)

@@ -1,0 +1,163 @@
+"""Other people's datasets in, ours out: `FORMATS` is the list of what is read and written (docs/formats.md).
+
+A reader is a generator of episodes: it holds one block of the file at a time. A writer takes an opened store. Neither
+ever loads a pickle, nor needs the package of the project whose files it reads or writes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cvlctl.data.formats import arrays, d4rl, minari, npz, ogbench, robomimic, sb3
+from cvlctl.data.formats.fetching import fetch
+from cvlctl.data.formats.sources import Facts
+from cvlctl.data.store import Store
+from cvlctl.data.writer import write_store
+from cvlctl.errors import CvlctlError
+from cvlctl.files import sha256
+from cvlctl.progress import Progress
+from cvlctl.types import Episode
+
+__all__ = ["FORMATS", "Format", "export_store", "fetch", "import_store", "options_of"]
+
+
+class Format(NamedTuple):
+    """How one format is read and written.
+
+    `read(path, **options)` yields its episodes, `facts(path)` tells what the file says of itself, and
+    `write(store, path, label)` makes the file, or the folder, whole or not at all; None: not written.
+    """
+
+    about: str
+    read: Callable[..., Iterator[Episode]]
+    facts: Callable[[Path], Facts]
+    write: Callable[[Store, Path, str], None] | None = None
+
+
+FORMATS: dict[str, Format] = {
+    "d4rl": Format("D4RL's HDF5, of any version", d4rl.read, d4rl.facts, d4rl.write),
+    "minari": Format("a Minari dataset's folder (HDF5)", minari.read, minari.facts, minari.write),
+    "ogbench": Format("OGBench's npz", ogbench.read, ogbench.facts, ogbench.write),
+    "robomimic": Format("robomimic's HDF5", robomimic.read, robomimic.facts),
+    "sb3": Format("a Stable-Baselines3 replay buffer, saved as npz (docs/formats.md)", sb3.read, sb3.facts),
+    "npz": Format("plain npz: arrays and episode_ends (docs/formats.md)", npz.read, npz.facts, npz.write),
+    "arrays": Format("rows in an npz or HDF5 file of your own, named by `keys`", arrays.read, arrays.facts),
+}
+
+
+def options_of(format: str) -> list[str]:
+    """Names of the options that a format's reader takes."""
+    return [p.name for p in inspect.signature(_format(format).read).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def import_store(
+    format: str,
+    path: str | Path,
+    out: str | Path,
+    *,
+    task: str | None = None,
+    horizon: int | None = None,
+    label: str = "given",
+    force: bool = False,
+    command: str = "",
+    **options: Any,
+) -> Store:
+    """Write the episodes of a file to a new store, streaming, all or nothing.
+
+    Args:
+        format: a key of `FORMATS`.
+        task: name of the task; default: what the file says, an error where it says nothing.
+        horizon: longest possible episode; default: what the file says, else the longest one seen. Where a D4RL file
+            or rows of your own mark no time limits, episodes are cut at this length.
+        label: name under which rewards and successes are kept.
+        force: replace a store that is at `out`, once the new one is complete.
+        command: the command line, for the store's provenance.
+        options: the reader's own: `options_of(format)`. Those that most take:
+            action_bounds: (low, high), numbers or one per dimension: actions in these bounds are scaled to [-1, 1].
+            clip_actions: cut actions off at [-1, 1] rather than refuse those that lie outside.
+            observation_keys: for observations in several arrays, those to join, in this order.
+            keys: for "arrays", our name -> the file's.
+
+    Raises:
+        CvlctlError: whatever is wrong with the file, naming file and array, the store exists, or an unknown option.
+    """
+    chosen, path, legal = _format(format), Path(path), options_of(format)
+    for name in options:
+        if name not in legal:
+            near = difflib.get_close_matches(name, legal, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes: {', '.join(legal)}"
+            raise CvlctlError(f"the format {format} has no option {name!r}", hint)
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+        raise CvlctlError(f"nothing at {path}", f"did you mean {path.parent / near[0]}?" if near else "check the path")
+    if Path(out).exists() and not force:  # said before the file is read
+        raise CvlctlError(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
+    facts = chosen.facts(path)
+    if not (task or facts.task):
+        raise CvlctlError(f"{path} does not say which task it is of", "give the name of the task")
+    given = options | ({"horizon": horizon} if "horizon" in legal else {})
+    source: dict[str, Any] = {"format": format, "file": str(path), **facts.provenance}
+    data = facts.data or path
+    source |= {"bytes": data.stat().st_size, "sha256": sha256(data), "options": _plain(given)}
+    provenance = {"source": source} | ({"command": command} if command else {})
+    with Progress(f"import {path.name}", facts.transitions, "transitions") as progress:
+        episodes = _counted(chosen.read(path, **given), path, progress)
+        return write_store(
+            out, episodes, task=task or facts.task, horizon=horizon or facts.horizon, provenance=provenance,
+            label=label, force=force,
+        )  # fmt: skip
+
+
+def export_store(format: str, store: Store, out: str | Path, *, label: str = "given", force: bool = False) -> Path:
+    """Write a store in another format, whole or not at all. Returns the path.
+
+    Args:
+        label: which rewards and successes to write; a store without any gives a file of zero rewards, or of none.
+        force: replace what is at `out`, if it is a file or a Minari dataset.
+
+    Raises:
+        CvlctlError: the format is not written, `out` exists, the label is unknown, or the disk refuses.
+    """
+    write, out = _format(format).write, Path(out)
+    if write is None:
+        able = ", ".join(name for name, entry in FORMATS.items() if entry.write)
+        raise CvlctlError(f"stores are not written as {format}", f"they are as: {able}")
+    if label != "given":
+        store.require_label(label)
+    if out.exists() and not force:
+        raise CvlctlError(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
+    if out.is_dir() and not (format == "minari" and minari.is_dataset(out)):
+        raise CvlctlError(f"{out} is a directory", "choose another path: nothing in it was touched")
+    write(store, out, label)
+    return out
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(FORMATS)}"
+        raise CvlctlError(f"no format {name!r}", hint)
+    return FORMATS[name]
+
+
+def _counted(episodes: Iterator[Episode], path: Path, progress: Progress) -> Iterator[Episode]:
+    done = 0
+    for episode in episodes:
+        yield episode
+        done += len(episode)
+        progress.update(done)
+    if not done:
+        raise CvlctlError(f"{path} holds no episodes", "a store holds at least one")
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, as JSON has them."""
+    return {
+        name: [list(x) if hasattr(x, "__len__") and not isinstance(x, str) else x for x in value]
+        if isinstance(value, list | tuple) else value
+        for name, value in options.items() if value not in (None, False, (), {})
+    }  # fmt: skip

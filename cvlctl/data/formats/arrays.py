@@ -1,0 +1,51 @@
+"""Rows in a file of your own, npz or HDF5: `keys` says which array is what; `rows.py` says what each one means."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from cvlctl.data.formats.archives import open_arrays
+from cvlctl.data.formats.cutting import Bounds
+from cvlctl.data.formats.rows import episodes_of_rows
+from cvlctl.data.formats.sources import Facts
+from cvlctl.errors import CvlctlError
+from cvlctl.types import Episode
+
+NAMES = ("observations", "actions", "rewards", "successes", "terminals", "timeouts", "next_observations")
+
+
+def read(
+    path: str | Path,
+    *,
+    keys: Mapping[str, str] | None = None,
+    horizon: int | None = None,
+    action_bounds: Bounds | None = None,
+    clip_actions: bool = False,
+) -> Iterator[Episode]:
+    """The episodes of a file's rows.
+
+    Args:
+        keys: our name -> the file's: observations, actions, rewards, successes, terminals, timeouts,
+            next_observations. What is not named is looked for under our own name, and may lack but for the first two.
+        horizon: length of an episode that a time limit cut off, where neither timeouts nor next_observations tell.
+    """
+    keys = dict(keys or {})
+    for name in keys:
+        if name not in NAMES:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            raise CvlctlError(f"keys: no array {name!r}", f"did you mean {near[0]}?" if near else ", ".join(NAMES))
+    with open_arrays(Path(path)) as arrays:
+        arrays.need(*(keys.get(name, name) for name in ("observations", "actions")), *keys.values())
+        named = {name: keys.get(name, name) for name in NAMES}
+        columns = {name: arrays.column(key) for name, key in named.items() if key in arrays.names}
+        yield from episodes_of_rows(
+            arrays.path, columns, horizon=horizon, action_bounds=action_bounds, clip_actions=clip_actions
+        )
+
+
+def facts(path: Path) -> Facts:
+    """Nothing: which array is what, only `keys` tell."""
+    with open_arrays(path):
+        return Facts(0)

@@ -1,0 +1,241 @@
+"""Minari datasets (0.4 and 0.5, HDF5): the folder that `minari.load_dataset` opens, read and written by h5py alone.
+
+<folder>/data/metadata.json     spaces, environment, counts
+<folder>/data/main_data.hdf5    episode_0, episode_1, ...: observations (T+1 rows), actions, rewards, terminations,
+                                truncations, infos
+
+Observations in several arrays (a Dict space) are joined by `observation_keys`, default all, in alphabetical order.
+Actions are scaled from the bounds of the file's action space to [-1, 1]. Image observations may be coded as JPEG.
+An episode counts as terminated where its last step's `terminations` says so. Written episodes carry their successes
+in `infos/success` (T+1 values, as Minari's infos have), their task and collected_at as attributes of their group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cvlctl.data.formats.cutting import Bounds, flags, flat, make
+from cvlctl.data.formats.hdf5 import attribute, dataset_column, dataset_in, fixed_text, hdf5_file, joined
+from cvlctl.data.formats.sources import Facts, reading, replacing
+from cvlctl.data.store import Store
+from cvlctl.errors import CvlctlError
+from cvlctl.types import Episode
+
+if TYPE_CHECKING:
+    import h5py
+
+DATA, METADATA = "main_data.hdf5", "metadata.json"
+ID = re.compile(r"(?:[-_\w][-_\w/]*[-_\w]+/)?[-_\w]+-v\d+")
+KEPT = ("dataset_id", "minari_version", "algorithm_name", "author", "code_permalink", "description", "env_spec")
+
+
+def read(
+    path: str | Path,
+    *,
+    observation_keys: Sequence[str] = (),
+    action_bounds: Bounds | None = None,
+    clip_actions: bool = False,
+) -> Iterator[Episode]:
+    """The episodes of a Minari dataset, given by its folder."""
+    folder = _data_folder(Path(path))
+    metadata, file_path = _metadata(folder), folder / DATA
+    bounds = action_bounds or _bounds(metadata, folder / METADATA)
+    images = len(_space(metadata, "observation_space").get("shape") or ()) > 1
+    ours = metadata.get("cvlctl") or {}
+    rewarded = not (isinstance(ours, dict) and ours.get("rewards") is False)
+    with hdf5_file(file_path) as file:
+        with reading(str(file_path)):
+            found, said = len(file), metadata["total_episodes"]
+        if found != said:
+            what = f"{file_path} has {found} episodes; {METADATA} counts {said}"
+            raise CvlctlError(what, "fetch or write the dataset again")
+        steps = 0
+        for number in range(found):
+            where = f"{file_path}: episode_{number}"
+            with reading(where):
+                group = file[f"episode_{number}"]
+                about = {"seed": int(attribute(group, "seed") or 0), "task": attribute(group, "task") or ""}
+                collected_at = int(steps if (kept := attribute(group, "collected_at")) is None else kept)
+            arrays = {
+                name: dataset_column(file_path, group, name).rest() for name in ("actions", "rewards", "terminations")
+            }
+            with reading(where):
+                solved = None
+                if ours and "infos/success" in group:
+                    solved = dataset_column(file_path, group, "infos/success").rest()[1:]
+            with reading(f"{where}/observations"):
+                observations = _observations(file_path, group, observation_keys, images)
+            ended = flags(arrays["terminations"], f"{where}/terminations")
+            if not len(arrays["actions"]) == len(arrays["rewards"]) == len(ended):
+                what = ", ".join(f"{name} {len(values)}" for name, values in arrays.items())
+                raise CvlctlError(f"{where}: the arrays differ in their number of steps: {what}")
+            if arrays["actions"].ndim == 1 or arrays["actions"].dtype.kind not in "f":
+                what = f"{where}/actions: {arrays['actions'].dtype} of shape {arrays['actions'].shape}"
+                raise CvlctlError(what, "only continuous actions, (T, A), are read")
+            yield make(
+                where, bounds, clip_actions,
+                observations=observations, actions=arrays["actions"],
+                rewards=flat(arrays["rewards"], f"{where}/rewards") if rewarded else None, successes=solved,
+                terminated=bool(ended[-1:].any()), collected_at=collected_at, **about,
+            )  # fmt: skip
+            steps += len(ended)
+
+
+def facts(path: Path) -> Facts:
+    """Task, horizon and origin, as metadata.json has them."""
+    folder = _data_folder(path)
+    metadata = _metadata(folder)
+    with reading(str(folder / METADATA)):
+        ours, steps = metadata.get("cvlctl"), int(metadata["total_steps"])
+        kept = {name: metadata[name] for name in KEPT if name in metadata}
+        if bounds := _bounds(metadata, folder / METADATA):
+            kept["action_bounds"] = bounds
+        if ours:
+            return Facts(steps, str(ours["task"]), int(ours["horizon"]), kept, folder / DATA)
+        env = json.loads(metadata.get("env_spec") or "{}")
+        task = f"gym/{env['id']}" if env.get("id") else str(metadata.get("dataset_id", ""))
+        limit = env.get("max_episode_steps")
+        return Facts(steps, task, int(limit) if limit else None, kept, folder / DATA)
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether a folder is a Minari dataset's."""
+    return (path / "data" / METADATA).is_file()
+
+
+def _data_folder(path: Path) -> Path:
+    for folder in (path / "data", path, path.parent):
+        if (folder / METADATA).is_file() and (folder / DATA).is_file():
+            return folder
+    what = f"{path} is not a Minari dataset: no data/{METADATA} and data/{DATA} in it"
+    raise CvlctlError(what, "give the dataset's folder, such as ~/.minari/datasets/mujoco/hopper/medium-v0; HDF5 only")
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    with reading(str(folder / METADATA)):
+        found = json.loads((folder / METADATA).read_text())
+        if not isinstance(found, dict) or found.get("data_format", "hdf5") != "hdf5":
+            raise CvlctlError(f"{folder / METADATA} is not of an HDF5 dataset", "convert it with Minari to hdf5")
+        return found
+
+
+def _space(metadata: dict[str, Any], name: str) -> dict[str, Any]:
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        found = json.loads(metadata[name]) if name in metadata else {}
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _bounds(metadata: dict[str, Any], where: Path) -> Bounds | None:
+    """The bounds of the action space, None where they are [-1, 1] already or there are none."""
+    space = _space(metadata, "action_space")
+    if space.get("type", "Box") != "Box":
+        raise CvlctlError(f"{where}: actions of a {space['type']} space", "only continuous actions (Box) are read")
+    with reading(str(where)):
+        low, high = (np.asarray(space.get(name, default), np.float64) for name, default in (("low", -1), ("high", 1)))
+        if not (np.isfinite(low).all() and np.isfinite(high).all()) or ((low == -1).all() and (high == 1).all()):
+            return None
+        return low.tolist(), high.tolist()
+
+
+def _observations(path: Path, group: h5py.Group, keys: Sequence[str], images: bool) -> np.ndarray:
+    import h5py
+
+    if isinstance(group.get("observations"), h5py.Group):
+        return joined(path, group["observations"], keys)
+    dataset = dataset_in(path, group, "observations")
+    if images and dataset.ndim < 3:
+        return np.stack([_decoded(bytes(bytearray(frame))) for frame in dataset])
+    return dataset_column(path, group, "observations").rest()
+
+
+def _decoded(frame: bytes) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(frame)), np.uint8)
+
+
+# --------------------------------------------------------------------------------------------------------------- write
+
+
+def write(store: Store, path: Path, label: str) -> None:
+    """Write a store as the folder of a Minari dataset; without reward labels, with rewards of zero.
+
+    Raises:
+        CvlctlError: the folder's name is none that Minari could open: it must end in -v and a number.
+    """
+    import h5py
+
+    name, spec = _dataset_id(path), store.spec
+    image = "uint8" if spec.pixels else "float32"
+    rewarded, solvable = store.has_label(label), store.has_label(label, "success")
+    named = label if rewarded or solvable else "given"
+    with replacing(path) as temporary:
+        (temporary / "data").mkdir(parents=True)
+        with h5py.File(temporary / "data" / DATA, "w", track_order=True) as file:
+            for number, episode in enumerate(store.episodes(named)):
+                _write_episode(file.create_group(f"episode_{number}"), episode, number)
+        size = round((temporary / "data" / DATA).stat().st_size / 1e6, 1)
+        low, high = (0, 255) if spec.pixels else (-np.inf, np.inf)
+        metadata = {
+            "dataset_id": name, "total_episodes": store.num_episodes, "total_steps": store.num_transitions,
+            "data_format": "hdf5", "dataset_size": size,
+            # 0.5.4 was the first to take images that are not JPEGs
+            "minari_version": "0.5.4" if spec.pixels else "0.5.0", "jpeg_encoding": False,
+            "observation_space": _box(spec.observation_shape, low, high, image),
+            "action_space": _box((spec.action_dim,), -1.0, 1.0, "float32"),
+            "cvlctl": {"task": store.task, "horizon": spec.horizon, "rewards": rewarded},
+        }  # fmt: skip
+        (temporary / "data" / METADATA).write_text(json.dumps(metadata | _environment(store.task)))
+
+
+def _write_episode(group: h5py.Group, episode: Episode, number: int) -> None:
+    steps = len(episode)
+    last = np.arange(steps) == steps - 1
+    group.attrs.update({"id": number, "seed": episode.seed, "total_steps": steps, "task": fixed_text(episode.task)})
+    group.attrs["collected_at"] = episode.collected_at
+    arrays = {
+        "observations": episode.observations, "actions": episode.actions,
+        "rewards": np.zeros(steps, np.float32) if episode.rewards is None else episode.rewards,
+        "terminations": last & episode.terminated, "truncations": last & (not episode.terminated),
+    }  # fmt: skip
+    group.create_group("infos")
+    if episode.successes is not None:
+        arrays["infos/success"] = np.concatenate([[False], episode.successes])
+    for name, values in arrays.items():
+        group.create_dataset(name, data=values, chunks=True, maxshape=(None, *values.shape[1:]))
+
+
+def _dataset_id(path: Path) -> str:
+    """The name under which Minari opens the folder: its path below Minari's own folder, else its last part."""
+    root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets").absolute()
+    absolute = path.absolute()
+    name = absolute.relative_to(root).as_posix() if root in absolute.parents else path.name
+    if not ID.fullmatch(name):
+        raise CvlctlError(f"{name!r} is no name that Minari could open", "call the folder such as door-open/replay-v0")
+    return name
+
+
+def _box(shape: Sequence[int], low: float, high: float, dtype: str) -> str:
+    bounds = {"low": np.full(shape, low).tolist(), "high": np.full(shape, high).tolist()}
+    return json.dumps({"type": "Box", "dtype": dtype, "shape": list(shape), **bounds})
+
+
+def _environment(task: str) -> dict[str, str]:
+    """Gymnasium's description of the task, so that Minari's `recover_environment` works, where gymnasium has it."""
+    if not task.startswith("gym/"):
+        return {}
+    with contextlib.suppress(Exception):  # unknown to gymnasium, in as many ways as it has errors
+        import gymnasium
+
+        return {"env_spec": gymnasium.spec(task.removeprefix("gym/")).to_json()}
+    return {}

@@ -1,0 +1,168 @@
+"""What readers and writers share: arrays of a file, block by block; its faults in words; files replaced whole."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from cvlctl.errors import CvlctlError
+from cvlctl.files import disk, sync
+
+if TYPE_CHECKING:
+    pass
+
+
+BLOCK_BYTES = 2**23  # what a column keeps in memory
+MAX_ROW_BYTES = MAX_CHUNK_BYTES = 2**28
+DEFLATE_RATIO = 1100  # deflate cannot do better than 1032:1; a file that promises more lies
+ANY_RATIO = 100_000
+
+
+class Facts(NamedTuple):
+    """What a file says of itself before its arrays are read; transitions may be an estimate, for the progress bar."""
+
+    transitions: int
+    task: str = ""
+    horizon: int | None = None
+    provenance: dict[str, Any] = {}
+    data: Path | None = None  # the file that holds the arrays, where the path is a folder
+
+
+@contextlib.contextmanager
+def reading(where: str, hint: str = "the file may be cut short or damaged: fetch or write it again") -> Iterator[None]:
+    """Turn whatever a library raises on a file that is not sound into a CvlctlError that begins with `where`."""
+    try:
+        yield
+    except (CvlctlError, MemoryError, GeneratorExit):
+        raise
+    except Exception as error:  # HDF5, zip, zlib, JSON and numpy each have their own
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CvlctlError(f"{where}: cannot be read: {said}", hint) from error
+
+
+class Column:
+    """One array of a file, taken from its first row to its last; memory holds one block of it.
+
+    Args:
+        where: file and array, for messages.
+        fetch: (start, count) -> these rows; called in order, without gaps.
+
+    Raises:
+        CvlctlError: it holds no plain numbers, or single rows too large to be true.
+    """
+
+    def __init__(
+        self, where: str, shape: tuple[int, ...], dtype: np.dtype, fetch: Callable[[int, int], np.ndarray]
+    ) -> None:
+        self.where, self.shape, self.dtype, self._fetch = where, shape, dtype, fetch
+        if dtype.kind not in "fiub":
+            raise CvlctlError(
+                f"{where}: holds {kind_in_words(dtype)}, not numbers", "save it as an array of plain numbers"
+            )
+        if not shape:
+            raise CvlctlError(f"{where}: is a single value, not an array with a row a step")
+        if 0 in shape[1:]:
+            raise CvlctlError(f"{where}: rows of shape {shape[1:]} hold nothing")
+        self.row_bytes = num_bytes(shape[1:], dtype)
+        if self.row_bytes > MAX_ROW_BYTES:
+            raise CvlctlError(f"{where}: rows of shape {shape[1:]} are too large to be true")
+        self._at, self._block, self._used = 0, np.empty((0, *shape[1:]), dtype), 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def take(self, count: int) -> np.ndarray:
+        """The next `count` rows."""
+        parts = []
+        while count:
+            if self._used == len(self._block):
+                self._next_block(count)
+            part = self._block[self._used : self._used + count]
+            self._used += len(part)
+            count -= len(part)
+            parts.append(part)
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self.dtype)
+
+    def rest(self) -> np.ndarray:
+        """All rows that were not taken yet."""
+        return self.take(len(self) - self._at + len(self._block) - self._used)
+
+    def _next_block(self, wanted: int) -> None:
+        size = min(max(1, BLOCK_BYTES // max(1, self.row_bytes)), len(self) - self._at)
+        if size <= 0:
+            raise CvlctlError(f"{self.where}: has {len(self)} rows, fewer than the others need")
+        with reading(f"{self.where}, rows {self._at}-{self._at + size - 1}"):
+            block = self._fetch(self._at, size)
+        if block.shape != (size, *self.shape[1:]):
+            raise CvlctlError(f"{self.where}: ends before row {self._at + size}", "the file is cut short")
+        self._block, self._used = block, 0
+        self._at += size
+
+
+class Arrays(NamedTuple):
+    """The arrays of an open file."""
+
+    path: Path
+    names: list[str]
+    column: Callable[[str], Column]
+    text: Callable[[str], list[str]]  # the strings of an array of them
+    attribute: Callable[[str], Any]  # of the file; None where it has none of that name
+
+    def need(self, *names: str) -> None:
+        """Raise a CvlctlError that lists what there is, unless the file has all these arrays."""
+        for name in names:
+            if name not in self.names:
+                there = ", ".join(self.names[:20]) or "nothing"
+                raise CvlctlError(f"{self.path}: no array {name!r}", f"the file has {there}")
+
+
+def num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def kind_in_words(dtype: np.dtype) -> str:
+    kinds = {"O": "objects", "U": "text", "S": "text", "c": "complex numbers", "V": "records"}
+    return kinds.get(dtype.kind, f"values of type {dtype}")
+
+
+def same_length(path: Path, columns: dict[str, Column]) -> int:
+    """The number of rows that all columns have."""
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        what = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise CvlctlError(f"{path}: the arrays differ in their number of rows: {what}")
+    return next(iter(lengths.values()))
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """A path beside `out` for a file or folder, which takes the place of `out` at the end, or leaves no trace."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    with disk(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            for file in [temporary, *temporary.rglob("*")]:
+                sync(file)
+            if out.is_dir():
+                old = out.with_name(f".{out.name}.{os.getpid()}.old")
+                os.replace(out, old)
+                os.replace(temporary, out)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, out)
+            sync(out.parent)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)

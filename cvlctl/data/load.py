@@ -1,0 +1,139 @@
+"""What a recipe uses of its stores, read into memory for training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cvlctl.data import samplers
+from cvlctl.data.recipe import StoreUse
+from cvlctl.data.samplers import Data
+from cvlctl.data.store import Store, open_store
+from cvlctl.data.stream import Stream, arrival_reward
+from cvlctl.errors import CvlctlError
+from cvlctl.types import Spec
+
+
+def open_stores(uses: Sequence[StoreUse]) -> list[Store]:
+    """Open every store and check that they agree in what a policy sees and does."""
+    stores = [open_store(use.path) for use in uses]
+    for use, store in zip(uses, stores, strict=True):
+        first = stores[0].spec
+        if (store.spec.observation_shape, store.spec.action_dim) != (first.observation_shape, first.action_dim):
+            raise CvlctlError(
+                f"{use.path}: observations {store.spec.observation_shape} and {store.spec.action_dim} action "
+                f"dimensions, but {uses[0].path} has {first.observation_shape} and {first.action_dim}",
+                "train on stores of one robot",
+            )
+        if store.spec.pixels or len(store.spec.observation_shape) != 1:
+            raise CvlctlError(f"{use.path}: observations of shape {store.spec.observation_shape} are not vectors")
+    return stores
+
+
+class Part(NamedTuple):
+    """What is used of one store, as arrays."""
+
+    observation: np.ndarray  # (rows, O)
+    action: np.ndarray  # (rows, A)
+    arrival_reward: np.ndarray  # (rows,): reward received on arriving at the row's observation
+    labelled: np.ndarray  # (rows,) bool: its episode's rewards may be learned from
+    episode_ends: np.ndarray  # (n,) cumulative row counts
+    terminated: np.ndarray  # (n,) bool
+
+
+class Reading(NamedTuple):
+    """What training reads: stores, what is used of each, and success examples beside them."""
+
+    stores: Sequence[Store]
+    uses: Sequence[StoreUse]
+    examples: np.ndarray | None = None  # (X, O)
+    rewards: bool = False  # whether labels are opened
+    relabel: Callable[[Data, str], Tensor] | None = None  # (data, device) -> rewards (E, rows) that are learned instead
+
+    @property
+    def spec(self) -> Spec:
+        return self.stores[0].spec
+
+
+@contextmanager
+def opened(reading: Reading, window_rows: int, draws_per_block: int, device: str) -> Iterator[Data | Stream]:
+    """The stores in the device's memory; with `window_rows` windows on them of so many rows, where that is too small.
+
+    Args:
+        draws_per_block: transitions that a block of updates draws for each seed.
+    """
+    stores, uses, examples, rewards, relabel = reading
+    if window_rows == 0:
+        data = join(stores, uses, examples, rewards)
+        if relabel is not None:
+            data = data._replace(arrival_reward=relabel(data, device))
+        yield to_device(data, device)
+        return
+    with closing(Stream(stores, uses, examples, rewards, window_rows, draws_per_block, device)) as stream:
+        yield stream
+
+
+def to_device(data: Data, device: str) -> Data:
+    """The same data on `device`."""
+    where = samplers.Layout(*(x.to(device) for x in data.layout))
+    return Data(
+        data.observation.to(device), data.action.to(device), data.arrival_reward.to(device), where,
+        data.labelled.to(device), data.examples.to(device),
+    )  # fmt: skip
+
+
+def join(stores: Sequence[Store], uses: Sequence[StoreUse], examples: np.ndarray | None, rewards: bool) -> Data:
+    """The stores in memory, row axes joined. Without `rewards` no label is opened, except to find `top`."""
+    parts = [read_part(store, use, rewards) for store, use in zip(stores, uses, strict=True)]
+    starts = np.cumsum([0] + [len(part.observation) for part in parts])
+    ends = np.concatenate([part.episode_ends + start for part, start in zip(parts, starts, strict=False)])
+    where = samplers.layout(ends, np.concatenate([part.terminated for part in parts]))
+    labelled = torch.from_numpy(np.concatenate([part.labelled for part in parts]))
+    observation = _concatenated([part.observation for part in parts])
+    empty = np.zeros((0, observation.shape[1]), dtype=np.float32)
+    return Data(
+        observation=torch.from_numpy(observation),
+        action=torch.from_numpy(_concatenated([part.action for part in parts])),
+        arrival_reward=torch.from_numpy(_concatenated([part.arrival_reward for part in parts])).unsqueeze(0),
+        layout=where,
+        labelled=labelled[where.row].nonzero().squeeze(1),
+        examples=torch.from_numpy(empty if examples is None else examples),
+    )
+
+
+def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)  # a single store is not copied
+
+
+def read_part(store: Store, use: StoreUse, rewards: bool) -> Part:
+    """What `use` says of a store, read into memory."""
+    observation, action, ends = store.observations(), store.actions(), store.episode_ends()
+    lengths, count = np.diff(ends, prepend=0), len(ends)
+    reward, keeps_label = np.zeros(len(observation), dtype=np.float32), np.zeros(count, dtype=bool)
+    if rewards and use.rewards != "none":
+        keeps_label = use.kept(count)
+        if use.from_store:
+            reward = arrival_reward(store.rewards(use.rewards), ends, keeps_label)
+        keeps_label |= use.rest == "zeros"
+    labelled = np.repeat(keeps_label, lengths)
+    part = Part(observation, action, reward, labelled, ends, store.terminated())
+    return part if use.top == 1 else best_episodes(part, store.rewards(use.rewards), use.top)
+
+
+def best_episodes(part: Part, rewards: np.ndarray, share: float) -> Part:
+    """The `share` of its episodes with the highest return; the earlier one of equals. `rewards` (rows,) as stored."""
+    ends = part.episode_ends
+    starts = ends - np.diff(ends, prepend=0)
+    order = np.argsort(-np.add.reduceat(rewards.astype(np.float64), starts), kind="stable")
+    kept = np.sort(order[: max(1, round(share * len(ends)))])
+    rows = np.concatenate([np.arange(starts[i], ends[i]) for i in kept])
+    new_ends = np.cumsum((ends - starts)[kept])
+    return Part(
+        part.observation[rows], part.action[rows], part.arrival_reward[rows], part.labelled[rows], new_ends,
+        part.terminated[kept],
+    )  # fmt: skip

@@ -1,0 +1,284 @@
+"""Index maths of the occupancy sampler, and randomness as a pure function of (seed, step).
+
+The law (CVL Eq. 3 and 8, LAEO Eq. 4 shifted to start at offset 1). A transition at time t of an episode with K = T - t
+steps left has the future s_{t+Delta}, Delta >= 1:
+
+* truncated episode: P(Delta = k) = (1-gamma) gamma^(k-1) / (1 - gamma^K), k = 1..K (CVL Definition 1): what lies beyond
+  the cut is unknown, so its mass is spread over what was seen;
+* terminated episode: P(Delta = k) = (1-gamma) gamma^(k-1), k = 1..infinity; from K+1 on the future is the absorbing
+  state, seen as the final observation, with reward 0. Renormalising here would make a dying action look as good as a
+  living one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cvlctl.types import OccupancyBatch, TransitionBatch
+
+BLOCK = 64  # steps whose randomness is drawn together: part of what "the same batches" means, so a constant
+
+
+class Layout(NamedTuple):
+    """Where the N transitions of a store lie on its row axis (an episode of T transitions has T+1 rows)."""
+
+    row: Tensor  # (N,) int64: row of the transition's observation and action; the next observation is at row + 1
+    last: Tensor  # (N,) int64: row of the final observation of its episode
+    terminated: Tensor  # (N,) bool: the episode terminated (it was not cut off)
+    first: Tensor  # (n,) int64: row of each episode's first observation, ascending
+
+
+def layout(episode_ends: np.ndarray, terminated: np.ndarray, device: torch.device | str = "cpu") -> Layout:
+    """Layout from cumulative row counts `episode_ends` (n,) and `terminated` (n,)."""
+    ends = np.asarray(episode_ends, dtype=np.int64)
+    lengths = np.diff(ends, prepend=0) - 1
+    row = np.arange(int(ends[-1]), dtype=np.int64) if len(ends) else np.zeros(0, dtype=np.int64)
+    row = np.delete(row, ends - 1)
+    last = np.repeat(ends - 1, lengths)
+    flags = np.repeat(np.asarray(terminated, dtype=bool), lengths)
+    return Layout(*(torch.from_numpy(x).to(device) for x in (row, last, flags, ends - lengths - 1)))
+
+
+def geometric_offset(u: Tensor, remaining: Tensor, terminated: Tensor, gamma: float) -> Tensor:
+    """Delta = 1 + floor(log(1 - u (1 - gamma^K)) / log gamma); the plain geometric (K = infinity) where `terminated`.
+
+    Args:
+        u: uniform in [0, 1), float64, any shape; `remaining` (int64, K >= 1) and `terminated` (bool) broadcast to it.
+
+    Returns:
+        Offsets >= 1 (int64), at most K where not terminated (clamped only against rounding).
+    """
+    if gamma == 0.0:
+        return torch.ones_like(remaining + torch.zeros_like(u, dtype=torch.int64))
+    log_gamma = math.log(gamma)
+    mass = torch.where(terminated, 1.0, -torch.expm1(remaining.to(u.dtype) * log_gamma))
+    offset = 1 + torch.floor(torch.log1p(-u * mass) / log_gamma).to(torch.int64)
+    return torch.where(terminated, offset, torch.minimum(offset, remaining)).clamp_min(1)
+
+
+class Future(NamedTuple):
+    """A drawn future: its row, and the row whose reward was received on arriving there."""
+
+    row: Tensor  # int64
+    reward_row: Tensor  # int64: row - 1
+    absorbed: Tensor  # bool: beyond a terminal state; the reward there is 0
+
+
+def future(where: Layout, transition: Tensor, u: Tensor, gamma: float) -> Future:
+    """The futures of `transition` (indices into `where`, any shape) for uniforms `u` (same shape, float64)."""
+    row, last, terminated = where.row[transition], where.last[transition], where.terminated[transition]
+    target = row + geometric_offset(u, last - row, terminated, gamma)
+    absorbed = target > last
+    target = torch.minimum(target, last)
+    return Future(target, target - 1, absorbed)
+
+
+def generator(seed: int, stream: str, block: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on (seed, stream, block) and on nothing else: no state to save, resume is exact.
+
+    `stream` names the use ("batch", "bank", "init", ...), so that adding a use never shifts another.
+    """
+    words = np.random.SeedSequence([seed, block, *stream.encode()]).generate_state(2, np.uint32)
+    g = torch.Generator(device=device)
+    g.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+    return g
+
+
+class Data(NamedTuple):
+    """One or several stores in memory on the device, row axes joined."""
+
+    observation: Tensor  # (rows, O) float32
+    action: Tensor  # (rows, A)
+    arrival_reward: Tensor  # (1 or E, rows): reward on arriving at the row's observation; a row a member if learned
+    layout: Layout
+    labelled: Tensor  # (L,) int64: transitions of the episodes whose reward labels may be read
+    examples: Tensor  # (X, O): success examples, or (0, O)
+
+
+class Draws(NamedTuple):
+    """What one step of a learner draws: batch and bank sizes a member, the discount, and its Gaussian noise by name."""
+
+    batch_size: int
+    gamma: float = 0.0
+    transitions: bool = False  # (s, a, r, s') of the labelled episodes: a TransitionBatch
+    futures: bool = False  # one future for each transition
+    bank: int = 0  # futures drawn from the marginal p(s+) of the labelled episodes, with their rewards
+    examples: int = 0  # success examples in the bank instead; all of them where there are fewer
+    times: bool = False  # how far into their episodes the transitions lie
+    noise: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+
+class Indices(NamedTuple):
+    """Row numbers for the batches of n steps, (n, E, B) and (n, E, M)."""
+
+    row: Tensor
+    ends: Tensor  # the transition arrives at a terminal state; (n, E, 0) where transitions are not asked for
+    future_row: Tensor
+    bank_row: Tensor
+    bank_absorbed: Tensor
+    bank_source: Tensor  # the transition's row whose future it is
+
+
+def draw(
+    data: Data, draws: Draws, seeds: Sequence[int], block: int, num_steps: int
+) -> tuple[Indices, dict[str, Tensor]]:
+    """Indices and noise for the `num_steps` steps of `block`: a pure function of (seeds, block), member by member.
+
+    Returns:
+        Indices with leading axes (num_steps, E), and noise by name, each (num_steps, E, *shape).
+    """
+    device, where = data.observation.device, data.layout
+    columns: list[list[Tensor]] = []
+    for seed in seeds:
+        g = generator(seed, "batch", block, device)
+        pool = len(data.labelled) if draws.transitions else len(where.row)
+        transition = torch.randint(pool, (num_steps, draws.batch_size), generator=g, device=device)
+        if draws.transitions:
+            transition = data.labelled[transition]
+        row = where.row[transition]
+        ends = torch.zeros((num_steps, 0), dtype=torch.bool, device=device)
+        if draws.transitions:
+            ends = where.terminated[transition] & (row + 1 == where.last[transition])
+        future_row = row[:, :0]
+        if draws.futures:
+            u = torch.rand(transition.shape, generator=g, device=device, dtype=torch.float64)
+            future_row = future(where, transition, u, draws.gamma).row
+        g = generator(seed, "bank", block, device)
+        bank_row = torch.zeros((num_steps, 0), dtype=torch.int64, device=device)
+        absorbed = torch.zeros((num_steps, 0), dtype=torch.bool, device=device)
+        source = bank_row
+        if draws.bank:
+            pick = torch.randint(len(data.labelled), (num_steps, draws.bank), generator=g, device=device)
+            u = torch.rand(pick.shape, generator=g, device=device, dtype=torch.float64)
+            pick = data.labelled[pick]
+            source, (bank_row, _, absorbed) = where.row[pick], future(where, pick, u, draws.gamma)
+        elif draws.examples:
+            count = len(data.examples)
+            if count > draws.examples:
+                bank_row = torch.randint(count, (num_steps, draws.examples), generator=g, device=device)
+            else:
+                bank_row = torch.arange(count, device=device).expand(num_steps, count)
+            absorbed = torch.zeros_like(bank_row, dtype=torch.bool)
+        columns.append([row, ends, future_row, bank_row, absorbed, source])
+    indices = Indices(*(torch.stack(parts, dim=1) for parts in zip(*columns, strict=True)))
+    noise = {}
+    for name, shape in draws.noise:
+        gens = [generator(seed, f"noise/{name}", block, device) for seed in seeds]
+        noise[name] = torch.stack([torch.randn((num_steps, *shape), generator=g, device=device) for g in gens], dim=1)
+    return indices, noise
+
+
+class Windows(Protocol):
+    """Data that do not fit in memory: for each block of updates a part of them (`stream.Stream`)."""
+
+    def at(self, block: int) -> Data: ...
+
+
+def at(source: Data | Windows, block: int) -> Data:
+    """What the updates of a block draw from."""
+    return source if isinstance(source, Data) else source.at(block)
+
+
+def batches(
+    source: Data | Windows, draws: Draws, seeds: list[int], start: int, stop: int
+) -> Iterator[tuple[int, tuple[Indices, dict[str, Tensor]]]]:
+    """(step, (indices, noise)) for steps start..stop-1: what step i sees does not depend on where the run started."""
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        indices, noise = draw(at(source, block), draws, seeds, block, BLOCK)
+        for step in range(max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)):
+            i = step - block * BLOCK
+            yield step, (Indices(*(x[i] for x in indices)), {name: value[i] for name, value in noise.items()})
+
+
+def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | TransitionBatch:
+    """The batch of one step, from indices without the leading step axis."""
+    observation, action = _rows(data.observation, indices.row), _rows(data.action, indices.row)
+    if draws.transitions:
+        return TransitionBatch(
+            observation,
+            action,
+            reward=_rewards(data, indices.row + 1),
+            discount=torch.where(indices.ends, 0.0, draws.gamma),
+            next_observation=_rows(data.observation, indices.row + 1),
+        )
+    bank_reward = (
+        _rewards(data, indices.bank_row)
+        if draws.bank
+        else indices.bank_row.new_ones(indices.bank_row.shape, dtype=torch.float32)
+    )
+    return OccupancyBatch(
+        observation,
+        action,
+        future_observation=_rows(data.observation, indices.future_row),
+        bank_observation=_rows(data.examples if draws.examples else data.observation, indices.bank_row),
+        bank_reward=torch.where(indices.bank_absorbed, 0.0, bank_reward),
+        time=_times(data, indices.row) if draws.times else indices.row[:, :0],
+        bank_time=_times(data, indices.bank_source) if draws.times else indices.row[:, :0],
+    )
+
+
+def _times(data: Data, row: Tensor) -> Tensor:
+    """Steps since the episode began, of rows (E, N)."""
+    first = data.layout.first
+    return row - first[torch.searchsorted(first, row, right=True) - 1]
+
+
+def _rows(source: Tensor, index: Tensor) -> Tensor:
+    return source.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def _rewards(data: Data, row: Tensor) -> Tensor:
+    """Rewards of arriving at rows (E, N): each member's own where they are learned."""
+    table = data.arrival_reward
+    if len(table) > 1:
+        row = row + table.shape[1] * torch.arange(len(table), device=row.device).unsqueeze(1)
+    return _rows(table.flatten(), row)
+
+
+def observation_statistics(observation: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (O,) over all rows, in float64 sums: piece by piece, in one buffer.
+
+    A new float64 tensor a piece fragments the heap: as much as a float64 copy of all rows stayed behind.
+    """
+    pieces = observation.split(65_536)
+    wide = torch.empty_like(pieces[0], dtype=torch.float64)
+
+    def total(value: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.stack([value(wide[: len(x)].copy_(x)).sum(dim=0) for x in pieces]).sum(dim=0)
+
+    mean = total(lambda x: x) / len(observation)
+    square = total(lambda x: x.sub_(mean).square_()) / len(observation)
+    return mean.float(), square.sqrt().float()
+
+
+def reward_statistics(data: Data, gamma: float) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1 or E, 1) of the reward at futures from the marginal p(s+), by 65,536 draws."""
+    g = generator(0, "reward_statistics", 0, data.observation.device)
+    device = data.observation.device
+    pick = data.labelled[torch.randint(len(data.labelled), (65_536,), generator=g, device=device)]
+    u = torch.rand(pick.shape, generator=g, device=device, dtype=torch.float64)
+    drawn = future(data.layout, pick, u, gamma)
+    reward = torch.where(drawn.absorbed, 0.0, data.arrival_reward[:, drawn.row]).double()
+    mean, std = reward.mean(dim=1, keepdim=True), reward.std(dim=1, keepdim=True).clamp_min(1e-6)
+    return mean.float(), std.float()
+
+
+def labelled_rewards(data: Data) -> Tensor:
+    """(1 or E, L) float64: the reward of each labelled transition."""
+    return data.arrival_reward[:, data.layout.row[data.labelled] + 1].double()
+
+
+def return_range(data: Data) -> Tensor:
+    """Largest minus smallest undiscounted return of the labelled episodes, (1 or E, 1), at least 1e-6."""
+    last = data.layout.last[data.labelled]
+    episodes, episode = torch.unique(last, return_inverse=True)
+    arrived = labelled_rewards(data)
+    returns = torch.zeros(len(arrived), len(episodes), dtype=torch.float64, device=arrived.device)
+    returns.index_add_(1, episode, arrived)
+    return (returns.amax(dim=1, keepdim=True) - returns.amin(dim=1, keepdim=True)).clamp_min(1e-6).float()

@@ -1,0 +1,316 @@
+"""The trajectory store: Zarr v3 on one time axis. `docs/store.md` is the format's contract; `writer.py` writes it.
+
+Only these two files import zarr. Pretraining opens `data/` and `meta/` alone; labels live apart, in `labels/`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from cvlctl.data.chunks import chunks, damaged, open_array, read_array, read_chunk
+from cvlctl.errors import CvlctlError
+from cvlctl.types import Episode, Spec
+
+FORMAT, VERSION = "cvlctl-store", 1
+LABEL_ARRAYS = ("reward", "success")
+META: dict[str, type[np.generic]] = {
+    "meta/episode_ends": np.int64,
+    "meta/terminated": np.bool_,
+    "meta/task": np.int32,
+    "meta/collected_at": np.int64,
+    "meta/seed": np.int64,
+}
+DATA = ("data/observation", "data/action", *META)  # the reward-free part
+
+
+class Store:
+    """A finished store. Arrays are read once, whole, and kept: treat them as read-only.
+
+    Only `labels`, `has_label`, `rewards`, `successes`, `label_digest`, `futures` and `episodes` look into `labels/`.
+    """
+
+    def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
+        self.path = path
+        self.attributes = attributes
+        self._cache: dict[str, np.ndarray] = {}
+        try:
+            spec = attributes["spec"]
+            shape = tuple(int(n) for n in spec["observation_shape"])
+            self.spec = Spec(shape, int(spec["action_dim"]), int(spec["horizon"]), bool(spec["pixels"]))
+            self.task = str(attributes["task"])
+            self.provenance: dict[str, Any] = dict(attributes["provenance"])
+            self.task_names = [str(name) for name in attributes["tasks"]]
+            counts = (int(attributes["counts"][key]) for key in ("episodes", "transitions", "rows"))
+            self.num_episodes, self.num_transitions, self.num_rows = counts
+            self._checksums = {str(name): str(value) for name, value in attributes["checksums"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"{path / 'zarr.json'}: the store's attributes lack or garble {error}"
+            raise CvlctlError(what, "write the store again") from error
+
+    def __len__(self) -> int:
+        """Number of transitions."""
+        return self.num_transitions
+
+    def __repr__(self) -> str:
+        shape = (self.num_rows, *self.spec.observation_shape)
+        return f"Store({str(self.path)!r}, task={self.task!r}, episodes={self.num_episodes}, observations={shape})"
+
+    def observations(self) -> np.ndarray:
+        """(rows, *observation_shape) float32, uint8 for pixels; an episode's last row is its final observation."""
+        return self._array("data/observation")
+
+    def actions(self) -> np.ndarray:
+        """(rows, A) float32 in [-1, 1]; zero in the row of a final observation."""
+        return self._array("data/action")
+
+    def episode_ends(self) -> np.ndarray:
+        """(episodes,) int64: cumulative row counts; an episode of T transitions has T+1 rows."""
+        return self._array("meta/episode_ends")
+
+    def lengths(self) -> np.ndarray:
+        """(episodes,) int64: transitions of each episode."""
+        return np.diff(self.episode_ends(), prepend=0) - 1
+
+    def terminated(self) -> np.ndarray:
+        """(episodes,) bool: the environment ended the episode (False: it was cut off)."""
+        return self._array("meta/terminated")
+
+    def collected_at(self) -> np.ndarray:
+        """(episodes,) int64: the collector's environment step at which the episode began."""
+        return self._array("meta/collected_at")
+
+    def seeds(self) -> np.ndarray:
+        """(episodes,) int64: the collector's seed."""
+        return self._array("meta/seed")
+
+    def episode_tasks(self) -> list[str]:
+        """Task name of each episode."""
+        return [self.task_names[i] for i in self._array("meta/task")]
+
+    @property
+    def labels(self) -> list[str]:
+        """Names of the reward labels that lie in the store."""
+        folder = self.path / "labels"
+        return sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+    def has_label(self, name: str, array: str = "reward") -> bool:
+        """Whether label `name` has the array: "reward" or "success"."""
+        return (self.path / "labels" / name / array / "zarr.json").is_file()
+
+    def require_label(self, name: str, array: str = "reward") -> None:
+        """Raise a CvlctlError that lists what there is, unless label `name` has the array."""
+        if not self.has_label(name, array):
+            raise self._no_label(name, f"a {array} array")
+
+    def rewards(self, label: str = "given") -> np.ndarray:
+        """(rows,) float32: row t of an episode holds the reward of its transition t; 0 in the final row."""
+        return self._label(label, "reward")
+
+    def successes(self, label: str = "given") -> np.ndarray:
+        """(rows,) bool, laid out as `rewards`."""
+        return self._label(label, "success")
+
+    def episodes(self, label: str = "given") -> Iterator[Episode]:
+        """The episodes in order; rewards and successes are None where the label lacks them."""
+        if label != "given" and label not in self.labels:
+            raise self._no_label(label, "arrays")
+        rewards = self.rewards(label) if self.has_label(label) else None
+        successes = self.successes(label) if self.has_label(label, "success") else None
+        table = zip(*(self._array(name).tolist() for name in META), strict=True)
+        yield from split((self.observations(), self.actions(), rewards, successes), table, self.task_names)
+
+    def futures(self, num: int, gamma: float, seed: int, label: str = "given") -> tuple[np.ndarray, np.ndarray]:
+        """Draw `num` future states from the sampler's marginal: a uniform transition, then its discounted future.
+
+        Returns:
+            observations (num, *observation_shape), and rewards (num,) float32 received on arriving there. Beyond a
+            terminal state stands the absorbing state: the final observation, with reward 0.
+
+        Raises:
+            CvlctlError: gamma outside [0, 1), num < 1, a negative seed, or a label without rewards.
+        """
+        import torch
+
+        from cvlctl.data import samplers
+
+        if num < 1 or not 0.0 <= gamma < 1.0 or seed < 0:
+            what = f"cannot draw futures with num {num}, gamma {gamma}, seed {seed}"
+            raise CvlctlError(what, "give num >= 1, gamma in [0, 1), seed >= 0")
+        rewards = self.rewards(label)
+        where = samplers.layout(self.episode_ends(), self.terminated())
+        generator = samplers.generator(seed, "futures", 0)
+        transition = torch.randint(len(where.row), (num,), generator=generator)
+        u = torch.rand(num, dtype=torch.float64, generator=generator)
+        drawn = samplers.future(where, transition, u, gamma)
+        received = np.where(drawn.absorbed.numpy(), np.float32(0), rewards[drawn.reward_row.numpy()])
+        return self.observations()[drawn.row.numpy()], received
+
+    def digest(self) -> str:
+        """sha256 over the checksums of the reward-free arrays (`data/`, `meta/`): equal content, equal digest."""
+        names = [name for name in self._checksums if name.startswith(("data/", "meta/"))]
+        return self._digest(names, {"tasks": self.task_names})
+
+    def label_digest(self, label: str = "given") -> str:
+        """sha256 of one label's arrays."""
+        names = [name for name in self._checksums if name.startswith(f"labels/{label}/")]
+        if not names or label not in self.labels:
+            raise self._no_label(label, "arrays")
+        return self._digest(names, {})
+
+    def _digest(self, names: list[str], extra: dict[str, Any]) -> str:
+        spec = [self.spec.observation_shape, self.spec.action_dim, self.spec.pixels]
+        content: dict[str, Any] = {name: self._checksums[name] for name in names}
+        return json_digest({**content, "spec": spec, "rows": self.num_rows, **extra})
+
+    def _label(self, label: str, array: str) -> np.ndarray:
+        self.require_label(label, array)
+        return self._array(f"labels/{label}/{array}")
+
+    def _no_label(self, label: str, wanted: str) -> CvlctlError:
+        found = [f"{name}/{array}" for name in self.labels for array in LABEL_ARRAYS if self.has_label(name, array)]
+        hint = f"the store has {', '.join(found)}" if found else "the store holds no labels at all"
+        return CvlctlError(f"{self.path}: no label {label!r} with {wanted}", hint)
+
+    def _array(self, name: str) -> np.ndarray:
+        if name not in self._cache:
+            values = self._read(name)
+            if problem := self._problem(name, values):
+                raise damaged(self.path, f"{name}: {problem}", self.path / name)
+            self._cache[name] = values
+        return self._cache[name]
+
+    def _read(self, name: str) -> np.ndarray:
+        return read_array(self.path, name, self._open(name))
+
+    def _problem(self, name: str, values: np.ndarray) -> str:
+        """What is wrong with an array's values, "" if nothing: what would garble training, and costs next to nothing
+        to find. That they are those that were written is for `verify_store` to say."""
+        if values.dtype == np.float32 and values.size:
+            low, high = values.min(), values.max()  # NaN if any is NaN
+            if not np.isfinite([low, high]).all():
+                return "NaN or infinity"
+            if name == "data/action" and max(-low, high) > 1.0:
+                return "actions outside [-1, 1]"
+        elif name == "meta/episode_ends":
+            lengths = np.diff(values, prepend=0) - 1
+            if len(values) == 0 or (lengths < 1).any():
+                return f"episode {int(np.argmax(lengths < 1)) if len(values) else 0} has fewer than 2 rows"
+            if values[-1] != self.num_rows:
+                return f"the last episode ends at row {int(values[-1])} of {self.num_rows}"
+        elif name == "meta/task" and len(values) and (values.min() < 0 or values.max() >= len(self.task_names)):
+            return f"indices outside the {len(self.task_names)} task names"
+        return ""
+
+    def _open(self, name: str) -> zarr.Array:
+        """An array, of the type and shape that the attributes say."""
+        dtype: type[np.generic] = np.bool_ if name.endswith("/success") else np.float32
+        shape: tuple[int, ...] = (self.num_rows,)
+        if name in META:
+            dtype, shape = META[name], (self.num_episodes,)
+        elif name == "data/observation":
+            dtype, shape = np.uint8 if self.spec.pixels else dtype, (self.num_rows, *self.spec.observation_shape)
+        elif name == "data/action":
+            shape = (self.num_rows, self.spec.action_dim)
+        array = open_array(self.path, name)
+        if array.dtype != dtype or array.shape != shape:
+            what = f"{name}: is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
+            raise damaged(self.path, what, self.path / name)
+        return array
+
+
+def open_store(path: str | Path) -> Store:
+    """Open a finished store. Arrays are read on first use.
+
+    Raises:
+        CvlctlError: nothing there, not a store, still being written, written by a newer version, or arrays missing or
+            not as the attributes say.
+    """
+    store = Store(Path(path), read_attributes(Path(path)))
+    for name in DATA:
+        store._open(name)
+    return store
+
+
+def read_attributes(path: Path) -> dict[str, Any]:
+    """The root attributes of what must be a finished store that this version can read."""
+    if not path.exists():
+        partial, old = beside(path, ".partial"), beside(path, ".old")
+        if partial.exists():
+            kept = f"; the store that it replaces is {old}" if old.exists() else ""
+            what = f"{path} is not finished: it is still being written, or its writer was stopped"
+            raise CvlctlError(what, f"wait, or run the same command again to resume {partial}{kept}")
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.zarr")], n=1, cutoff=0.0)
+        raise CvlctlError(f"no store at {path}", f"did you mean {path.parent / near[0]}?" if near else "check the path")
+    try:
+        found = dict(json.loads((path / "zarr.json").read_text())["attributes"])
+        version = int(found["version"]) if found["format"] == FORMAT else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        version = 0
+    if version < 1:
+        raise CvlctlError(f"{path} is not a cvlctl store", f"its zarr.json should carry the attribute format: {FORMAT}")
+    if version > VERSION:
+        raise CvlctlError(f"{path} is a store of version {version}; this cvlctl reads {VERSION}", "update cvlctl")
+    return found
+
+
+class Column:
+    """One array of a store, read chunk by chunk; the last chunk is kept, so that each is read once in ascending order.
+
+    Raises:
+        CvlctlError: the array is missing or of another type, a chunk is damaged, or its values are not legal.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name, self._array = store, name, store._open(name)
+        self._chunks = list(chunks(store.path, name, self._array))
+        self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start, ...) rows."""
+        size = self._array.chunks[0]
+        parts = []
+        for i in range(start // size, (stop - 1) // size + 1):
+            values = self._chunk(i)
+            parts.append(values[max(start - i * size, 0) : stop - i * size])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), ...) single rows; `rows` ascend."""
+        return np.concatenate([self.rows(row, row + 1) for row in rows.tolist()])
+
+    def _chunk(self, i: int) -> np.ndarray:
+        if self._held[0] != i:
+            values = read_chunk(self._array, self._chunks[i])
+            if problem := self._store._problem(self._name, values):
+                what = f"{self._store.path}: {self._chunks[i].name}: {problem}"
+                raise CvlctlError(what, f"`cvlctl data verify {self._store.path}` lists all that is damaged")
+            self._held = (i, values)
+        return self._held[1]
+
+
+def split(columns: Sequence[Any], table: Iterable[tuple[int, ...]], tasks: Sequence[str]) -> Iterator[Episode]:
+    """Rows of observations, actions, rewards (or None) and successes (or None) as episodes; `table` is as `META`."""
+    observations, actions, *labels = columns
+    start = 0
+    for end, ended, task, collected_at, seed in table:
+        steps = slice(start, end - 1)
+        rewards, successes = (None if rows is None else rows[steps] for rows in labels)
+        about = (bool(ended), tasks[task], collected_at, seed)
+        yield Episode(observations[start:end], actions[steps], rewards, successes, *about)
+        start = end
+
+
+def beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def json_digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

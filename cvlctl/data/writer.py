@@ -1,0 +1,421 @@
+"""Writes trajectory stores: atomically, durably, resumable after a kill (`docs/store.md`, "Written atomically")."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import io
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.sync import sync as zarr_sync
+
+from cvlctl import files
+from cvlctl.data.chunks import chunks, open_array, read_array, read_chunk
+from cvlctl.data.store import (
+    FORMAT,
+    LABEL_ARRAYS,
+    META,
+    VERSION,
+    Store,
+    beside,
+    json_digest,
+    open_store,
+    read_attributes,
+    split,
+)
+from cvlctl.errors import CvlctlError
+from cvlctl.types import Episode
+from cvlctl.version import versions
+
+CHUNK_ROWS = 100_000  # 500k rows load in tens of ms; chunks of 1k rows take ten times as long
+CHUNK_BYTES = 2**26  # pixels get fewer rows a chunk
+
+
+def write_store(
+    path: str | Path,
+    episodes: Iterable[Episode],
+    *,
+    task: str,
+    horizon: int | None = None,
+    provenance: dict[str, Any] | None = None,
+    label: str = "given",
+    force: bool = False,
+) -> Store:
+    """Write `episodes` to a new store, all or nothing: where anything fails, no trace is left and the old store stays.
+
+    Args:
+        task: name of the task, for the store and for episodes that carry none.
+        horizon: longest possible episode; default: the longest one seen.
+        provenance: JSON values to record; versions of python and packages are added.
+        label: name under which rewards and successes are kept.
+        force: replace a store that is already there, once the new one is complete.
+    """
+    if not isinstance(episodes, Iterable):
+        what = f"episodes is of type {type(episodes).__name__}, not a list or another iterable of episodes"
+        raise CvlctlError(what, "a single episode goes into a list: [episode]")
+    writer = StoreWriter(
+        path, task=task, horizon=horizon, provenance=provenance, label=label, force=force, resume=False
+    )
+    try:
+        for episode in episodes:
+            writer.append(episode)
+        return writer.finish()
+    except BaseException:
+        writer.close(discard=True)
+        raise
+
+
+def check_label(name: str) -> None:
+    """Raise a CvlctlError unless the label's name will do as a directory's."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
+        raise CvlctlError(f"label {name!r} is not a plain name", "use letters, digits, '_', '-' and '.'")
+
+
+class StoreWriter:
+    """Writes a store episode by episode in `<path>.partial`, and resumes what it finds flushed there.
+
+    A kill at any instant loses only what was appended after the last `flush`. As a context manager it lets go of the
+    partial store on leaving; only `finish` puts the store in place.
+
+    Raises:
+        CvlctlError: the store exists (and no `force`), another writer is at work, or the partial store is of another
+            task, horizon, label or recipe (`provenance["recipe"]`; `force` discards it).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        task: str,
+        horizon: int | None = None,
+        provenance: dict[str, Any] | None = None,
+        label: str = "given",
+        force: bool = False,
+        resume: bool = True,
+    ) -> None:
+        self.path, self.partial = Path(path), beside(Path(path), ".partial")
+        self._task, self._horizon, self._force = task, horizon, force
+        self._label_arrays = [f"labels/{label}/{array}" for array in LABEL_ARRAYS]
+        check_label(label)
+        if not isinstance(task, str) or not task.strip():
+            raise CvlctlError(f"task {task!r} is not the name of a task", "give a name such as metaworld/reach-v3")
+        given = _jsonable("provenance", provenance or {})
+        recipe = json_digest(given.get("recipe"))
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        self._provenance = {**_environment(), "created": created, **given}
+        self._identity = {"task": task, "horizon": horizon, "label": label, "recipe": recipe}
+        self._refuse_existing()
+        self._pending: dict[str, list[np.ndarray]] = {}  # rows of each row array that no chunk holds yet
+        self._table: list[tuple[int, ...]] = []  # one row of store.META an episode
+        self._tasks: list[str] = []
+        self._chunk_rows, self._written = CHUNK_ROWS, 0  # rows of a chunk; rows that lie in full chunks
+        self._lock: TextIO | None = files.lock(self.partial / "lock")
+        try:
+            with files.disk(self.partial):
+                self._restore(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes so far, the resumed ones included."""
+        return len(self._table)
+
+    @property
+    def num_transitions(self) -> int:
+        """Transitions so far, the resumed ones included."""
+        return self._num_rows - self.num_episodes
+
+    @property
+    def _num_rows(self) -> int:
+        return self._table[-1][0] if self._table else 0
+
+    def append(self, episode: Episode) -> None:
+        """Take one episode. It is durable after the next `flush`; full chunks are written at once.
+
+        Raises:
+            CvlctlError: the episode does not fit the others (it is not taken), or the disk fails (it is taken: its rows
+                wait in memory for the next `flush`).
+        """
+        self._require_open()
+        where = f"episode {self.num_episodes}"
+        if not isinstance(episode, Episode):
+            raise CvlctlError(f"{where} is a {type(episode).__name__}", "give cvlctl.Episode objects")
+        if self._horizon is not None and len(episode) > self._horizon:
+            raise CvlctlError(f"{where} has {len(episode)} steps; the horizon is {self._horizon}", "raise the horizon")
+        rows = {"data/observation": np.array(episode.observations)}  # copies: the caller's arrays may change
+        values = (episode.actions, episode.rewards, episode.successes)
+        for name, value in zip(("data/action", *self._label_arrays), values, strict=True):
+            if value is not None:  # a row of zeros goes beside the final observation
+                rows[name] = np.concatenate([value, np.zeros_like(value[:1])])
+        earlier = {name: parts[0] for name, parts in self._pending.items()} or rows
+        for name in rows | earlier:
+            if _form(name, rows) != _form(name, earlier):
+                here, before = _described(name, rows), _described(name, earlier)
+                hint = "the episodes of a store are alike: write others to a store of their own"
+                raise CvlctlError(f"{where} has {here}; those before it have {before}", hint)
+        task, end = episode.task or self._task, self._num_rows + len(episode) + 1
+        tasks = self._tasks if task in self._tasks else [*self._tasks, task]
+        try:
+            entry = np.array([end, episode.terminated, tasks.index(task), episode.collected_at, episode.seed], np.int64)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise CvlctlError(f"{where}: collected_at or seed is no 64-bit integer: {error}") from error
+        if not self._table:
+            self._chunk_rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // max(1, rows["data/observation"][0].nbytes)))
+        self._tasks = tasks
+        self._table.append(tuple(entry.tolist()))
+        for name, value in rows.items():
+            self._pending.setdefault(name, []).append(value)
+        with files.disk(self.partial):
+            self._write_full_chunks()
+
+    def add_array(self, name: str, episode_rows: Iterable[np.ndarray]) -> None:
+        """Add a whole row array, such as "labels/given/reward", after the last episode; `finish` comes next.
+
+        Args:
+            episode_rows: (T+1, ...) of every episode. As in `append`, full chunks are written at once.
+        """
+        self._require_open()
+        held: list[np.ndarray] = []
+        waiting = start = 0
+        with files.disk(self.partial):
+            for rows in episode_rows:
+                held.append(rows)
+                waiting += len(rows)
+                full = min(waiting // self._chunk_rows * self._chunk_rows, self._written - start)
+                if full:
+                    values = np.concatenate(held)
+                    self._write(start, {name: values[:full]})
+                    held, waiting, start = [values[full:]], waiting - full, start + full
+        self._pending[name] = [np.concatenate(held)]
+
+    def flush(self) -> None:
+        """Make every episode so far durable: afterwards neither a kill nor a loss of power loses any of them."""
+        self._require_open()
+        with files.disk(self.partial):
+            self._write_full_chunks()
+            self._sync()
+            state = {**self._identity, "tasks": self._tasks, "chunk_rows": self._chunk_rows, "written": self._written}
+            text, table = np.frombuffer(json.dumps(state).encode(), np.uint8), np.array(self._table, np.int64)
+            tail = io.BytesIO()
+            np.savez(tail, allow_pickle=False, **self._rest(), state=text, episodes=table)
+            files.write_atomically(self.partial / "tail.npz", tail.getbuffer())
+
+    def episodes(self) -> Iterator[Episode]:
+        """The episodes so far, in order: what a collector needs to fill its replay buffer on resuming."""
+        if not self._table:
+            return
+        rows = self._rest()
+        if self._written:
+            for name, tail in rows.items():
+                written = read_array(self.partial, name, open_array(self.partial, name))
+                rows[name] = np.concatenate([written[: self._written], tail])
+        columns = [rows.get(name) for name in ("data/observation", "data/action", *self._label_arrays)]
+        yield from split(columns, self._table, self._tasks)
+
+    def finish(self, **extra_attributes: Any) -> Store:
+        """Write what is left, checksums and attributes (yours too), and put the store in place by one rename."""
+        self._require_open()
+        extra = _jsonable("extra attributes", extra_attributes)
+        if not self._table:
+            raise CvlctlError(f"{self.path}: no episodes to write", "a store holds at least one episode")
+        self._refuse_existing()
+        self.flush()
+        with files.disk(self.partial):
+            columns = zip(META.items(), np.array(self._table, np.int64).T, strict=True)
+            meta = {name: column.astype(dtype) for (name, dtype), column in columns}
+            self._write(self._written, self._rest())
+            self._write(0, meta)
+            own = self._attributes()
+            own["checksums"] = {name: _checksum(self.partial, name) for name in (*self._pending, *meta)}
+            if clash := sorted(set(extra) & set(own)):
+                raise CvlctlError(f"the store's own attribute {clash[0]!r} cannot be given to finish()")
+            zarr.open_group(self.partial, mode="r+", zarr_format=3).attrs.put({**extra, **own})
+            self._sync()
+            old = beside(self.path, ".old")
+            if self.path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(self.path, old)
+            os.rename(self.partial, self.path)
+            files.sync(self.path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+            for name in ("tail.npz", "lock"):  # only now: until the rename they were what a resume needs
+                (self.path / name).unlink(missing_ok=True)
+        self.close()
+        return open_store(self.path)
+
+    def close(self, discard: bool = False) -> None:
+        """Let go of the partial store. What was flushed stays, to be resumed (unless `discard`)."""
+        if self._lock is None:
+            return
+        if discard or not (self.partial / "tail.npz").exists():  # nothing was ever flushed
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._lock.close()
+        self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if self._lock is None:
+            raise CvlctlError(f"the writer of {self.path} is closed", "open another StoreWriter")
+
+    def _refuse_existing(self) -> None:
+        if self.path.exists():
+            if not self._force:
+                hint = "choose another path; --force (in Python, force=True) replaces it when the new one is done"
+                raise CvlctlError(f"{self.path} exists", hint)
+            read_attributes(self.path)  # --force replaces stores, never a folder of something else
+
+    def _restore(self, resume: bool) -> None:
+        """Take up what was flushed, and remove what was not."""
+        for cut_off in self.partial.glob(".*.tmp"):
+            cut_off.unlink()
+        if (self.partial / "tail.npz").exists():
+            try:
+                self._read_tail(resume)
+                return
+            except CvlctlError:
+                if not self._force:
+                    raise
+        for entry in self.partial.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
+
+    def _read_tail(self, resume: bool) -> None:
+        tail, hint = (
+            self.partial / "tail.npz",
+            f"delete {self.partial}, or discard it by --force (in Python, force=True)",
+        )
+        try:
+            with np.load(tail, allow_pickle=False) as file:
+                rows = {name: file[name] for name in file.files}
+            table, state = rows.pop("episodes").tolist(), json.loads(rows.pop("state").tobytes())
+            tasks, chunk_rows, written = state["tasks"], state["chunk_rows"], state["written"]
+        except Exception as error:  # zip, JSON and numpy each have their own; the file is not sound whichever it is
+            raise CvlctlError(f"{tail} cannot be read: {error}", hint) from error
+        other = [key for key, value in self._identity.items() if state.get(key) != value]
+        if other or not resume:
+            what = f"{self.partial} holds {len(table)} episodes of an unfinished store"
+            raise CvlctlError(f"{what} with another {', '.join(other)}" if other else what, hint)
+        self._table, self._tasks = [tuple(row) for row in table], tasks
+        self._pending, self._chunk_rows, self._written = {name: [rows[name]] for name in rows}, chunk_rows, written
+        flushed = {str(i) for i in range(written // chunk_rows)}
+        for name in rows:
+            for chunk in (self.partial / name / "c").glob("*"):
+                if chunk.name not in flushed:
+                    shutil.rmtree(chunk) if chunk.is_dir() else chunk.unlink()
+        if written:  # the arrays' metadata may count chunks that were just removed
+            self._write(written, {name: value[:0] for name, value in rows.items()})
+
+    def _rest(self) -> dict[str, np.ndarray]:
+        return {name: np.concatenate(parts) for name, parts in self._pending.items()}
+
+    def _sync(self) -> None:
+        for root, _, names in os.walk(self.partial):
+            for name in [*names, "."]:
+                files.sync(Path(root) / name)
+
+    def _write_full_chunks(self) -> None:
+        full = (self._num_rows - self._written) // self._chunk_rows * self._chunk_rows
+        if full:
+            rest = self._rest()
+            self._write(self._written, {name: value[:full] for name, value in rest.items()})
+            self._pending = {name: [value[full:].copy()] for name, value in rest.items()}
+            self._written += full  # last: where a write failed, the rows are still here and the next flush tries again
+
+    def _write(self, start: int, rows: dict[str, np.ndarray]) -> None:
+        """Let arrays end in `rows`, from a chunk's first row on; their metadata is written anew over earlier chunks."""
+        try:
+            for name, values in rows.items():
+                (self.partial / name / "zarr.json").unlink(missing_ok=True)
+                end, shape = start + len(values), values.shape[1:]
+                array = zarr.create_array(
+                    self.partial, name=name, shape=(end, *shape), dtype=values.dtype,
+                    chunks=(min(self._chunk_rows, end), *shape), compressors=[_zstd(values.dtype), Crc32cCodec()],
+                    fill_value=0, config={"write_empty_chunks": True},  # a missing chunk is then a lost one
+                )  # fmt: skip
+                if len(values):
+                    array[start:] = values
+        except BaseException:
+            zarr_sync(_settled())  # of several writes at once one failed: the others would make anew what is removed
+            raise
+
+    def _attributes(self) -> dict[str, Any]:
+        observation, action = self._pending["data/observation"][0], self._pending["data/action"][0]
+        longest = int(np.diff([end for end, *_ in self._table], prepend=0).max()) - 1
+        spec = {"observation_shape": list(observation.shape[1:]), "action_dim": action.shape[1]}
+        spec |= {"horizon": self._horizon or longest, "pixels": observation.dtype == np.uint8}
+        counts = {"episodes": self.num_episodes, "transitions": self.num_transitions, "rows": self._num_rows}
+        described = {"task": self._task, "tasks": self._tasks, "spec": spec, "counts": counts}
+        return {"format": FORMAT, "version": VERSION, **described, "provenance": self._provenance}
+
+
+def _zstd(dtype: np.dtype) -> ZstdCodec:
+    """Below level 1 there is no entropy coding: floats, whose low bits are noise, are read in half the time for a tenth
+    more bytes. Pixels gain much by it."""
+    return ZstdCodec(level=3 if dtype == np.uint8 else -1)
+
+
+async def _settled() -> None:
+    """Wait for whatever zarr has under way."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+def _form(name: str, rows: dict[str, np.ndarray]) -> tuple[tuple[int, ...], np.dtype] | None:
+    return (rows[name].shape[1:], rows[name].dtype) if name in rows else None
+
+
+def _described(name: str, rows: dict[str, np.ndarray]) -> str:
+    what = name.rsplit("/")[-1] + ("es" if name.endswith("s") else "s")
+    if name not in rows:
+        return f"no {what}"
+    shape = rows[name].shape[1:]
+    return f"{what} of shape {shape} {rows[name].dtype}" if shape else what
+
+
+def _checksum(path: Path, name: str) -> str:
+    array, total = open_array(path, name), hashlib.sha256()
+    for chunk in chunks(path, name, array):
+        total.update(read_chunk(array, chunk).tobytes())
+    return total.hexdigest()
+
+
+@cache
+def _environment() -> dict[str, Any]:
+    """What wrote the store, found without importing any of it."""
+    found: dict[str, Any] = {"versions": versions(), "platform": platform.platform()}
+    root = Path(__file__).parent.parent
+    if (root / ".git").exists():  # else this may be a copy that lies in somebody else's repository
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
+            found["git_commit"] = subprocess.check_output(command, text=True, timeout=5).strip()
+    return found
+
+
+def _jsonable(what: str, value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dict(json.loads(json.dumps(value, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise CvlctlError(f"the {what} of a store cannot be written as JSON: {error}") from error

@@ -1,0 +1,76 @@
+"""What an experiment's recipe may say."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+from pydantic import Field, PrivateAttr, field_validator
+
+from cvlctl.errors import CvlctlError
+from cvlctl.experiments.commands import STEPS, model
+from cvlctl.recipes.matrix import expand, text_of
+from cvlctl.recipes.values import Out, Strict
+from cvlctl.recipes.yamlfile import Key, Source
+
+
+class Job(NamedTuple):
+    """One command of an experiment."""
+
+    stage: str
+    command: str
+    combination: dict[str, Any]  # the matrix keys that its stage mentions, and their values
+    recipe: Any  # a BuildRecipe, PretrainRecipe, FinetuneRecipe or EvaluateRecipe
+
+    @property
+    def label(self) -> str:
+        """The combination in words."""
+        return " ".join(text_of(value) for value in self.combination.values())
+
+
+class ExperimentRecipe(Strict):
+    """`cvlctl run`: stages, multiplied by a matrix. The rules are in `cvlctl.recipes.matrix`."""
+
+    command: ClassVar[str] = "run"
+
+    out: Out
+    matrix: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    stages: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    _jobs: tuple[Job, ...] = PrivateAttr(())
+
+    @field_validator("matrix")
+    @classmethod
+    def _legal_keys(cls, matrix: dict[str, Any]) -> dict[str, Any]:
+        for key in matrix:
+            if key == "out" or not re.fullmatch(r"[\w-]+", key):
+                raise ValueError(f"key {key!r} is not a legal name: letters, digits, _ and -, and not out")
+        return matrix
+
+    @classmethod
+    def read(cls, data: Any, source: Source, prefix: Key = ()) -> Any:
+        experiment = super().read(data, source, prefix)
+        experiment._jobs = tuple(jobs_of(experiment, source))
+        return experiment
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Every job in the order of execution."""
+        return self._jobs
+
+
+def jobs_of(experiment: ExperimentRecipe, source: Source) -> Iterator[Job]:
+    """Every job of the experiment, its recipe checked."""
+    taken: dict[str, str] = {}
+    stages = expand(str(experiment.out), experiment.matrix, experiment.stages, STEPS, source)
+    for stage, command, combination, body in stages:
+        at: Key = ("stages", stage)
+        job = Job(stage, command, combination, model(command).read(body, source, at))
+        place, title = os.path.normpath(job.recipe.out), f"{stage} {job.label}".strip()
+        if place in taken:
+            what = f"{title} and {taken[place]} have the same out, {job.recipe.out}"
+            hint = "mention in it what tells them apart, such as ${algorithm.name}"
+            raise CvlctlError(f"{source.where((*at, 'out'))}: {what}", hint)
+        taken[place] = title
+        yield job

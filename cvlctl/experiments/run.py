@@ -1,0 +1,102 @@
+"""`cvlctl run`: the stages of an experiment, one after the other, in this process. Finished ones are skipped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cvlctl.errors import CvlctlError
+from cvlctl.experiments.commands import function, load
+from cvlctl.experiments.recipe import ExperimentRecipe
+from cvlctl.progress import clock, say
+from cvlctl.recipes.matrix import text_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+from cvlctl.experiments.plan import plan, rough, title
+
+
+def run_experiment(
+    path: str | Path, overrides: Sequence[str] = (), *, force: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
+    """Run every job of the experiment in file `path`, in order.
+
+    Returns:
+        out, status ("planned", "done" or "finished already"), stages (a dict a job: stage, command, combination, out,
+        state, size, estimate_seconds; after a run also result and seconds), and scores: the results of evaluate.
+
+    Raises:
+        CvlctlError: what is wrong with the recipe, before anything starts; what went wrong in a stage, naming it.
+    """
+    experiment: ExperimentRecipe = load(path, overrides, "run")
+    stages = plan(experiment, force=force)
+    if dry_run:
+        return {"status": "planned", "out": str(experiment.out), "stages": stages, "scores": []}
+    for number, (job, stage) in enumerate(zip(experiment.jobs, stages, strict=True), start=1):
+        if stage["state"] != "finished":
+            say(f"{number}/{len(stages)} {title(job)}")
+        begin = time.monotonic()
+        try:
+            stage["result"] = function(job.command)(job.recipe, force=force)
+        except CvlctlError as error:
+            raise CvlctlError(f"stage {title(job)}: {error.what}", error.hint) from error
+        seconds = time.monotonic() - begin
+        stage["seconds"] = round(seconds, 1)
+        again = stage["result"]["status"] == "finished already"
+        say(f"{number}/{len(stages)} {title(job)}: " + ("finished already" if again else f"done in {clock(seconds)}"))
+        stage["state"] = "finished"
+    results = [stage["result"] for stage in stages]
+    fresh = any(result["status"] != "finished already" for result in results)
+    return {
+        "status": "done" if fresh else "finished already",
+        "out": str(experiment.out),
+        "stages": stages,
+        "scores": [stage["result"] for stage in stages if stage["command"] == "evaluate"],
+    }
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """Print the plan, or the scores and where everything lies."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from cvlctl.score import evaluate
+
+    if result["status"] != "planned":
+        for scored in result["scores"]:
+            evaluate.render(scored, console)
+        trained = [stage["out"] for stage in result["stages"] if stage["command"] in ("pretrain", "finetune")]
+        stores = [_store_line(stage) for stage in result["stages"] if stage["command"] == "build-dataset"]
+        for name, places in (("stores", stores), ("runs", trained)):
+            for place in places:
+                console.print(f"{name + ':':8}{place}", markup=False, soft_wrap=True)
+        return
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("stage", "of", "out", "state", "size"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("about", justify="right", no_wrap=True)
+    for stage in result["stages"]:
+        of = " ".join(text_of(value).split("/")[-1] for value in stage["combination"].values())
+        out = stage["out"].removeprefix(result["out"].rstrip("/") + "/")
+        about = "" if stage["state"] == "finished" else rough(stage["estimate_seconds"])
+        cells = (f"{stage['stage']}: {stage['command']}", of, out, stage["state"], stage["size"], about)
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    left = sum(stage["estimate_seconds"] for stage in result["stages"] if stage["state"] != "finished")
+    console.print(f"out: {result['out']}", markup=False)
+    console.print(f"to do: about {rough(left)} on two CPU cores, give or take a factor of two", markup=False)
+
+
+def _store_line(stage: Mapping[str, Any]) -> str:
+    """Where a store lies, and what its episodes achieve; beside a normalised score what it is of."""
+    about, facts = stage.get("result") or {}, []
+    if about.get("return_mean") is not None:
+        facts.append(f"return {about['return_mean']:.4g}")
+    if about.get("success_rate") is not None:
+        facts.append(f"success {about['success_rate']:.1%}")
+    if about.get("normalised") is not None:
+        facts.append(f"normalised {about['normalised']:.1f} on {about['environment']}")
+    return stage["out"] + (f"  {', '.join(facts)}" if facts else "")

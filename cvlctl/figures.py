@@ -1,0 +1,66 @@
+"""What all pictures share: panels, colours that the colour-blind tell apart, files replaced whole."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
+
+
+def short_names(tasks: Sequence[str]) -> dict[str, str]:
+    """Tasks without the family before the slash, where that stays unambiguous."""
+    short = {task: task.rsplit("/", 1)[-1] for task in tasks}
+    return short if len(set(short.values())) == len(short) else {}
+
+
+def make_panels(wanted: Iterable[tuple[str, str]], height: float) -> tuple[Figure, dict[tuple[str, str], Axes]]:
+    """One panel for each different (metric, task), titled by the task; `height` of a panel in inches."""
+    from matplotlib.figure import Figure
+
+    wanted = list(dict.fromkeys(wanted))
+    tasks = list(dict.fromkeys(task for _, task in wanted))
+    across = len(tasks) if 1 < len(tasks) <= 4 else min(4, len(wanted)) or 1
+    down = math.ceil(len(wanted) / across) or 1
+    figure = Figure(figsize=(max(5.0, 3.6 * across + 0.6), height * down + 0.4), layout="constrained")
+    panels = {}
+    for position, (metric, task) in enumerate(wanted, start=1):
+        axes = panels[metric, task] = figure.add_subplot(down, across, position)
+        axes.set_title(short_names(tasks).get(task, task) if metric else task, fontsize=10, loc="left", color="#333333")
+        axes.tick_params(labelsize=8, color="#999999")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#999999")
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def label_axes(axes: Axes, x: str, y: str = "") -> None:
+    axes.set_xlabel(x, fontsize=9)
+    axes.set_ylabel(y, fontsize=9)
+    for name, axis, limit in ((x, axes.xaxis, axes.set_xlim), (y, axes.yaxis, axes.set_ylim)):
+        if name == "success":
+            limit(-0.03, 1.03)
+            axis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+        elif name == "training steps":
+            axis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}")
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    names = dict.fromkeys(names)
+    others = [name for name in names if name != "bc"]  # the usual baseline is grey
+    return {name: COLOURS[others.index(name) % len(COLOURS)] if name in others else "#777777" for name in names}
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150, format="png")
+    return Path(path)

@@ -1,0 +1,1 @@
+"""`cvlctl pretrain` and `cvlctl finetune`: networks, losses, algorithms, and the loop that trains them."""

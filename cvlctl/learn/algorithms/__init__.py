@@ -1,0 +1,33 @@
+"""One page a method. A module exports LEARNS_FROM, Config, draws, init and step; `ALGORITHMS` lists the legal names.
+
+ONLINE lists those that collect a store as they learn, by `draws` and `step` alike.
+
+LEARNS_FROM: "rewards", "examples" (of success) or "actions" alone: what a recipe must bring.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from cvlctl.learn.algorithms import (
+    bc,
+    contrastive_ac,
+    cql,
+    cvl,
+    fqe,
+    goal_conditioned,
+    iql,
+    laeo,
+    sac,
+    successor_features,
+    td3_bc,
+)
+
+ALGORITHMS: dict[str, ModuleType] = {
+    "cvl": cvl, "laeo": laeo, "bc": bc, "td3_bc": td3_bc, "cql": cql, "iql": iql,
+    "goal_conditioned": goal_conditioned,
+    "successor_features": successor_features, "fqe": fqe,
+    "contrastive_ac": contrastive_ac,
+}  # fmt: skip
+
+ONLINE: dict[str, ModuleType] = {"sac": sac, "contrastive_ac": contrastive_ac}  # what collects a store as it learns

@@ -1,0 +1,177 @@
+"""The occupancy critic f(s, a, s+) = phi(s, a) . psi(s+): CVL Eq. 6, 9, 10; LAEO Eq. 5. Learned without rewards.
+
+At its optimum f = log p(s+ | s, a) / p(s+), where p(s+ | s, a) is the discounted state occupancy of the policy that
+collected the data. psi sees the final observation for the absorbing state, with no flag: arriving at a terminal state
+and staying there have the same ratio (their probabilities differ by the constant gamma / (1 - gamma), both given (s, a)
+and in the marginal).
+
+psi may see some columns of a future alone (`future_columns`: a goal, say where the object lies); f is then the log
+ratio of those columns' occupancy. Where the observation itself states a commanded goal (`command_columns`), neither phi
+nor psi sees the statement: it says what the collector was after, not what the actions do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cvlctl.data.samplers import Data, Draws, observation_statistics
+from cvlctl.errors import CvlctlError
+from cvlctl.learn import networks
+from cvlctl.learn.losses import contrastive
+from cvlctl.learn.networks import State
+from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, value_and_grad
+from cvlctl.types import OccupancyBatch, Spec
+
+
+@dataclass(frozen=True)
+class Config:
+    """Symbols of the papers in brackets."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    loss: Literal["info_nce", "binary_nce"] = "info_nce"  # CVL Eq. 9, LAEO Eq. 5
+    gamma: float = 0.99  # discount
+    partition_coefficient: float = 0.01  # [lambda_Partition], info_nce only
+    penalty: Literal["log_mean", "log_sum"] = "log_mean"  # what Eq. 10 squares; log_sum is the paper's
+    features: Literal["free", "unit"] = "free"  # norms of phi and psi
+    temperature: float = 1.0  # of unit features
+    latent_dim: int = 64
+    hidden: tuple[int, ...] = (512, 512)
+    layer_norm: bool = False
+    learning_rate: float = 3e-4
+    twin: bool = False  # two critics side by side; readouts take the smaller Q
+    ema_rate: float = 0.0  # [beta] of psi; above 0, readouts use the averaged psi
+    future_columns: tuple[int, ...] | None = None  # of an observation, that make a future (a goal); None: all
+    command_columns: tuple[int, ...] = ()  # in which the observation states a goal for future_columns, one for one
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma < 1:
+            raise ValueError("gamma must lie in [0, 1)")
+        if self.temperature <= 0 or self.learning_rate <= 0 or self.latent_dim < 1 or not self.hidden:
+            raise ValueError("temperature, learning_rate and latent_dim must be positive, and hidden not empty")
+        if not 0 <= self.ema_rate <= 1 or self.partition_coefficient < 0:
+            raise ValueError("ema_rate must lie in [0, 1] and partition_coefficient at or above 0")
+        if self.features == "free" and self.temperature != 1.0:
+            raise ValueError("temperature belongs to features: unit")
+        for name, columns in (("future_columns", self.future_columns), ("command_columns", self.command_columns)):
+            if columns is not None and (min(columns, default=0) < 0 or len(set(columns)) < len(columns)):
+                raise ValueError(f"{name} must be different numbers at or above 0")
+        if self.future_columns == ():
+            raise ValueError("future_columns must not be empty; leave it out where a future is the whole observation")
+        if self.command_columns and len(self.command_columns) != len(self.future_columns or ()):
+            raise ValueError(
+                "command_columns state a goal for future_columns: give as many of these, in the same order"
+            )
+        if set(self.command_columns) & set(self.future_columns or ()):
+            raise ValueError("command_columns and future_columns must not share a column")
+
+
+def binary_nce() -> Config:
+    """The defaults of methods that read e^f as it is: c(s, a) = 0 at the optimum."""
+    return Config(loss="binary_nce")
+
+
+def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
+    return Draws(batch_size, gamma=config.gamma, futures=True)
+
+
+def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
+    """Weights, Adam's moments and the observation normaliser, on the CPU.
+
+    Raises:
+        CvlctlError: future_columns or command_columns name a column that an observation does not have.
+    """
+    (observation_dim,) = spec.observation_shape
+    columns = config.future_columns
+    if max((*(columns or ()), *config.command_columns), default=0) >= observation_dim:
+        what = f"critic: future_columns {columns}, command_columns {config.command_columns}"
+        raise CvlctlError(f"{what}: observations have {observation_dim} columns", "columns count from 0")
+    state = networks.critic_init(
+        seeds, observation_dim, spec.action_dim, config.hidden, config.latent_dim, config.layer_norm,
+        None if columns is None else len(columns), copies=2 if config.twin else 0,
+    )  # fmt: skip
+    names = list(state)
+    state |= adam_init(state, "critic", names)
+    if config.ema_rate > 0:
+        state |= {f"ema/{name}": state[name].clone() for name in names if name.startswith("psi.")}
+    mean, std = observation_statistics(data.observation)
+    for command, column in zip(config.command_columns, columns or (), strict=False):
+        # a goal stated is normalised as one reached: where the data were collected for a single goal it never varies
+        mean[command], std[command] = mean[column], std[column]
+    return state | networks.normaliser_init(seeds, mean.cpu(), std.cpu())
+
+
+def parameter_names(state: State) -> list[str]:
+    return [name for name in state if name.startswith(("phi.", "psi."))]
+
+
+def goal_of(config: Config, observation: Tensor) -> Tensor:
+    """The columns of a future that psi sees: (E, B, O) -> (E, B, G)."""
+    if config.future_columns is None:
+        return observation
+    return torch.stack([observation[..., column] for column in config.future_columns], dim=-1)
+
+
+def phi(config: Config, params: State, observation: Tensor, action: Tensor) -> Tensor:
+    """(E, B, O) *normalised*, (E, B, A) -> (E, B, latent), or (E, 2, B, latent) of a twin critic."""
+    if config.command_columns:
+        observation = observation.clone()
+        for column in config.command_columns:
+            observation[..., column] = 0.0
+    pair = torch.cat([observation, action], dim=-1)
+    pair = pair.unsqueeze(1) if config.twin else pair
+    return networks.encode(params, "phi", pair, unit=config.features == "unit", temperature=config.temperature)
+
+
+def psi(config: Config, params: State, observation: Tensor) -> Tensor:
+    """(E, B, O) *normalised* -> (E, B, latent), or (E, 2, B, latent) of a twin critic."""
+    seen = goal_of(config, observation)
+    seen = seen.unsqueeze(1) if config.twin else seen
+    return networks.encode(params, "psi", seen, unit=config.features == "unit", temperature=config.temperature)
+
+
+def bank_psi(config: Config, state: State, observation: Tensor) -> Tensor:
+    """psi for readouts, by the averaged weights where `ema_rate` is on. Observations as they are; no gradient."""
+    params = state
+    if config.ema_rate > 0:
+        params = {name.removeprefix("ema/"): value for name, value in state.items() if name.startswith("ema/psi.")}
+    return psi(config, params, networks.normalise(state, observation)).detach()
+
+
+def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, Tensor]) -> tuple[State, Metrics]:
+    """One update of phi and psi."""
+    observation = networks.normalise(state, batch.observation)
+    future_observation = networks.normalise(state, batch.future_observation)
+
+    def loss(params: State) -> tuple[Tensor, Metrics]:
+        logits = phi(config, params, observation, batch.action) @ psi(config, params, future_observation).mT
+        num_futures = logits.shape[-1]
+        partition = contrastive.log_partition(logits)
+        if config.loss == "info_nce":
+            nce = contrastive.info_nce(logits, partition)
+            penalty = contrastive.partition_penalty(partition, num_futures, config.penalty)
+            total = nce + config.partition_coefficient * penalty
+        else:
+            total = nce = contrastive.binary_nce(logits)
+        positive = logits.diagonal(dim1=-2, dim2=-1)
+        metrics = {
+            "critic/nce": nce.mean(dim=-1),
+            "critic/accuracy": (positive >= logits.amax(dim=-1)).float().mean(dim=-1),
+            "critic/log_mean_ratio": partition.mean(dim=-1) - math.log(num_futures),  # 0 where f is the log ratio
+        }
+        if config.twin:
+            metrics = {name: value.mean(dim=1) for name, value in metrics.items()}
+        return total.mean(dim=-1).sum(), metrics
+
+    names = parameter_names(state)
+    grads, metrics = value_and_grad(loss, state, names)
+    adam_update(state, "critic", grads, config.learning_rate)
+    if config.ema_rate > 0:
+        ema_update(state, "ema", [name for name in names if name.startswith("psi.")], config.ema_rate)
+    return state, metrics

@@ -1,0 +1,160 @@
+"""A trained occupancy critic, for people: numpy in, numpy out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cvlctl import checkpoints
+from cvlctl.errors import CvlctlError
+from cvlctl.files import checkpoint_file
+from cvlctl.learn import networks
+from cvlctl.learn.algorithms import occupancy
+from cvlctl.learn.losses import occupancy_q
+from cvlctl.learn.networks import State
+from cvlctl.types import Spec
+
+CHUNK = 4096  # state-action pairs against the whole bank at a time: bounds memory
+
+
+class Critic:
+    """One seed of an occupancy critic."""
+
+    def __init__(self, config: occupancy.Config, state: State) -> None:
+        self.config, self._state = config, state
+
+    @property
+    def gamma(self) -> float:
+        """The discount that its futures were drawn with."""
+        return self.config.gamma
+
+    def log_ratio(self, observations: np.ndarray, actions: np.ndarray, futures: np.ndarray) -> np.ndarray:
+        """f(s, a, s+) = log p(s+ | s, a) / p(s+).
+
+        Args:
+            observations: (N, O); actions: (N, A); futures: (M, O).
+
+        Returns:
+            (N, M) float32.
+        """
+        psi = self._psi(futures)
+        return np.concatenate([self._smaller(phi @ psi.mT).numpy() for phi in self._phi(observations, actions)])
+
+    def q(
+        self,
+        observations: np.ndarray,
+        actions: np.ndarray,
+        futures: np.ndarray,
+        rewards: np.ndarray,
+        normaliser: str = "self",
+    ) -> np.ndarray:
+        """Q of the policy that collected the data, discounted rewards from the next step on (CVL Eq. 2 and 11).
+
+        Args:
+            observations: (N, O); actions: (N, A).
+            futures, rewards: (M, O), (M,), drawn from the marginal p(s+): see `Store.futures`.
+            normaliser: "self" divides by the same average with r = 1; "none" is Eq. 11 as written.
+
+        Returns:
+            (N,) float32.
+        """
+        if normaliser not in ("self", "none"):
+            raise CvlctlError(f"normaliser {normaliser!r} is not one of self, none")
+        psi, reward = self._psi(futures), torch.from_numpy(np.asarray(rewards, dtype=np.float32))
+        if reward.shape != psi.shape[-2:-1]:
+            raise CvlctlError(f"{len(reward)} rewards for {len(psi)} futures", "give one reward for each future")
+        read = occupancy_q.q_self_normalised if normaliser == "self" else occupancy_q.q_raw
+        reward = reward.expand(*psi.shape[:-1])
+        chunks = [self._smaller(read(phi @ psi.mT, reward)).numpy() for phi in self._phi(observations, actions)]
+        return np.concatenate(chunks) / (1 - self.gamma)
+
+    def _smaller(self, both: Tensor) -> Tensor:
+        return both.amin(dim=0) if self.config.twin else both
+
+    @torch.no_grad()
+    def _psi(self, futures: np.ndarray) -> Tensor:
+        return occupancy.bank_psi(self.config, self._state, self._batch("futures", futures, "observation_mean"))[0]
+
+    @torch.no_grad()
+    def _phi(self, observations: np.ndarray, actions: np.ndarray) -> list[Tensor]:
+        observation = networks.normalise(self._state, self._batch("observations", observations, "observation_mean"))
+        action = self._batch("actions", actions, None)
+        if action.shape[1] != observation.shape[1]:
+            raise CvlctlError(f"{observation.shape[1]} observations, but {action.shape[1]} actions")
+        pairs = zip(observation.split(CHUNK, dim=1), action.split(CHUNK, dim=1), strict=True)
+        return [occupancy.phi(self.config, self._state, o, a)[0] for o, a in pairs]
+
+    def _batch(self, name: str, value: np.ndarray, statistic: str | None) -> Tensor:
+        array = np.asarray(value, dtype=np.float32)
+        action_dim = self._state["phi.0.weight"].shape[-2] - self._state["observation_mean"].shape[1]
+        width = self._state[statistic].shape[1] if statistic else action_dim
+        if array.ndim != 2 or array.shape[1] != width:
+            raise CvlctlError(f"{name} have shape {array.shape}; expected (N, {width})")
+        return torch.from_numpy(np.ascontiguousarray(array)).unsqueeze(0)
+
+
+class Trained(NamedTuple):
+    """What a checkpoint holds of occupancy critics."""
+
+    config: occupancy.Config
+    spec: Spec
+    seeds: list[int]
+    state: State  # all of the checkpoint: (E, ...), but for counts of updates
+
+
+def read_critics(run: Path, checkpoint: str | int = "last") -> Trained:
+    """The critics of all seeds, and what lies beside them in the checkpoint.
+
+    Raises:
+        CvlctlError: there is no such run or checkpoint, it is damaged, or has no critic.
+    """
+    file = checkpoint_file(run, checkpoint)
+    state, metadata = checkpoints.load(file)
+    if "critic" in metadata and metadata["critic"] is None:
+        what = f"{run} ({metadata.get('algorithm')}) has no occupancy critic"
+        raise CvlctlError(what, "name a run of cvlctl pretrain, or one finetuned by cvl or laeo")
+    try:
+        values, raw = metadata["critic"], metadata["spec"]
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        config = occupancy.Config(**settings)
+        spec = Spec(tuple(raw["observation_shape"]), raw["action_dim"], raw["horizon"])
+        seeds = [int(seed) for seed in metadata["seeds"]]
+        (width,) = spec.observation_shape
+        wanted = {"observation_mean": width, "observation_std": width}
+        future_width = width if config.future_columns is None else len(config.future_columns)
+        wanted |= {"phi.0.weight": width + spec.action_dim, "psi.0.weight": future_width}
+        for name, size in wanted.items():
+            shape = state[name].shape
+            width_at = -2 if name.endswith("weight") else -1
+            if shape[0] != len(seeds) or shape[width_at] != size:
+                raise ValueError(f"{name} has shape {tuple(shape)}; expected {len(seeds)} members and width {size}")
+        if any(value.dim() and len(value) != len(seeds) for value in state.values()):
+            raise ValueError(f"not all tensors have {len(seeds)} members")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{file} is not the checkpoint of an occupancy critic ({type(error).__name__}: {error})"
+        raise CvlctlError(what, "it is damaged, or not of cvlctl: pretrain again") from error
+    return Trained(config, spec, seeds, state)
+
+
+def load_critic(run: str | Path, seed: int = 0, checkpoint: str | int = "last") -> Critic:
+    """The critic of one seed of a pretrained or finetuned run.
+
+    Args:
+        run: a run directory, or a checkpoint file (.safetensors).
+        seed: the training seed, as named in the recipe.
+        checkpoint: in a run directory: "last", or a step such as 5000.
+
+    Raises:
+        CvlctlError: no such run, checkpoint or seed; no critic in it; or a file that is damaged or not a checkpoint.
+    """
+    found = read_critics(Path(run), checkpoint)
+    if seed not in found.seeds:
+        raise CvlctlError(f"{run} has no seed {seed}", f"its seeds: {', '.join(map(str, found.seeds))}")
+    member = found.seeds.index(seed)
+    keep = ("phi.", "psi.", "ema/", "observation_")
+    kept = {name: value[member : member + 1] for name, value in found.state.items() if name.startswith(keep)}
+    return Critic(found.config, kept)

@@ -1,0 +1,131 @@
+"""`cvlctl finetune`: a policy from reward labels or success examples, from scratch or on a pretrained critic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cvlctl import checkpoints
+from cvlctl.data.examples import array_digest, success_examples
+from cvlctl.data.load import Reading, open_stores
+from cvlctl.data.samplers import Data
+from cvlctl.data.store import Store
+from cvlctl.errors import CvlctlError
+from cvlctl.files import checkpoint_file, sha256
+from cvlctl.learn import labellers
+from cvlctl.learn.algorithms import ALGORITHMS
+from cvlctl.learn.critics import read_critics
+from cvlctl.learn.labellers import LABELLERS
+from cvlctl.learn.loop import Learner, train
+from cvlctl.learn.networks import State
+from cvlctl.learn.recipe import FinetuneRecipe
+from cvlctl.play.policies import load_policy, policy_part
+from cvlctl.runs import LABELS_FILE, Run
+from cvlctl.types import Spec
+
+
+def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
+    """Train, resume, or find the run finished."""
+    name, config = recipe.algorithm.name, recipe.algorithm.config
+    stores = open_stores(recipe.stores)
+    spec, learns_from = stores[0].spec, ALGORITHMS[name].LEARNS_FROM
+    inputs = _inputs(recipe, stores)
+    labeller = next((use.rewards for use in recipe.stores if use.rewards in LABELLERS), None)
+    examples = None
+    if recipe.success_examples is not None and (learns_from == "examples" or labeller):
+        examples = success_examples(recipe.success_examples, spec)
+        origin = recipe.success_examples.file or recipe.success_examples.from_
+        inputs[f"examples:{origin}"] = array_digest(examples)
+    initial: State | None = None
+    if hasattr(config, "mode"):
+        config, initial = _resolve_mode(config, recipe, spec)
+    elif hasattr(ALGORITHMS[name], "STARTS_FROM"):
+        initial = _policy(recipe, spec)
+    if recipe.init_from is not None:
+        inputs[f"init_from:{recipe.init_from}"] = sha256(checkpoint_file(recipe.init_from))
+    plain = {**recipe.resolved(), "mode": getattr(config, "mode", "scratch")}
+    run = Run(recipe.out, plain, inputs, recipe.with_defaults)
+    reading = Reading(stores, recipe.stores, examples, learns_from == "rewards")
+    if labeller is not None and learns_from == "rewards":
+        reading = reading._replace(relabel=partial(labels, labeller, recipe, reading, run.out))
+    task = next((s.task for u, s in zip(recipe.stores, stores, strict=True) if u.rewards != "none"), stores[0].task)
+    critic = getattr(config, "critic", None)
+    learner = Learner(recipe.label or name, task, ALGORITHMS[name], config, critic, initial)
+    return train(recipe, learner, reading, run, force=force)
+
+
+def _inputs(recipe: FinetuneRecipe, stores: Sequence[Store]) -> dict[str, str]:
+    """The digest of every store, and of every label that is read; a label that is named must be there."""
+    inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
+    from_rewards = ALGORITHMS[recipe.algorithm.name].LEARNS_FROM == "rewards"
+    for use, store in zip(recipe.stores, stores, strict=True):
+        read = use.from_store and (from_rewards or use.top < 1)
+        if read or (use.from_store and use.rewards != "given"):
+            store.require_label(use.rewards)
+        if read:
+            inputs[f"{use.path}:{use.rewards}"] = store.label_digest(use.rewards)
+    return inputs
+
+
+def labels(name: str, recipe: FinetuneRecipe, reading: Reading, out: Path, data: Data, device: str) -> Tensor:
+    """Learned rewards (E, rows), kept in the run as LABELS_FILE: learned once, and read again on resume."""
+    file = out / LABELS_FILE
+    if file.exists():
+        return checkpoints.load(file)[0]["reward"]
+    reward = labellers.learn(name, recipe.labeller, data.observation, data.examples, recipe.seeds, device)
+    paths, digest = [str(use.path) for use in recipe.stores], " ".join(store.digest() for store in reading.stores)
+    metadata = {"labeller": name, "seeds": list(recipe.seeds), "stores": paths, "digest": digest}
+    checkpoints.save(file, {"reward": reward}, metadata)
+    return reward
+
+
+def _resolve_mode(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, State | None]:
+    """The config with its mode decided and, from a pretrained run, that run's critic: seed k from seed k."""
+    if recipe.init_from is None:
+        return replace(config, mode="scratch"), None
+    try:
+        before = read_critics(recipe.init_from)
+    except CvlctlError as error:
+        raise CvlctlError(f"init_from: {error.what}", error.hint) from error
+    initial = _members(recipe, before.state, before.seeds, before.spec, spec)
+    mode = "continue" if config.mode == "auto" else config.mode
+    return replace(config, mode=mode, critic=before.config), initial
+
+
+def _policy(recipe: FinetuneRecipe, spec: Spec) -> State:
+    """The finished policy that the recipe's algorithm evaluates: actor and normaliser, seed k's of seed k."""
+    if recipe.init_from is None:
+        what = f"algorithm {recipe.algorithm.name} evaluates a finished policy, and needs init_from"
+        raise CvlctlError(what, "add init_from: the run of a policy, such as runs/finetune/x")
+    try:
+        file = checkpoint_file(recipe.init_from)
+        before = [load_policy(file, seed).spec for seed in recipe.seeds]  # it says what is amiss in the file
+        state, metadata = checkpoints.load(file)
+    except CvlctlError as error:
+        raise CvlctlError(f"init_from: {error.what}", error.hint) from error
+    return _members(recipe, policy_part(state), metadata["seeds"], before[0], spec)
+
+
+def _members(recipe: FinetuneRecipe, state: State, seeds: list[int], before: Spec, spec: Spec) -> State:
+    """Of a run's state the members that the recipe's seeds start from. It must fit the stores' `spec`."""
+    missing = [seed for seed in recipe.seeds if seed not in seeds]
+    if missing:
+        raise CvlctlError(
+            f"init_from: {recipe.init_from} has seeds {seeds}, not {missing}",
+            "seed k starts from seed k: train these seeds there, or take those here",
+        )
+    if (before.observation_shape, before.action_dim) != (spec.observation_shape, spec.action_dim):
+        raise CvlctlError(
+            f"init_from: {recipe.init_from} was trained on observations {before.observation_shape} and "
+            f"{before.action_dim} action dimensions; the stores here have {spec.observation_shape} and "
+            f"{spec.action_dim}",
+            "take a run and stores of the same robot",
+        )
+    members = torch.tensor([seeds.index(seed) for seed in recipe.seeds])
+    return {name: value[members] if value.dim() else value for name, value in state.items()}

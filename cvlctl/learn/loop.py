@@ -1,0 +1,186 @@
+"""The loop behind `pretrain` and `finetune`: updates as a generator, checkpoints by the clock, exact resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cvlctl import checkpoints
+from cvlctl.data.load import Reading, opened
+from cvlctl.data.samplers import BLOCK, Data, at, batches, gather
+from cvlctl.data.stream import Stream, window_rows
+from cvlctl.errors import CvlctlError
+from cvlctl.interrupts import interruptible
+from cvlctl.learn.networks import State
+from cvlctl.learn.pictures import plot_metrics
+from cvlctl.learn.programs import programs_of
+from cvlctl.learn.recipe import FinetuneRecipe, PretrainRecipe
+from cvlctl.learn.settings import Settings, configure, resolve_settings, saved_settings
+from cvlctl.learn.updates import Metrics
+from cvlctl.progress import Progress, say
+from cvlctl.runs import Run, read_metrics
+
+Recipe = PretrainRecipe | FinetuneRecipe
+
+
+class Learner(NamedTuple):
+    """What is trained."""
+
+    name: str  # what tables call it
+    task: str
+    module: ModuleType  # an algorithm's page: draws, init and step
+    config: Any
+    critic: Any = None  # the occupancy critic's Config, kept in the checkpoints
+    initial: State | None = None  # tensors (E, ...) that replace the fresh ones: a pretrained critic, a finished policy
+
+
+class Job(NamedTuple):
+    """A run under way: how it computes, where it starts, and its state then."""
+
+    settings: Settings
+    start: int
+    state: State | None  # None: a fresh one
+
+
+def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force: bool = False) -> dict[str, Any]:
+    """Train to the end, or from the last checkpoint on. Data are read only if there is work to do."""
+    status = run.open(force=force)
+    if status == "finished":
+        return {"status": "finished already", "out": str(run.out), "steps": recipe.steps, "algorithm": learner.name}
+    try:
+        job = _resumed(run) if status == "resume" else _begun(recipe, reading)
+        configure(job.settings)
+        with opened(reading, job.settings.window_rows, BLOCK * recipe.batch_size, job.settings.device) as source:
+            if isinstance(source, Stream):
+                rows = sum(store.num_rows for store in reading.stores)
+                say(f"{run.out}: streaming: of {rows:,} rows {job.settings.window_rows:,} in memory")
+            job = job._replace(state=_state(job, recipe, learner, reading, source))
+            seconds = _save_along(updates(recipe, learner, reading, source, job), recipe, run, job, {
+                "algorithm": learner.name, "task": learner.task, "spec": asdict(reading.spec),
+                "seeds": list(recipe.seeds), "recipe": run.recipe,
+                "critic": None if learner.critic is None else asdict(learner.critic),
+                "settings": job.settings.as_dict(),
+            })  # fmt: skip
+        logged = read_metrics(run.out)
+        plot_metrics(logged, run.out / "metrics.png")
+        about = {"algorithm": learner.name, "task": learner.task, "seeds": list(recipe.seeds), "steps": recipe.steps}
+        run.finish(**about, settings=job.settings.as_dict(), metrics=logged[-1])
+    finally:
+        run.close()
+    rate = round((recipe.steps - job.start) / max(seconds, 1e-9), 1)
+    return {
+        "status": "trained", "out": str(run.out), **about, "seconds": round(seconds, 1), "updates_per_second": rate,
+        "settings": job.settings.as_dict(),
+    }  # fmt: skip
+
+
+def _begun(recipe: Recipe, reading: Reading) -> Job:
+    settings = resolve_settings(
+        device=recipe.device, threads=recipe.threads, precision=recipe.precision, compile=recipe.compile,
+        steps=recipe.steps, say=say,
+    )  # fmt: skip
+    rows = window_rows(reading.stores, recipe.memory_gb, settings.device)
+    return Job(replace(settings, window_rows=rows), 0, None)
+
+
+def _resumed(run: Run) -> Job:
+    state, metadata = checkpoints.load(run.last)
+    try:
+        start, settings = int(metadata["step"]), saved_settings(metadata["settings"])
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{run.last}: step or settings are missing or garbled: {error}"
+        raise CvlctlError(what, "the file is damaged: --force starts the run over") from error
+    run.cut_metrics(start)
+    say(f"{run.out}: resuming at step {start}")
+    return Job(settings, start, state)
+
+
+def _state(job: Job, recipe: Recipe, learner: Learner, reading: Reading, source: Data | Stream) -> State:
+    """The state that the first update sees, on its device."""
+    state = job.state
+    if state is None:
+        sample = source.sample() if isinstance(source, Stream) else source
+        state = learner.module.init(learner.config, reading.spec, list(recipe.seeds), sample)
+        state = state if learner.initial is None else take_over(state, learner.initial)
+    return {name: value.to(job.settings.device) for name, value in state.items()}
+
+
+def take_over(state: State, initial: State) -> State:
+    """`state` with those of its networks and statistics that `initial` has too: each as a whole, whatever its depth."""
+
+    def network(name: str) -> str:
+        return name.split(".")[0]
+
+    replaced = {network(name) for name in initial} & {network(name) for name in state}
+    kept = {name: value for name, value in state.items() if network(name) not in replaced}
+    return kept | {name: value for name, value in initial.items() if network(name) in replaced}
+
+
+def updates(
+    recipe: Recipe, learner: Learner, reading: Reading, source: Data | Stream, job: Job
+) -> Iterator[tuple[int, State, Metrics]]:
+    """(number of updates done, state, metrics) after each; what update i sees does not depend on where it started."""
+    assert job.state is not None
+    state, draws = job.state, learner.module.draws(learner.config, reading.spec, recipe.batch_size)
+    programs = programs_of(learner.module, learner.config, job.settings)
+    for step, (indices, noise) in batches(source, draws, list(recipe.seeds), job.start, recipe.steps):
+        done, data = step + 1, at(source, step // BLOCK)
+        state, metrics = programs[done % len(programs)](state, gather(data, indices, draws), noise)
+        yield done, state, metrics
+
+
+def _save_along(
+    trained: Iterator[tuple[int, State, Metrics]], recipe: Recipe, run: Run, job: Job, metadata: dict[str, Any]
+) -> float:
+    """Train to the end, with logs, progress and checkpoints by the clock; returns the seconds it took.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once the state is saved.
+        CvlctlError: the losses diverged.
+    """
+    begin = saved_at = time.monotonic()
+    what = f"{metadata['algorithm']} ({len(recipe.seeds)} seeds)"
+    with interruptible() as interrupted, Progress(what, recipe.steps, "updates", job.start) as progress:
+        if job.settings.compile:
+            say(f"{what}: compiling the training step (10-40 s, once)")
+        text = ""
+        for done, state, metrics in trained:
+            if done % recipe.log_every_steps == 0 or done == recipe.steps:
+                values = {name: value.tolist() for name, value in metrics.items()}
+                _check_finite(values, done, run.last)
+                run.log(done, values)
+                text = " ".join(f"{k.split('/')[-1]} {np.mean(v):.3g}" for k, v in list(values.items())[:3])
+            progress.update(done, text)
+            if recipe.checkpoint_every_steps and done % recipe.checkpoint_every_steps == 0:
+                kept = {name: value for name, value in state.items() if not name.startswith("adam/")}
+                checkpoints.save(run.checkpoints / f"step-{done:09d}.safetensors", kept, {**metadata, "step": done})
+            due = time.monotonic() - saved_at >= recipe.checkpoint_seconds
+            if due or interrupted() or done == recipe.steps:
+                checkpoints.save(run.last, state, {**metadata, "step": done})
+                saved_at = time.monotonic()
+                if interrupted() and done < recipe.steps:
+                    say(f"{run.out}: stopped at step {done}; the same command goes on from there")
+                    raise KeyboardInterrupt
+    return time.monotonic() - begin
+
+
+def _check_finite(values: dict[str, list[float]], step: int, last: Path) -> None:
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            what = f"training diverged: {name} is {value} at step {step}"
+            raise CvlctlError(what, f"lower learning_rate, use layer_norm or unit features; {_what_is_left(last)}")
+
+
+def _what_is_left(last: Path) -> str:
+    if not last.exists():
+        return "no checkpoint was saved before"
+    try:
+        return f"the last checkpoint, of step {checkpoints.load(last)[1]['step']}, is sound"
+    except CvlctlError:  # losses are looked at every log_every_steps: one may be saved in between
+        return f"the last checkpoint ({last}) has diverged too"

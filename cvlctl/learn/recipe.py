@@ -1,0 +1,149 @@
+"""What recipes of `cvlctl pretrain` and `cvlctl finetune` may say."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    create_model,
+    model_validator,
+)
+
+from cvlctl.data.recipe import StoreUse, SuccessExamples
+from cvlctl.learn import labellers
+from cvlctl.learn.algorithms import ALGORITHMS, occupancy
+from cvlctl.learn.labellers import LABELLERS
+from cvlctl.recipes.values import Computed, Count, Name, Out, Rate, Seeds, Steps, Strict, fields_of
+
+
+class _TrainRecipe(Computed):
+    stores: Annotated[tuple[StoreUse, ...], Field(min_length=1)]
+    steps: Steps
+    seeds: Seeds = (0,)
+    checkpoint_every_steps: Count | None = None  # numbered checkpoints are kept: learning curves; None: the last alone
+    log_every_steps: Count = 100
+    memory_gb: Rate | Literal["auto"] = "auto"  # that data may take, or they are streamed; auto: half of what is free
+    out: Out
+
+    @model_validator(mode="after")
+    def _out_is_apart(self) -> Self:
+        out = self.out.resolve()
+        for path in self._inputs():
+            there = path.resolve()
+            if out.is_relative_to(there) or there.is_relative_to(out):
+                raise ValueError(f"out: {self.out} is, holds or lies in {path}, which it reads: choose a place apart")
+        return self
+
+    def _inputs(self) -> list[Path]:
+        return [store.path for store in self.stores]
+
+
+class PretrainRecipe(_TrainRecipe):
+    """`cvlctl pretrain`: a reward-free occupancy critic."""
+
+    command: ClassVar[str] = "pretrain"
+
+    critic: occupancy.Config = Field(default_factory=occupancy.Config)
+    batch_size: Annotated[Count, Field(ge=2)] = 1024
+
+    @model_validator(mode="after")
+    def _opens_no_label(self) -> Self:
+        if any(store.top < 1 for store in self.stores):
+            raise ValueError("stores: top ranks episodes by their rewards, and pretraining never sees a reward")
+        return self
+
+
+class AlgorithmUse(Strict):
+    """`algorithm: {name: ..., ...}`: the other keys are those of the algorithm's Config. A plain name will do."""
+
+    name: str
+
+    @property
+    def config(self) -> Any:
+        """The algorithm's own Config; with `init_from` its critic is the default, and the pretrained one counts."""
+        config = ALGORITHMS[self.name].Config
+        return config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(config)})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_critic(cls, value: Any) -> Any:
+        # a critic given in part keeps the algorithm's own defaults (LAEO's loss), not the occupancy module's
+        if not isinstance(value, Mapping) or value.get("name") not in ALGORITHMS:
+            return value
+        own = getattr(ALGORITHMS[value["name"]].Config(), "critic", None)
+        given = value.get("critic")
+        if own is None or not isinstance(given, Mapping):
+            return value
+        return {**value, "critic": {**dataclasses.asdict(own), **given}}
+
+    @model_validator(mode="after")
+    def _check_config(self) -> AlgorithmUse:
+        _ = self.config  # raises ValueError
+        return self
+
+
+def _algorithm_model(name: str) -> type[AlgorithmUse]:
+    fields = {"name": (Literal[name], ...), **fields_of(ALGORITHMS[name].Config)}
+    return create_model(f"{name}_algorithm", __base__=AlgorithmUse, **fields)
+
+
+if TYPE_CHECKING:
+    Algorithm = AlgorithmUse
+else:
+    Algorithm = Annotated[
+        Annotated[Union[tuple(map(_algorithm_model, ALGORITHMS))], Field(discriminator="name")],  # noqa: UP007
+        BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value),
+    ]
+
+
+class FinetuneRecipe(_TrainRecipe):
+    """`cvlctl finetune`: policies. Success examples are left alone by an algorithm that has no use for them."""
+
+    command: ClassVar[str] = "finetune"
+
+    algorithm: Algorithm
+    label: Name | None = None  # what the tables call it; None: the algorithm's name
+    init_from: Path | None = None  # a pretrained run (of fqe: a policy's): seed k starts from its seed k
+    success_examples: SuccessExamples | None = None
+    labeller: labellers.Config = Field(default_factory=labellers.Config)  # of rewards: oril or purl
+    batch_size: Annotated[Count, Field(ge=2)] = 256
+
+    def resolved(self) -> dict[str, Any]:
+        plain = super().resolved()
+        if self.init_from is not None:
+            plain["algorithm"].pop("critic", None)  # the pretrained run's counts
+        return plain
+
+    def _inputs(self) -> list[Path]:
+        examples = self.success_examples
+        more = [self.init_from, *([examples.from_, examples.file] if examples else [])]
+        return [*super()._inputs(), *(path for path in more if path is not None)]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> FinetuneRecipe:
+        config, name = self.algorithm.config, self.algorithm.name
+        learns_from, kinds = ALGORITHMS[name].LEARNS_FROM, {store.rewards for store in self.stores}
+        learned = sorted(kinds & set(LABELLERS))
+        if learns_from == "examples" and self.success_examples is None:
+            raise ValueError(f"algorithm {name} learns from success examples: add success_examples: {{from: STORE}}")
+        if learns_from == "rewards" and kinds == {"none"}:
+            raise ValueError(f"algorithm {name} needs a store with rewards; all of stores have rewards: none")
+        if learned and len(kinds) > 1:
+            raise ValueError(f"rewards: {learned[0]} is learned for all stores alike: give it to each of them")
+        if learned and self.success_examples is None:
+            raise ValueError(f"rewards: {learned[0]} is learned from success examples: add success_examples")
+        mode = getattr(config, "mode", "auto")
+        if mode in ("continue", "frozen") and self.init_from is None:
+            raise ValueError(f"algorithm.mode: {mode} needs init_from, a pretrained run")
+        if mode == "scratch" and self.init_from is not None:
+            raise ValueError("algorithm.mode: scratch contradicts init_from; leave one of them out")
+        if self.init_from is not None and not (hasattr(config, "mode") or hasattr(ALGORITHMS[name], "STARTS_FROM")):
+            raise ValueError(f"init_from: algorithm {name} has no critic to start from a pretrained one")
+        if self.init_from is not None and "critic" in self.algorithm.model_fields_set:
+            raise ValueError("algorithm.critic contradicts init_from: a pretrained critic brings its own settings")
+        return self

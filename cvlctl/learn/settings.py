@@ -1,0 +1,133 @@
+"""How a run computes: device, threads, precision, compilation; decided once, kept in its checkpoints."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvlctl.errors import CvlctlError
+from cvlctl.machine import num_cpus
+
+COMPILE_PAYS_AFTER = 8_000  # updates on a CPU: compiling costs 8-40 s, and saves 1-3 ms a step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run computes. Fixed when it first starts, written into its checkpoints, used again on resume."""
+
+    device: str
+    threads: int
+    precision: str  # "float32", the library's default; "medium": oneDNN on a CPU, TF32 on a GPU; "bf16": the layers
+    compile: bool
+    window_rows: int = 0  # of stores that do not fit in memory; 0: they do
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def have_compiler() -> bool:
+    """inductor's CPU back-end needs a C++ compiler and Python's headers; stock Debian has neither."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return bool(compiler) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+
+
+def resolve_settings(
+    *, device: str, threads: int | str, precision: str, compile: str, steps: int, say: Callable[[str], None]
+) -> Settings:
+    """Decide what "auto" means on this machine for a run of `steps` updates, and say so where a user could wonder.
+
+    Raises:
+        CvlctlError: where a GPU or a compiler is asked for and there is none.
+    """
+    if lacking := _lacking(device, compile == "true"):
+        raise CvlctlError(*lacking)
+    cuda = torch.cuda.is_available()
+    where = ("cuda" if cuda else "cpu") if device == "auto" else device
+    num_threads = num_cpus() if threads == "auto" else int(threads)
+    whole_step = compile == "true"
+    if compile == "auto":
+        whole_step = steps >= COMPILE_PAYS_AFTER or where != "cpu"
+    if whole_step and where == "cpu" and not have_compiler():
+        say("no C++ compiler with Python's headers found: training runs eager, about 1.5x slower")
+        whole_step = False
+    if precision == "auto":
+        precision = "medium" if _medium_is_float32(where) else "float32"
+    if precision == "bf16" and where == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        say("precision: bf16, but this CPU has no such instructions: float32 is faster here")
+    return Settings(where, num_threads, precision, whole_step)
+
+
+def saved_settings(saved: dict[str, Any]) -> Settings:
+    """The settings with which the run of a checkpoint began.
+
+    Raises:
+        CvlctlError: where this machine cannot compute like that.
+        TypeError: where they are garbled.
+    """
+    settings = Settings(**saved)
+    if lacking := _lacking(settings.device, settings.compile):
+        raise CvlctlError(
+            f"the run began with {lacking[0]} here", "resume it where it began, or --force starts it over"
+        )
+    return settings
+
+
+def _lacking(device: str, compile: bool) -> tuple[str, str] | None:
+    """What of this the machine does not have, and what to do about it."""
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            return f"device: {device}, but PyTorch sees no GPU", "use device: auto or cpu"
+        if int(device.partition(":")[2] or 0) >= (count := torch.cuda.device_count()):
+            return (
+                f"device: {device}, but PyTorch sees {count} GPU{'s' * (count > 1)}, from cuda:0 on",
+                "use device: auto",
+            )
+    elif compile and not have_compiler():
+        hint = "apt-get install g++ python3-dev, or use compile: auto"
+        return "compile: true, but there is no C++ compiler with Python's headers", hint
+    return None
+
+
+@cache
+def _medium_is_float32(device: str) -> bool:
+    """Whether matmul precision "medium" is still true float32 here. It is on CPUs without AMX, where it merely picks
+    oneDNN, up to twice as fast as MKL on AMD. With AMX or on a GPU the same word means bf16 or TF32."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(1, 256, 256, generator=g), torch.randn(1, 256, 256, generator=g)
+    exact = a.double() @ b.double()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    fast = (a.to(device) @ b.to(device)).double().cpu()
+    torch.set_float32_matmul_precision(before)
+    return bool((fast - exact).norm() / exact.norm() < 1e-6)
+
+
+def configure(settings: Settings) -> None:
+    """Apply the settings to this process."""
+    torch.set_num_threads(settings.threads)
+    if ":" in settings.device:
+        torch.cuda.set_device(settings.device)  # where graphs are captured
+    medium = settings.precision == "medium" or (settings.precision == "bf16" and _medium_is_float32(settings.device))
+    torch.set_float32_matmul_precision("medium" if medium else "highest")
+    _keep_freed_memory()
+    if settings.compile:
+        torch.compiler.reset()  # an experiment's runs share a process, and torch compiles one function 8 times at most
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed. Else temporaries of some MB are mapped and faulted in, page by page, at each
+    operation of each step: a third of an eager step at batch 1024. Other C libraries have no mallopt, or ignore it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)

@@ -1,0 +1,1 @@
+"""Environments and policies: whole episodes, in this process or in workers."""

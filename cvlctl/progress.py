@@ -1,0 +1,81 @@
+"""What people see of long work, on stderr: plain lines, and a bar with rate and time left."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def say(line: str) -> None:
+    """One plain line for people, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A bar with rate and ETA where stderr is a terminal, else one plain line every ten seconds. A context manager.
+
+    Args:
+        what: what is being done, e.g. "pretrain".
+        total: number of units; `unit` names them in the rate.
+        start: units done before (a resumed run).
+    """
+
+    def __init__(self, what: str, total: int, unit: str, start: int = 0) -> None:
+        self.what, self.total, self.unit, self.start = what, total, unit, start
+        self._begin = self._said = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+            from rich.table import Column
+            from rich.text import Text
+
+            class Rest(TextColumn):
+                """Text that gets the room that is left: cut short, never wrapped."""
+
+                def render(self, task: Task) -> Text:
+                    text = super().render(task)
+                    text.no_wrap, text.overflow = True, "ellipsis"
+                    return text
+
+            # on a narrow terminal the bar and the text shrink: count, rate and time left are what people look for
+            self._bar = RichProgress(
+                TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                Rest("{task.fields[text]}", markup=False, table_column=Column()),
+                console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self.what, total=self.total, completed=self.start, rate="", text="")
+        return self
+
+    def update(self, done: int, text: str = "") -> None:
+        """Report `done` units out of the total."""
+        now = time.monotonic()
+        rate = (done - self.start) / max(now - self._begin, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, rate=f"{rate:.0f} {self.unit}/s", text=text)
+        elif now - self._said >= PLAIN_LINE_SECONDS:
+            self._said = now
+            left = (self.total - done) / max(rate, 1e-9)
+            say(f"{self.what}: {done}/{self.total} {self.unit}, {rate:.0f}/s, {clock(left)} left{text and '  '}{text}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def clock(seconds: float) -> str:
+    """A duration, as 2m03s."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

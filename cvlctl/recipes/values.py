@@ -1,0 +1,102 @@
+"""Values that recipes of all steps share, and how a job computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from cvlctl.recipes.explain import explain
+from cvlctl.recipes.yamlfile import Key, Source
+
+
+def not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("int_type", "")  # pydantic would read true as 1
+    return value
+
+
+def _own_place(path: Path) -> Path:
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise ValueError("is the current directory, or holds it: choose a place of its own")
+    return path
+
+
+def _bool_as_text(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) != len(seeds):
+        raise ValueError("holds a seed twice")
+    return seeds
+
+
+Count = Annotated[int, BeforeValidator(not_bool), Field(ge=1)]
+Seed = Annotated[int, BeforeValidator(not_bool), Field(ge=0, lt=2**31)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
+Rate = Annotated[float, BeforeValidator(not_bool), Field(gt=0)]
+Share = Annotated[float, BeforeValidator(not_bool), Field(gt=0, le=1)]
+PartOf = Annotated[float, BeforeValidator(not_bool), Field(ge=0, le=1)]
+Noise = Annotated[float, BeforeValidator(not_bool), Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+Out = Annotated[Path, AfterValidator(_own_place)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+Steps = Annotated[int, BeforeValidator(not_bool), Field(ge=1, le=10**12)]
+Threads = Literal["auto"] | Annotated[int, BeforeValidator(not_bool), Field(ge=1, le=1024)]
+Precision = Literal["auto", "float32", "medium", "bf16"]
+Compile = Annotated[Literal["auto", "true", "false"], BeforeValidator(_bool_as_text)]
+
+
+class Strict(BaseModel):
+    """What all models of recipes are: unknown keys are errors, and nothing changes once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def read(cls, data: Any, source: Source, prefix: Key = ()) -> Any:
+        """The model of `data`, which lies at `prefix` in the file; a CvlctlError says what is wrong, and where."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as invalid:
+            raise explain(invalid, cls, data, source, prefix) from None
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain JSON values, all defaults filled in: what goes into stores, runs and checkpoints."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @classmethod
+    def with_defaults(cls, plain: dict[str, Any]) -> dict[str, Any]:
+        """A resolved recipe of an earlier version, with the defaults of keys that came since; as it is if not legal."""
+        extra = {key: value for key, value in plain.items() if key not in cls.model_fields}
+        try:
+            recipe = cls.model_validate({key: value for key, value in plain.items() if key not in extra})
+        except ValidationError:
+            return plain
+        return recipe.resolved() | extra
+
+
+def fields_of(config: Any, besides: Container[str] = ()) -> dict[str, Any]:
+    """The fields of a Config as those of a model."""
+    hints = get_type_hints(config)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        factory: Any = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else Field(default_factory=factory)
+        if field.name not in besides:
+            fields[field.name] = (hints[field.name], default)
+    return fields
+
+
+class Computed(Strict):
+    """How a job computes: what "auto" becomes is decided when it first starts, and kept with it."""
+
+    device: Device = "auto"
+    threads: Threads = "auto"
+    precision: Precision = "auto"
+    compile: Compile = "auto"
+    checkpoint_seconds: Rate = 30.0

@@ -1,0 +1,65 @@
+"""What a recipe of `cvlctl evaluate` may say."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    model_validator,
+)
+
+from cvlctl.data.recipe import SuccessExamples
+from cvlctl.recipes.values import Count, Device, Name, Out, Rate, Seed, Strict, not_bool
+
+# --- evaluate
+
+
+class Confidence(Strict):
+    """Stratified bootstrap over runs."""
+
+    level: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    resamples: Count = 2000
+    seed: Seed = 0
+
+
+class EvaluationGoals(SuccessExamples):
+    """States that goal-conditioned policies are sent to, chosen as success examples are: episode i gets state i mod N.
+
+    Success is to come `within` a distance of it in `columns` (None: the policy's own goal columns). Without `within` it
+    is the environment's own, which knows nothing of these goals.
+    """
+
+    rule: Literal["successes", "last"] = "last"
+    num: Count = 50
+    columns: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    within: Rate | None = None
+
+
+class EvaluateRecipe(Strict):
+    """`cvlctl evaluate`: episodes of every seed of every run, and tables of their scores."""
+
+    command: ClassVar[str] = "evaluate"
+
+    runs: Annotated[tuple[Name, ...], Field(min_length=1)]  # run directories; * ? [] and ** match several
+    checkpoints: Literal["last", "all"] = "last"
+    episodes: Count = 50
+    seed: Seed = 0
+    goals: EvaluationGoals | None = None  # None: the environment commands them, or there are none
+    horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
+    workers: Literal["auto"] | Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = "auto"
+    device: Device = "cpu"  # cpu: whole episodes in worker processes; cuda: environments in lock-step
+    backend: Literal["gymnasium", "envpool"] = "gymnasium"  # envpool: `workers` are its threads; starts of its own
+    aggregate: tuple[Literal["iqm", "mean", "median", "optimality_gap"], ...] = ("iqm", "mean", "optimality_gap")
+    confidence: Confidence = Confidence()
+    baseline: Name | None = None  # of the pairwise differences; None: bc where it is there
+    out: Out
+
+    @model_validator(mode="after")
+    def _what_envpool_can(self) -> Self:
+        if self.backend == "envpool" and self.goals is not None:
+            raise ValueError("backend: EnvPool cannot command goals; use backend: gymnasium for them")
+        if self.backend == "envpool" and self.device.startswith("cuda"):
+            raise ValueError("backend: EnvPool simulates, and policies answer it, on the CPU: leave device out")
+        return self

@@ -1,0 +1,152 @@
+"""Score tables for people and programs: rich, Markdown, CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from cvlctl.score.rows import Record
+
+if TYPE_CHECKING:
+    pass
+from cvlctl.figures import short_names
+
+_NAMES = {"task": "task", "algorithm": "algorithm", "baseline": "against", "metric": "metric"}
+_COUNTS = {"seed": "seed", "tasks": "tasks", "runs": "seeds", "episodes": "episodes"}
+_SCORES = {"return_mean": "return", "success_mean": "success", "normalised_mean": "normalised"}
+_OFFLINE = {"offline_mean": "offline estimate", "discounted_mean": "discounted return"}
+_AGGREGATES = {"iqm": "IQM", "mean": "mean", "median": "median", "optimality_gap": "optimality gap"}
+_COMPARISONS = {"difference": "difference", "probability_of_improvement": "P(better)"}
+
+
+def to_rich(records: Sequence[Record], title: str = "") -> Table:
+    """A table of any of the records of `scores`; the best of each task is bold. Readable in 100 columns."""
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    table.caption, table.caption_justify, table.caption_style = "\n".join(_notes(records)), "left", "dim"
+    columns = _columns(records)
+    for key, heading, _ in columns:
+        # long names break at hyphens, underscores and spaces; in a narrow window the intervals wrap, never the names
+        fixed = key in _NAMES or key in _COUNTS
+        table.add_column(heading, no_wrap=fixed, overflow="fold", justify="left" if key in _NAMES else "right")
+    for i, record in enumerate(records):
+        texts = ["\n".join(folded(cells[i], 18)) if key in _NAMES else cells[i] for key, _, cells in columns]
+        if i > 0 and record.get("task") != records[i - 1].get("task"):
+            table.add_section()
+        elif i > 0 and "task" in record:
+            texts[0] = ""
+        best = ["bold" if _is_best(records, i, key) else "" for key, _, _ in columns]
+        table.add_row(*map(Text, texts, best))
+    return table
+
+
+def to_markdown(records: Sequence[Record], title: str = "") -> str:
+    """A Markdown table, its best scores bold, its notes below."""
+    columns = _columns(records)
+    lines = [f"### {title}", ""] if title else []
+    lines += ["| " + " | ".join(heading for _, heading, _ in columns) + " |"]
+    lines += ["|" + "|".join(" --- " if key in _NAMES else " ---: " for key, _, _ in columns) + "|"]
+    for i in range(len(records)):
+        cells = [(cells[i].replace("|", r"\|"), _is_best(records, i, key)) for key, _, cells in columns]
+        lines.append("| " + " | ".join(f"**{cell}**" if best else cell for cell, best in cells) + " |")
+    return "\n".join([*lines, "", *(note + "  " for note in _notes(records))]).rstrip() + "\n"
+
+
+def to_csv(records: Sequence[Record]) -> str:
+    """Every key of the records, one line each; lists are joined by semicolons, None is empty."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(dict.fromkeys(key for record in records for key in record)), lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow({k: ";".join(map(str, v)) if isinstance(v, list) else v for k, v in record.items()})
+    return file.getvalue()
+
+
+def folded(name: str, width: int) -> list[str]:
+    """Lines of at most `width`, broken after hyphens, underscores, dots and spaces, never within a word."""
+    lines = [""]
+    for piece in re.findall(r"[^-_. ]+[-_. ]?|[-_. ]", name):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return [line.rstrip() for line in lines]
+
+
+def _columns(records: Sequence[Record]) -> list[tuple[str, str, list[str]]]:
+    """(key, heading, cells), without the columns that are empty throughout."""
+    short = short_names([record["task"] for record in records if "task" in record])
+    columns = []
+    for key, heading in (_NAMES | _COUNTS | _SCORES | _OFFLINE | _AGGREGATES | _COMPARISONS).items():
+        if any(record.get(key) is not None for record in records):
+            plain = key in _NAMES or key in _COUNTS
+            cells = [str(short.get(r[key], r[key])) if plain else _cell(r, key) for r in records]
+            columns.append((key, heading, cells))
+    return columns or [("", "nothing to show", [])]
+
+
+def _cell(record: Record, key: str) -> str:
+    value, low, high = (record.get(key + end) for end in ("", "_low", "_high"))
+    if value is None:
+        return "-"
+    percent = key in ("success_mean", "probability_of_improvement") or record.get("metric") == "success"
+    # one number of digits a cell: percents whole, returns above 100 whole, the rest by their size
+    size = max(abs(x) for x in (value, low, high) if x is not None)
+    digits = 0 if percent or size > 100 else 1 if size > 1 else 3
+    shown = [round(100 * x if percent else x, digits) + 0.0 for x in (value, low, high) if x is not None]  # no -0
+    text, *interval = (f"{x:.{digits}f}" for x in shown)
+    text += "%" * percent
+    if interval and not (
+        key == "probability_of_improvement" and interval[0] == interval[1]
+    ):  # nothing left to resample
+        return f"{text} [{', '.join(interval)}]"
+    return f"{text} (1 run)" if 1 in (record.get("runs"), record.get("baseline_runs")) else text
+
+
+def _is_best(records: Sequence[Record], i: int, key: str) -> bool:
+    if key not in (_SCORES | _OFFLINE | _AGGREGATES) or "seed" in records[i]:
+        return False
+    group = [r[key] for r in records if r.get("task") == records[i].get("task") and r.get(key) is not None]
+    return len(group) > 1 and records[i].get(key) == (min if key == "optimality_gap" else max)(group)
+
+
+def _notes(records: Sequence[Record]) -> list[str]:
+    if not records:
+        return []
+    level = f"in brackets: {100 * records[0].get('level', 0.95):g}% interval"
+    if "seed" in records[0]:
+        return [f"{level} over one policy's episodes (Wilson's for success); it says nothing of other seeds"]
+    runs = [record[key] for record in records for key in ("runs", "baseline_runs") if key in record]
+    seeds = "bootstrap over seeds, which all meet the same starts; each run's last checkpoint"
+    notes = [f"{level}, {seeds}" if max(runs, default=2) > 1 else "one seed: no intervals"]
+    if any(1 < num < 5 for num in runs):
+        notes.append("fewer than five seeds: the intervals are narrower than the truth")
+    notes += dict.fromkeys(
+        f"offline: the discounted return (gamma {r['gamma']:g}) that fitted Q evaluation expects, from the store alone"
+        for r in records
+        if "gamma" in r
+    )
+    notes += dict.fromkeys(f"episodes cut off at {r['horizon']} steps" for r in records if "horizon" in r)
+    notes += dict.fromkeys(
+        f"simulated by {r['backend']}: the starts are not those of gymnasium's episodes"
+        for r in records
+        if "backend" in r
+    )
+    notes += dict.fromkeys(_reference(r) for r in records if r.get("reference_min") is not None)
+    notes += [f"{r['algorithm']} on {r['task']}: seeds end at unequal steps" for r in records if r.get("uneven_steps")]
+    return notes + [f"{r['algorithm']}: too few runs on {', '.join(r['missing'])}" for r in records if r.get("missing")]
+
+
+def _reference(record: Record) -> str:
+    """What 0 and 100 of the normalised score are: a table without its floor can hide that random actions do as well."""
+    low, high = f"{record['reference_min']:.0f}", f"{record['reference_max']:.0f}"
+    if record["random_success"] is not None and record["scripted_success"] is not None:
+        low += f" (random actions, {record['random_success']:.0%} success)"
+        high += f" (scripted expert, {record['scripted_success']:.0%})"
+    played = f" ({record['simulator']})" if record.get("simulator") else ""
+    return f"{record['task'].rsplit('/', 1)[-1]}{played}: normalised 0 is return {low}, 100 is {high}"

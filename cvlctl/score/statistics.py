@@ -1,0 +1,92 @@
+"""Means, intervals and comparisons of scores (rliable's, by a stratified bootstrap that repeats under a seed)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+from scipy import stats
+
+from cvlctl.errors import CvlctlError
+from cvlctl.score.rows import Record
+
+Statistic = Callable[..., np.ndarray]
+
+
+class Confidence(TypedDict, total=False):
+    """How intervals are made: level (0.95), number of resamples (2000), seed (0)."""
+
+    level: float
+    resamples: int
+    seed: int
+
+
+def mean(scores: np.ndarray) -> np.ndarray:
+    """Mean over runs and tasks; like the other aggregates (..., runs, tasks) -> (...)."""
+    return scores.mean(axis=(-2, -1))
+
+
+def median(scores: np.ndarray) -> np.ndarray:
+    """Median over tasks of the mean over runs."""
+    return np.median(scores.mean(axis=-2), axis=-1)
+
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """Interquartile mean: all runs x tasks scores, a quarter of them (rounded down) cut at either end."""
+    return np.asarray(stats.trim_mean(scores.reshape(*scores.shape[:-2], -1), 0.25, axis=-1))
+
+
+def optimality_gap(scores: np.ndarray, threshold: float = 1.0) -> np.ndarray:
+    """Mean shortfall from the threshold (less is better); exceeding it in one run does not make up for another."""
+    return threshold - mean(np.minimum(scores, threshold))
+
+
+def probability_of_improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Mean over tasks of the share of run pairs where a (..., runs, tasks) beats b (..., runs', tasks); ties half."""
+    a, b = a[..., :, None, :], b[..., None, :, :]
+    return ((a > b) + 0.5 * (a == b)).mean(axis=(-3, -2, -1))
+
+
+AGGREGATES: dict[str, Statistic] = {"mean": mean, "median": median, "iqm": iqm, "optimality_gap": optimality_gap}
+
+
+def aggregates_of(names: Iterable[str], metric: str, prefix: str = "") -> dict[str, Statistic]:
+    table = AGGREGATES | {"optimality_gap": partial(optimality_gap, threshold=100.0 if metric == "normalised" else 1.0)}
+    for name in names:
+        if name not in table:
+            raise CvlctlError(f"no aggregate '{name}'", f"choose among {', '.join(table)}")
+    # a raw return has no optimum to fall short of
+    return {prefix + name: table[name] for name in names if (metric, name) != ("return", "optimality_gap")}
+
+
+def wilson(successes: float, num: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a success rate after `successes` in `num` episodes."""
+    z, rate = float(stats.norm.ppf(0.5 + level / 2)), successes / num
+    centre, scale = rate + z * z / (2 * num), 1 + z * z / num
+    half = z * math.sqrt(rate * (1 - rate) / num + (z / (2 * num)) ** 2)
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def bootstrap(statistic: Statistic, *samples: np.ndarray, **confidence: Unpack[Confidence]) -> list[Any] | None:
+    """Percentile interval [low, high] of a statistic of one or more (runs, tasks) arrays; None if one has a single run.
+
+    Stratified: each array's runs are drawn with replacement within each task, independently of the other arrays' runs.
+    """
+    if min(map(len, samples), default=0) < 2:
+        return None
+    rng, tail = np.random.default_rng(confidence.get("seed", 0)), 50 * (1 - confidence.get("level", 0.95))
+    num = confidence.get("resamples", 2000)
+    drawn = [np.take_along_axis(x[None], rng.integers(len(x), size=(num, *x.shape)), axis=1) for x in samples]
+    return np.percentile(statistic(*drawn), [tail, 100 - tail], axis=0).tolist()
+
+
+def estimates_of(statistics: Mapping[str, Statistic], *samples: np.ndarray, **confidence: Unpack[Confidence]) -> Record:
+    """One estimate a statistic; None throughout where there are no samples."""
+    record: Record = {"level": confidence.get("level", 0.95)}
+    for key, statistic in statistics.items():
+        low, high = bootstrap(statistic, *samples, **confidence) or (None, None)
+        record |= {key: float(statistic(*samples)) if samples else None, f"{key}_low": low, f"{key}_high": high}
+    return record

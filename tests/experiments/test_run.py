@@ -1,0 +1,178 @@
+"""`cvlctl run`: the stages in order, skipped where finished; the plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cvlctl.cli.console import console
+from cvlctl.errors import CvlctlError
+from cvlctl.experiments import run as module
+from cvlctl.experiments.run import run_experiment
+
+TINY = """\
+out: OUT
+matrix:
+  task: [gym/Pendulum-v1]
+  algorithm: [{name: cvl, hidden: [8], bank_size: 16}, {name: laeo, hidden: [8]}]
+stages:
+  data:
+    command: build-dataset
+    task: ${task}
+    source: {name: random, episodes: 2}
+    out: ${out}/${task}.zarr
+    threads: 1
+  pretrain:
+    command: pretrain
+    stores: ["${out}/${task}.zarr"]
+    critic: {hidden: [8], latent_dim: 4}
+    steps: 4
+    batch_size: 16
+    seeds: [0, 1]
+    out: ${out}/pretrain/${task}
+    threads: 1
+  finetune:
+    command: finetune
+    stores: ["${out}/${task}.zarr"]
+    init_from: ${out}/pretrain/${task}
+    algorithm: ${algorithm}
+    success_examples: {from: "${out}/${task}.zarr", rule: last}
+    steps: 4
+    batch_size: 16
+    seeds: [0, 1]
+    out: ${out}/finetune/${task}/${algorithm.name}
+    threads: 1
+  cloning:
+    command: finetune
+    stores: ["${out}/${task}.zarr"]
+    algorithm: {name: bc, hidden: [8]}
+    steps: 4
+    batch_size: 16
+    seeds: [0, 1]
+    out: ${out}/finetune/${task}/bc
+    threads: 1
+  scores:
+    command: evaluate
+    runs: ["${out}/finetune/*/*/*"]
+    episodes: 1
+    workers: 0
+    out: ${out}/scores
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    path = tmp_path / "experiment.yaml"
+    path.write_text(TINY.replace("OUT", str(tmp_path / "e")))
+    return path
+
+
+def states(path: Path, *overrides: str) -> list[str]:
+    return [stage["state"] for stage in run_experiment(path, overrides, dry_run=True)["stages"]]
+
+
+def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert states(experiment) == ["to do"] * 6
+    assert not (tmp_path / "e").exists()
+    result = run_experiment(experiment)
+    assert result["status"] == "done"
+    assert [stage["command"] for stage in result["stages"]] == [
+        "build-dataset", "pretrain", "finetune", "finetune", "finetune", "evaluate",
+    ]  # fmt: skip
+    assert {record["algorithm"] for record in result["scores"][0]["table"]} == {"cvl", "laeo", "bc"}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "/6 " in line]
+    assert "3/6 finetune: finetune gym/Pendulum-v1 cvl" in lines
+    assert any(line.startswith("6/6 scores: evaluate: done in ") for line in lines)
+
+    assert states(experiment) == ["finished"] * 6
+    again = run_experiment(experiment)
+    assert again["status"] == "finished already"
+    assert again["scores"][0]["table"] == result["scores"][0]["table"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "/6 " in line]
+    assert len(lines) == 6
+    assert all(line.endswith(": finished already") for line in lines)
+
+    module.render(again, console())
+    out = capsys.readouterr().out
+    assert str(tmp_path / "e" / "scores" / "scores.png") in out
+    assert f"runs:   {tmp_path / 'e' / 'finetune' / 'gym' / 'Pendulum-v1' / 'cvl'}" in out
+
+    # a run of an earlier version, which lacks keys that came since, is as finished
+    for file in (tmp_path / "e").rglob("run.json"):
+        before = json.loads(file.read_text())
+        before["recipe"].pop("memory_gb", None)
+        file.write_text(json.dumps(before))
+    assert states(experiment) == ["finished"] * 6
+
+    # one stage changed: it alone is another recipe, and says so before anything is lost
+    changed = "stages.cloning.steps=5"
+    assert states(experiment, changed) == ["finished"] * 4 + ["another recipe", "finished"]
+    with pytest.raises(CvlctlError, match=r"stage cloning: finetune gym/Pendulum-v1: .* holds another run: steps"):
+        run_experiment(experiment, [changed])
+    # a stage that was not finished: it and what reads it run
+    (tmp_path / "e" / "finetune" / "gym" / "Pendulum-v1" / "bc" / "run.json").unlink()
+    assert states(experiment)[4] == "to do"
+
+
+def test_stages_run_in_order_with_force_and_stop_at_the_first_fault(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, bool]] = []
+
+    def function(command: str) -> Any:
+        def work(recipe: Any, *, force: bool) -> dict[str, Any]:
+            seen.append((command, force))
+            if command == "finetune" and recipe.algorithm.name == "laeo":
+                raise CvlctlError("no step is labelled a success", "take rule: last")
+            return {"status": "trained"}
+
+        return work
+
+    monkeypatch.setattr(module, "function", function)
+    with pytest.raises(CvlctlError) as caught:
+        run_experiment(experiment, force=True)
+    assert caught.value.what == "stage finetune: finetune gym/Pendulum-v1 laeo: no step is labelled a success"
+    assert caught.value.hint == "take rule: last"
+    assert seen == [("build-dataset", True), ("pretrain", True), ("finetune", True), ("finetune", True)]
+
+
+def test_nothing_starts_where_a_later_stage_is_wrong(experiment: Path, tmp_path: Path) -> None:
+    with pytest.raises(CvlctlError, match=r"stages\.scores\.episodes"):
+        run_experiment(experiment, ["stages.scores.episodes=none"])
+    assert not (tmp_path / "e").exists()
+
+
+def test_the_plan_has_sizes_and_estimates_that_grow(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = run_experiment(experiment, dry_run=True)
+    assert [stage["size"] for stage in small["stages"]] == [
+        "2 episodes", "4 steps x 2 seeds", "4 steps x 2 seeds", "4 steps x 2 seeds", "4 steps x 2 seeds",
+        "6 policies x 1 episode",
+    ]  # fmt: skip
+    overrides = ["stages.pretrain.steps=100000", "stages.data.source={name: sac, steps: 500000}"]
+    large = run_experiment(experiment, overrides, dry_run=True)
+    assert large["stages"][0]["size"] == "500,000 steps of SAC"
+    # measured on two cores: about 230 to 290 frames a second end to end
+    assert 1000 < large["stages"][0]["estimate_seconds"] < 4000
+    assert large["stages"][1]["estimate_seconds"] > 30 > small["stages"][1]["estimate_seconds"]
+    wide = [*overrides, "stages.pretrain.critic.hidden=[512,512]", "stages.pretrain.batch_size=1024"]
+    estimate = run_experiment(experiment, wide, dry_run=True)["stages"][1]["estimate_seconds"]
+    assert estimate > 10 * large["stages"][1]["estimate_seconds"]
+    module.render(large, console())
+    out = capsys.readouterr().out
+    assert "500,000 steps of SAC" in out
+    assert "to do: about" in out
+
+
+def test_a_partial_store_is_seen(experiment: Path, tmp_path: Path) -> None:
+    (tmp_path / "e" / "gym" / "Pendulum-v1.zarr.partial").mkdir(parents=True)
+    assert states(experiment)[0] == "partial"
+    (tmp_path / "e" / "gym" / "Pendulum-v1.zarr").mkdir()
+    assert states(experiment)[0] == "another recipe"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "1 s"), (59, "59 s"), (600, "10 min"), (9000, "2.5 h")])
+def test_rough_durations(seconds: float, text: str) -> None:
+    assert module.rough(seconds) == text
