@@ -9,14 +9,17 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from cvlctl.errors import CvlctlError
 
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_KEY = "cvlctl"  # of the JSON in a safetensors header
+_TEMPORARY = re.compile(r"\.(.+)\.(\d{1,10})\.tmp")  # .NAME.PID.tmp: what `write_atomically` writes before it replaces
 _SPACE = "free some space and run the same command again: nothing that was flushed is lost"
 _PERMISSION = "choose another place, or change its permissions"
 HINTS = {
@@ -61,13 +64,62 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            sync(temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _taken(temporary) as file:
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+                sync(path.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def _taken(temporary: Path) -> IO[bytes]:
+    """A temporary file, empty, and locked until it is closed: that is how `sweep` knows the living from the dead."""
+    while True:
+        file = open(temporary, "ab")  # noqa: SIM115 (the caller closes it)
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(temporary)):
+                file.truncate(0)  # of a dead process with our number
+                return file
+        file.close()  # swept, or replaced by another thread, between opening and locking
+
+
+def temporary_of(name: str) -> str | None:
+    """The name of the file that `write_atomically` was writing into a temporary called `name`; None: it is none."""
+    found = _TEMPORARY.fullmatch(name)
+    return found and found[1]
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files in `folder` of processes that are dead, and nothing else.
+
+    Args:
+        name: of the file that was being written. None: whatever it was; for folders that are ours.
+    """
+    with contextlib.suppress(OSError):  # what cannot be read or removed stays
+        for found in entries(folder):
+            if temporary_of(found) and name in (None, temporary_of(found)):
+                _remove_if_abandoned(folder / found)
+
+
+def _remove_if_abandoned(temporary: Path) -> None:
+    with contextlib.suppress(FileNotFoundError, PermissionError):
+        if not stat.S_ISREG(temporary.lstat().st_mode):
+            return
+        with open(temporary, "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # somebody is writing it
+            except OSError:  # a file system without locks
+                if Path(f"/proc/{temporary.name.split('.')[-2]}").exists():
+                    return
+            if os.path.samestat(os.fstat(file.fileno()), temporary.lstat()):  # else replaced meanwhile
+                temporary.unlink()
 
 
 def write_json(path: Path, value: object) -> None:

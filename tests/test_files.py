@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +29,50 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
     assert "free some space" in caught.value.hint
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_sweeping_removes_what_dead_processes_left_and_nothing_else(tmp_path: Path) -> None:
+    ours = tmp_path / ".run.json.7.tmp"
+    kept = [".run.json.tmp", "run.json.7.tmp", ".run.json.7.tmp.bak", "..7.tmp", ".a.7b.tmp", "run.json"]
+    for name in [ours.name, *kept]:
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".folder.8.tmp").mkdir()
+    (tmp_path / ".link.9.tmp").symlink_to(tmp_path / "run.json")
+    kept += [".folder.8.tmp", ".link.9.tmp"]
+    files.sweep(tmp_path, "other.json")
+    with open(ours, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as its writer does
+        files.sweep(tmp_path)
+        assert set(files.entries(tmp_path)) == {ours.name, *kept}
+    files.sweep(tmp_path, "run.json")
+    assert set(files.entries(tmp_path)) == set(kept)
+    files.sweep(tmp_path / "none")
+
+
+def test_nobody_sweeps_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even between the writer's opening a temporary and its locking it, nor what a process of our number left."""
+    path = tmp_path / "a.json"
+    (tmp_path / f".a.json.{os.getpid()}.tmp").write_bytes(b"of a dead process, and longer")
+    flock, fsync = fcntl.flock, os.fsync
+    swept: list[str] = []
+
+    def swept_before(file: Any, operation: int) -> None:
+        if operation == fcntl.LOCK_EX and len(swept) < 2:
+            swept.append("before locking")
+            files.sweep(tmp_path)
+        flock(file, operation)
+
+    def swept_while(handle: int) -> None:
+        swept.append("while writing")
+        files.sweep(tmp_path)
+        fsync(handle)
+
+    monkeypatch.setattr(fcntl, "flock", swept_before)
+    monkeypatch.setattr(os, "fsync", swept_while)
+    files.write_atomically(path, b"whole")
+    assert swept[:3] == ["before locking", "before locking", "while writing"]
+    assert path.read_bytes() == b"whole"
+    assert files.entries(tmp_path) == ["a.json"]
 
 
 def test_a_lock_has_one_owner_until_it_is_closed(tmp_path: Path) -> None:
