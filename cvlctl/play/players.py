@@ -73,7 +73,7 @@ def _answers(
         return
     plain = [json.loads(json.dumps(asdict(job), default=str)) for job in jobs]
     requests = [{"job": plain[index], "episode": episode, "seed": seed} for index, episode in items]
-    with closing(share_out("cvlctl.play.rollout:_work", requests, workers)) as answers:
+    with closing(share_out("cvlctl.play.players:_work", requests, workers)) as answers:
         for place, row in answers:
             yield place, EpisodeResult(**row)
 
