@@ -166,7 +166,7 @@ def test_a_worker_that_dies_is_told(tmp_path: Path, started: list[subprocess.Pop
 def test_no_worker_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> None:
     path = checkpoint(tmp_path / "a.safetensors")
     script = (
-        "import signal\nfrom cvlctl.play.rollout import *\n"
+        "import signal\nfrom cvlctl.play.players import *\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs of a shell inherit it ignored
         f"job = PolicyJob('bc', 'gym/Pendulum-v1', 0, 7, {str(path)!r})\n"
         "run_episodes([job], episodes=100_000, workers=2, progress=lambda done, total, row: print(done, flush=True))\n"
