@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import hashlib
-import io
-import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.core.sync import sync as zarr_sync
 
 from cvlctl import files
-from cvlctl.data.chunks import chunks, open_array, read_array, read_chunk
+from cvlctl.data import tails
+from cvlctl.data.arrays import checksum as _checksum
+from cvlctl.data.arrays import write_arrays
+from cvlctl.data.chunks import open_array, read_array
+from cvlctl.data.provenance import environment, jsonable
 from cvlctl.data.store import (
     FORMAT,
     LABEL_ARRAYS,
@@ -37,9 +31,9 @@ from cvlctl.data.store import (
     read_attributes,
     split,
 )
+from cvlctl.data.tails import TAIL, Tail
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
-from cvlctl.version import versions
 
 CHUNK_ROWS = 100_000  # 500k rows load in tens of ms; chunks of 1k rows take ten times as long
 CHUNK_BYTES = 2**26  # pixels get fewer rows a chunk
@@ -113,10 +107,10 @@ class StoreWriter:
         check_label(label)
         if not isinstance(task, str) or not task.strip():
             raise CvlctlError(f"task {task!r} is not the name of a task", "give a name such as metaworld/reach-v3")
-        given = _jsonable("provenance", provenance or {})
+        given = jsonable("provenance", provenance or {})
         recipe = json_digest(given.get("recipe"))
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        self._provenance = {**_environment(), "created": created, **given}
+        self._provenance = {**environment(), "created": created, **given}
         self._identity = {"task": task, "horizon": horizon, "label": label, "recipe": recipe}
         self._refuse_existing()
         self._pending: dict[str, list[np.ndarray]] = {}  # rows of each row array that no chunk holds yet
@@ -210,11 +204,8 @@ class StoreWriter:
         with files.disk(self.partial):
             self._write_full_chunks()
             self._sync()
-            state = {**self._identity, "tasks": self._tasks, "chunk_rows": self._chunk_rows, "written": self._written}
-            text, table = np.frombuffer(json.dumps(state).encode(), np.uint8), np.array(self._table, np.int64)
-            tail = io.BytesIO()
-            np.savez(tail, allow_pickle=False, **self._rest(), state=text, episodes=table)
-            files.write_atomically(self.partial / "tail.npz", tail.getbuffer())
+            state = Tail(self._identity, self._table, self._tasks, self._chunk_rows, self._written, self._rest())
+            tails.save(self.partial, state)
 
     def episodes(self) -> Iterator[Episode]:
         """The episodes so far, in order: what a collector needs to fill its replay buffer on resuming."""
@@ -231,7 +222,7 @@ class StoreWriter:
     def finish(self, **extra_attributes: Any) -> Store:
         """Write what is left, checksums and attributes (yours too), and put the store in place by one rename."""
         self._require_open()
-        extra = _jsonable("extra attributes", extra_attributes)
+        extra = jsonable("extra attributes", extra_attributes)
         if not self._table:
             raise CvlctlError(f"{self.path}: no episodes to write", "a store holds at least one episode")
         self._refuse_existing()
@@ -254,7 +245,7 @@ class StoreWriter:
             os.rename(self.partial, self.path)
             files.sync(self.path.parent)
             shutil.rmtree(old, ignore_errors=True)
-            for name in ("tail.npz", "lock"):  # only now: until the rename they were what a resume needs
+            for name in (TAIL, "lock"):  # only now: until the rename they were what a resume needs
                 (self.path / name).unlink(missing_ok=True)
         self.close()
         return open_store(self.path)
@@ -263,7 +254,7 @@ class StoreWriter:
         """Let go of the partial store. What was flushed stays, to be resumed (unless `discard`)."""
         if self._lock is None:
             return
-        if discard or not (self.partial / "tail.npz").exists():  # nothing was ever flushed
+        if discard or not (self.partial / TAIL).exists():  # nothing was ever flushed
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.close()
         self._lock = None
@@ -289,7 +280,7 @@ class StoreWriter:
         """Take up what was flushed, and remove what was not."""
         for cut_off in self.partial.glob(".*.tmp"):
             cut_off.unlink()
-        if (self.partial / "tail.npz").exists():
+        if (self.partial / TAIL).exists():
             try:
                 self._read_tail(resume)
                 return
@@ -303,30 +294,22 @@ class StoreWriter:
                 entry.unlink()
 
     def _read_tail(self, resume: bool) -> None:
-        tail, hint = (
-            self.partial / "tail.npz",
-            f"delete {self.partial}, or discard it by --force (in Python, force=True)",
-        )
-        try:
-            with np.load(tail, allow_pickle=False) as file:
-                rows = {name: file[name] for name in file.files}
-            table, state = rows.pop("episodes").tolist(), json.loads(rows.pop("state").tobytes())
-            tasks, chunk_rows, written = state["tasks"], state["chunk_rows"], state["written"]
-        except Exception as error:  # zip, JSON and numpy each have their own; the file is not sound whichever it is
-            raise CvlctlError(f"{tail} cannot be read: {error}", hint) from error
-        other = [key for key, value in self._identity.items() if state.get(key) != value]
+        tail = tails.load(self.partial)
+        other = [key for key, value in self._identity.items() if tail.identity.get(key) != value]
         if other or not resume:
-            what = f"{self.partial} holds {len(table)} episodes of an unfinished store"
-            raise CvlctlError(f"{what} with another {', '.join(other)}" if other else what, hint)
-        self._table, self._tasks = [tuple(row) for row in table], tasks
-        self._pending, self._chunk_rows, self._written = {name: [rows[name]] for name in rows}, chunk_rows, written
-        flushed = {str(i) for i in range(written // chunk_rows)}
-        for name in rows:
+            what = f"{self.partial} holds {len(tail.table)} episodes of an unfinished store"
+            what += f" with another {', '.join(other)}" if other else ""
+            raise CvlctlError(what, tails.discard_hint(self.partial))
+        self._table, self._tasks = tail.table, tail.tasks
+        self._pending = {name: [rows] for name, rows in tail.rest.items()}
+        self._chunk_rows, self._written = tail.chunk_rows, tail.written
+        flushed = {str(i) for i in range(tail.written // tail.chunk_rows)}
+        for name in tail.rest:
             for chunk in (self.partial / name / "c").glob("*"):
                 if chunk.name not in flushed:
                     shutil.rmtree(chunk) if chunk.is_dir() else chunk.unlink()
-        if written:  # the arrays' metadata may count chunks that were just removed
-            self._write(written, {name: value[:0] for name, value in rows.items()})
+        if tail.written:  # the arrays' metadata may count chunks that were just removed
+            self._write(tail.written, {name: rows[:0] for name, rows in tail.rest.items()})
 
     def _rest(self) -> dict[str, np.ndarray]:
         return {name: np.concatenate(parts) for name, parts in self._pending.items()}
@@ -345,21 +328,7 @@ class StoreWriter:
             self._written += full  # last: where a write failed, the rows are still here and the next flush tries again
 
     def _write(self, start: int, rows: dict[str, np.ndarray]) -> None:
-        """Let arrays end in `rows`, from a chunk's first row on; their metadata is written anew over earlier chunks."""
-        try:
-            for name, values in rows.items():
-                (self.partial / name / "zarr.json").unlink(missing_ok=True)
-                end, shape = start + len(values), values.shape[1:]
-                array = zarr.create_array(
-                    self.partial, name=name, shape=(end, *shape), dtype=values.dtype,
-                    chunks=(min(self._chunk_rows, end), *shape), compressors=[_zstd(values.dtype), Crc32cCodec()],
-                    fill_value=0, config={"write_empty_chunks": True},  # a missing chunk is then a lost one
-                )  # fmt: skip
-                if len(values):
-                    array[start:] = values
-        except BaseException:
-            zarr_sync(_settled())  # of several writes at once one failed: the others would make anew what is removed
-            raise
+        write_arrays(self.partial, start, rows, self._chunk_rows)
 
     def _attributes(self) -> dict[str, Any]:
         observation, action = self._pending["data/observation"][0], self._pending["data/action"][0]
@@ -369,18 +338,6 @@ class StoreWriter:
         counts = {"episodes": self.num_episodes, "transitions": self.num_transitions, "rows": self._num_rows}
         described = {"task": self._task, "tasks": self._tasks, "spec": spec, "counts": counts}
         return {"format": FORMAT, "version": VERSION, **described, "provenance": self._provenance}
-
-
-def _zstd(dtype: np.dtype) -> ZstdCodec:
-    """Below level 1 there is no entropy coding: floats, whose low bits are noise, are read in half the time for a tenth
-    more bytes. Pixels gain much by it."""
-    return ZstdCodec(level=3 if dtype == np.uint8 else -1)
-
-
-async def _settled() -> None:
-    """Wait for whatever zarr has under way."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _form(name: str, rows: dict[str, np.ndarray]) -> tuple[tuple[int, ...], np.dtype] | None:
@@ -393,29 +350,3 @@ def _described(name: str, rows: dict[str, np.ndarray]) -> str:
         return f"no {what}"
     shape = rows[name].shape[1:]
     return f"{what} of shape {shape} {rows[name].dtype}" if shape else what
-
-
-def _checksum(path: Path, name: str) -> str:
-    array, total = open_array(path, name), hashlib.sha256()
-    for chunk in chunks(path, name, array):
-        total.update(read_chunk(array, chunk).tobytes())
-    return total.hexdigest()
-
-
-@cache
-def _environment() -> dict[str, Any]:
-    """What wrote the store, found without importing any of it."""
-    found: dict[str, Any] = {"versions": versions(), "platform": platform.platform()}
-    root = Path(__file__).parent.parent
-    if (root / ".git").exists():  # else this may be a copy that lies in somebody else's repository
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
-            found["git_commit"] = subprocess.check_output(command, text=True, timeout=5).strip()
-    return found
-
-
-def _jsonable(what: str, value: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return dict(json.loads(json.dumps(value, allow_nan=False)))
-    except (TypeError, ValueError) as error:
-        raise CvlctlError(f"the {what} of a store cannot be written as JSON: {error}") from error
