@@ -28,7 +28,7 @@ import torch
 
 from cvlctl.data import samplers
 from cvlctl.data.samplers import Data, batches
-from cvlctl.learn import settings as settings_module
+from cvlctl.learn import settings as computing
 from cvlctl.learn.networks import State
 from cvlctl.learn.programs import Program, programs_of
 from cvlctl.learn.settings import Settings, have_compiler, resolve_settings
@@ -64,7 +64,7 @@ def synthetic(rows: int) -> Data:
 def configure(settings: Settings) -> None:
     """Threads and precision of a contestant whose turn it is. Not what `training.configure` does besides before a
     compiled run: forget all compiled programs, which would put their compilation into every round."""
-    settings_module.configure(replace(settings, compile=False))
+    computing.configure(replace(settings, compile=False))
 
 
 def our_settings(threads: int, eager_only: bool = False, device: str = "cpu") -> dict[str, Settings]:

@@ -1,3 +1,5 @@
+"""The version of cvlctl, and of the packages whose versions change results."""
+
 from __future__ import annotations
 
 import platform

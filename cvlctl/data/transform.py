@@ -1,4 +1,4 @@
-"""`cvlctl data merge | split | filter | subsample | drop-rewards | label | examples`: stores made of stores.
+"""`cvlctl data merge | split | filter | subsample | drop-rewards`: stores made of stores.
 
 Every function returns what it wrote as plain data (`--json` prints it) and refuses to overwrite unless forced.
 """

@@ -12,16 +12,12 @@ import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cvlctl.collect.recipe import OnlineSource
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.recipe import ExperimentRecipe, Job
 from cvlctl.runs import read_run
-
-if TYPE_CHECKING:
-    pass
-
 
 FLOPS, STEP_SECONDS, SIMULATED, SIMULATED_WITH_WORKERS = 200e9, 0.5e-3, 4_000, 10_000
 OBSERVATION_DIM, EPISODE_STEPS = 40, 500

@@ -6,10 +6,8 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
 from cvlctl.figures import COLOURS, label_axes, make_panels, save_figure
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
+from cvlctl.figures import colours_of, label_axes, make_panels, save_figure
 from cvlctl.score.rows import Record
 from cvlctl.score.statistics import Confidence
 from cvlctl.score.tables import curve
 from cvlctl.types import EpisodeResult
-
-if TYPE_CHECKING:
-    pass
-from cvlctl.figures import colours_of, label_axes, make_panels, save_figure
 
 
 def plot_curves(

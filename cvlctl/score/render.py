@@ -1,4 +1,7 @@
-"""Score tables for people and programs: rich, Markdown, CSV."""
+"""Score tables for people and programs: rich, Markdown, CSV. Nothing is computed here.
+
+Whatever shows a score shows how sure it is, and of how many seeds; notes below say what its intervals mean.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,13 @@ import csv
 import io
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from cvlctl.score.rows import Record
-
-if TYPE_CHECKING:
-    pass
 from cvlctl.figures import short_names
+from cvlctl.score.rows import Record
 
 _NAMES = {"task": "task", "algorithm": "algorithm", "baseline": "against", "metric": "metric"}
 _COUNTS = {"seed": "seed", "tasks": "tasks", "runs": "seeds", "episodes": "episodes"}
@@ -27,7 +26,7 @@ _COMPARISONS = {"difference": "difference", "probability_of_improvement": "P(bet
 
 
 def to_rich(records: Sequence[Record], title: str = "") -> Table:
-    """A table of any of the records of `scores`; the best of each task is bold. Readable in 100 columns."""
+    """A table of any of the records of `tables`; the best of each task is bold. Readable in 100 columns."""
     table = Table(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     table.caption, table.caption_justify, table.caption_style = "\n".join(_notes(records)), "left", "dim"
     columns = _columns(records)

@@ -6,16 +6,13 @@ import contextlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 
-from cvlctl.errors import CvlctlError
-
-if TYPE_CHECKING:
-    pass
 from cvlctl.data.formats.hdf5 import open_hdf5
 from cvlctl.data.formats.sources import DEFLATE_RATIO, Arrays, Column, kind_in_words, num_bytes, reading
+from cvlctl.errors import CvlctlError
 
 
 @contextlib.contextmanager

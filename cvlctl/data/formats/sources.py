@@ -8,16 +8,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cvlctl.errors import CvlctlError
 from cvlctl.files import disk, sync
-
-if TYPE_CHECKING:
-    pass
-
 
 BLOCK_BYTES = 2**23  # what a column keeps in memory
 MAX_ROW_BYTES = MAX_CHUNK_BYTES = 2**28
