@@ -2,6 +2,7 @@
 # make install   the environment alone, in .venv
 # make test      environment, lint, types, tests, recipe and docs checks, a short end-to-end run
 # make learn     the slow learning tests
+# make soak      crash points, power loss, fuzzing and state machines at length (hours)
 # make bench     measured comparisons with peers, into docs/performance.md (about 40 minutes; leave the machine alone)
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 # The default torch wheels bring gigabytes of CUDA. For the CPU ones: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: demo install test lint smoke learn bench clean
+.PHONY: demo install test lint smoke learn soak bench clean
 
 demo: install
 	$(BIN)/cvlctl run recipes/quickstart.yaml
@@ -45,6 +46,9 @@ smoke: install
 
 learn: install
 	$(BIN)/pytest -m slow --timeout 3600
+
+soak: install
+	$(BIN)/pytest -m soak --timeout 7200
 
 bench: install
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -20,3 +20,10 @@ def _same_matmul() -> None:
 
         torch.set_num_threads(1)
         torch.set_float32_matmul_precision("highest")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `soak` take hours: they run where `-m` asks for them."""
+    if "soak" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
