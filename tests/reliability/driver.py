@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -74,7 +75,8 @@ def _store(path: Path, attributes: dict[str, Any]) -> Any:
 
 def _file(path: Path) -> Any:
     if path.suffix == ".json":
-        return lasting(json.loads(path.read_text()))
+        with contextlib.suppress(ValueError):  # damaged: its bytes tell
+            return lasting(json.loads(path.read_text()))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -119,7 +119,7 @@ class Disk:
 
 
 def promises(disk: Disk) -> None:
-    """Note what the command itself takes for saved: files that were replaced durably, and episodes that were flushed."""
+    """Note what the command itself takes for saved: files that were replaced durably, episodes that were flushed."""
     from cvlctl import files
     from cvlctl.data import writer
 

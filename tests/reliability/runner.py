@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,18 @@ def leave(code: int, trace: list[str]) -> None:
 TRACE = -1  # of a fork: where its trace goes
 
 
+@cache
+def command() -> Any:
+    """`cvlctl`: what Typer makes of its functions, made once."""
+    from typer.main import get_command
+
+    from cvlctl.cli.app import app
+
+    return get_command(app)
+
+
 def work(request: dict[str, Any]) -> None:
     """A fork's life: one command."""
-    from cvlctl.cli.app import app
     from cvlctl.cli.console import execute
 
     os.chdir(request["cwd"])
@@ -125,7 +135,7 @@ def work(request: dict[str, Any]) -> None:
         watch = Watch(root, request.get("at", 0), request.get("how", "kill"))
     sys.addaudithook(watch)
     try:
-        code = execute(app, request["args"])
+        code = execute(command(), request["args"])
         sys.stdout.flush()
         if request.get("how") == "lose":
             watch.moment("its end")
@@ -150,7 +160,7 @@ class Server:
 
     def start(self, request: dict[str, Any]) -> int:
         global TRACE
-        files = [tempfile.TemporaryFile() for _ in range(3)]
+        files = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115 (closed by `wait`)
         pid = os.fork()
         if pid == 0:
             try:
@@ -182,18 +192,18 @@ class Server:
 
 def warm(folder: Path) -> None:
     """Import everything, and do everything once: caches fill that every fork would fill anew."""
-    import cvlctl
-    from cvlctl.cli.app import app
-    from cvlctl.cli.console import execute
     from reliability.cases import make_inputs
+
+    import cvlctl
+    from cvlctl.cli.console import execute
 
     for module in pkgutil.walk_packages(cvlctl.__path__, "cvlctl."):
         if not module.name.endswith(("__main__", "envpool")):
             import_module(module.name)
     here = Path.cwd()
     os.chdir(folder)
-    make_inputs(folder, lambda _, *args: {"code": execute(app, args), "err": ""})
-    execute(app, ["data", "plot", "a.zarr"])
+    make_inputs(folder, lambda _, *args: {"code": execute(command(), args), "err": ""})
+    execute(command(), ["data", "plot", "a.zarr"])
     os.chdir(here)
 
 
