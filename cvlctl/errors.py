@@ -12,6 +12,10 @@ class CvlctlError(Exception):
     """
 
     def __init__(self, what: str, hint: str = "") -> None:
-        super().__init__(f"{what}\n{hint}" if hint else what)
-        self.what = what
-        self.hint = hint
+        self.what, self.hint = _shortened(what, 1_000), _shortened(hint, 2_000)
+        super().__init__(f"{self.what}\n{self.hint}" if hint else self.what)
+
+
+def _shortened(text: str, length: int) -> str:
+    """The text, without its middle where it is longer: names and values in it can have any length, a screen has not."""
+    return text if len(text) <= length else f"{text[: length - 305]} ... {text[-300:]}"

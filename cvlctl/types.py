@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +12,22 @@ from cvlctl.errors import CvlctlError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class _Strict:
+    """Tells pydantic, where a schema is made of the type, to take no other type for it."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return handler(source) | {"strict": True}
+
+
+Flag = Annotated[bool, _Strict()]  # true or false: pydantic would read "yes" and 1 as true
+
+
+def check_widths(hidden: Sequence[int], name: str = "hidden") -> None:
+    """Raise a ValueError where these are no widths of a network's hidden layers."""
+    if min(hidden, default=0) < 1:
+        raise ValueError(f"{name} must be one width or more, and each at least 1")
 
 
 @dataclass(frozen=True)

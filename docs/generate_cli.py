@@ -24,6 +24,10 @@ to stdout, progress to stderr; `--json` prints one JSON document, for errors too
 command can be interrupted and run again: it goes on from where it was saved last, and says so where it has finished
 already.
 
+Recipes are YAML 1.2: `0100` is a hundred, `1e6` a number, `1:30`, `yes` and `off` are text. In paths, of recipes and of
+arguments, `~` at the start is the home directory and `$NAME` or `${NAME}` what the environment says. What stays
+unresolved is an error: no folder is ever called `~` or `$NAME`.
+
 Exit codes: 0 done, 1 `data verify` or `doctor --parity` found faults, 2 something to mend (two lines say what and how),
 70 a bug of ours, 130 interrupted.
 """

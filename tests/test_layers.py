@@ -24,7 +24,7 @@ ROOMS = [
     ["recipes"],
     ["runs"],
     ["checkpoints", "figures", "interrupts", "progress"],
-    ["files", "types"],
+    ["files", "paths", "types"],
     ["machine", "version", "errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}

@@ -86,9 +86,8 @@ def execute(app: Callable[..., Any], args: Sequence[str]) -> int:
 
 def _is_memory(error: Exception) -> bool:
     """Whether memory ran out: NumPy's MemoryError, or the RuntimeErrors that PyTorch makes of it on CPU and GPU."""
-    told = isinstance(error, RuntimeError) and any(
-        words in str(error).lower() for words in ("can't allocate memory", "out of memory")
-    )
+    words = ("can't allocate memory", "out of memory", "storage size calculation overflowed")
+    told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     return told or isinstance(error, MemoryError)
 
 

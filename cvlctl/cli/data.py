@@ -10,6 +10,7 @@ import typer
 
 from cvlctl.cli.console import console, present
 from cvlctl.cli.options import Force, Format, Json, Label, Out, Quiet, Rule, Seed, Store, register, stores
+from cvlctl.paths import expanded
 
 app = typer.Typer(
     help="Stores of episodes: what there is, what is in them, whether they are sound; new ones made of them."
@@ -209,7 +210,7 @@ def label_store(
 
     _show(
         lambda: labelling.label_store(
-            store, name, out, rewards=rewards, label=label, examples=examples, seed=seed, force=force
+            store, name, out, rewards=expanded(rewards), label=label, examples=examples, seed=seed, force=force
         ),
         as_json,
         quiet,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from enum import StrEnum
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+
+from cvlctl.paths import expanded
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FORMATS = ("d4rl", "minari", "ogbench", "robomimic", "sb3", "npz", "arrays")
@@ -55,5 +58,20 @@ Label = Annotated[str, typer.Option("--label", help="Whose rewards and successes
 
 
 def register(app: typer.Typer, name: str, panel: str | None, example: str) -> Callable[[Command], Command]:
-    """Make a function a command of `app`, with an example of its use below its help."""
-    return app.command(name, rich_help_panel=panel, epilog=f"Example: {example}")
+    """Make a function a command of `app`, with an example of its use below its help. Its paths may hold ~ and $NAME."""
+
+    def made(function: Command) -> Command:
+        @functools.wraps(function)
+        def command(**given: Any) -> Any:
+            return function(**{key: _expanded(value) for key, value in given.items()})
+
+        app.command(name, rich_help_panel=panel, epilog=f"Example: {example}")(command)
+        return function
+
+    return made
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    return Path(expanded(str(value))) if isinstance(value, Path) else value

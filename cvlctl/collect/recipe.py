@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
-from pydantic_core import PydanticCustomError
 
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ONLINE
@@ -20,22 +18,23 @@ from cvlctl.recipes.values import (
     Noise,
     Out,
     PartOf,
+    Place,
     Rate,
     Seed,
     Share,
     Steps,
     Strict,
+    checked,
     fields_of,
     not_bool,
 )
-from cvlctl.recipes.yamlfile import Key, Source, shown
+from cvlctl.recipes.yamlfile import Source, shown
+from cvlctl.recipes.yamltext import Key
+from cvlctl.types import Flag
 
 
 def _known_task(task: str) -> str:
-    try:
-        envs.check_task(task)
-    except CvlctlError as error:
-        raise PydanticCustomError("cvlctl", "{what}", {"what": error.what, "hint": error.hint}) from error
+    envs.check_task(task)
     return task
 
 
@@ -138,7 +137,7 @@ class Reaching(Strict):
     Each is measured over `episodes` episodes of sampled actions, whose starts are apart from those of any collection.
     """
 
-    run: Path  # the policies beside a store of `source: {name: sac}` or contrastive_ac
+    run: Place  # the policies beside a store of `source: {name: sac}` or contrastive_ac
     reaches: Share
     episodes: Count = 10
 
@@ -150,9 +149,9 @@ class PolicySource(_Rollouts):
     """
 
     name: Literal["policy"]
-    checkpoints: Annotated[tuple[Path, ...], Field(min_length=1)] | Reaching
+    checkpoints: Annotated[tuple[Place, ...], Field(min_length=1)] | Reaching
     noise: Noise = 0.0
-    greedy: bool = False
+    greedy: Flag = False
     seed: Seed = 0
 
 
@@ -164,7 +163,7 @@ class MixSource(Strict):
     """
 
     name: Literal["mix"]
-    run: Path  # the policies beside a store of `source: {name: sac}` or contrastive_ac
+    run: Place  # the policies beside a store of `source: {name: sac}` or contrastive_ac
     success_rate: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)]
     episodes: Count
     tolerance: Rate = 0.025
@@ -175,7 +174,7 @@ class StoresSource(Strict):
     """Episodes of other stores of the task, one store after the other; `until`: those that were over by that frame."""
 
     name: Literal["stores"]
-    stores: Annotated[tuple[Path, ...], Field(min_length=1)]
+    stores: Annotated[tuple[Place, ...], Field(min_length=1)]
     until: Count | Reaching | None = None  # Reaching: the frame at which its checkpoint was taken
 
 
@@ -184,7 +183,7 @@ class BuildRecipe(Computed):
 
     command: ClassVar[str] = "build-dataset"
 
-    task: Annotated[str, AfterValidator(_known_task)]
+    task: Annotated[str, AfterValidator(checked(_known_task))]
     source: Annotated[
         SacSource | _Contrastive | RandomSource | ScriptedSource | PolicySource | MixSource | StoresSource,
         Field(discriminator="name"),

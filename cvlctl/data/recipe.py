@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -11,7 +10,7 @@ from pydantic import (
     model_validator,
 )
 
-from cvlctl.recipes.values import Count, Name, Share, Strict
+from cvlctl.recipes.values import Count, Name, Place, Share, Strict
 
 # --- pretrain and finetune
 
@@ -25,7 +24,7 @@ class StoreUse(Strict):
     success examples; or "none". Pretraining looks at none of them.
     """
 
-    path: Path
+    path: Place
     rewards: Name = "given"
     fraction: Share = 1.0  # of the episodes, which keep their label
     rest: Literal["none", "zeros"] = "none"  # what stands for the label of the others
@@ -65,8 +64,8 @@ class SuccessExamples(Strict):
     `rule`: "successes" takes the states that the store marks as successful, "last" the last `k` states of each episode.
     """
 
-    from_: Path | None = Field(None, alias="from")
-    file: Path | None = None
+    from_: Place | None = Field(None, alias="from")
+    file: Place | None = None
     rule: Literal["successes", "last"] = "successes"
     num: Count = 200  # how many are drawn, the same for every seed; all of them where there are fewer
     k: Count = 1

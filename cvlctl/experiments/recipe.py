@@ -13,7 +13,8 @@ from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import STEPS, model
 from cvlctl.recipes.matrix import expand, text_of
 from cvlctl.recipes.values import Out, Strict
-from cvlctl.recipes.yamlfile import Key, Source
+from cvlctl.recipes.yamlfile import Source
+from cvlctl.recipes.yamltext import Key
 
 
 class Job(NamedTuple):

@@ -17,6 +17,7 @@ from cvlctl.learn.losses import rewards
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.progress import Progress
+from cvlctl.types import check_widths
 
 LABELLERS = {
     "oril": "binary cross-entropy of examples against the store's states (Zolna et al. 2020)",
@@ -37,8 +38,9 @@ class Config:
     positive_prior: float = 0.5  # [eta], purl only: the share of successes among the store's states
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size) < 1 or not self.hidden or self.learning_rate <= 0:
-            raise ValueError("steps, batch_size and learning_rate must be above 0, and hidden not empty")
+        check_widths(self.hidden)
+        if min(self.steps, self.batch_size) < 1 or self.learning_rate <= 0:
+            raise ValueError("steps, batch_size and learning_rate must be above 0")
         if not 0 < self.positive_prior < 1:
             raise ValueError("positive_prior must lie in (0, 1)")
 

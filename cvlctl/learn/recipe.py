@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
@@ -18,7 +19,7 @@ from cvlctl.data.recipe import StoreUse, SuccessExamples
 from cvlctl.learn import labellers
 from cvlctl.learn.algorithms import ALGORITHMS, occupancy
 from cvlctl.learn.labellers import LABELLERS
-from cvlctl.recipes.values import Computed, Count, Name, Out, Rate, Seeds, Steps, Strict, fields_of
+from cvlctl.recipes.values import Computed, Count, Name, Out, Place, Rate, Seeds, Steps, Strict, fields_of
 
 
 class _TrainRecipe(Computed):
@@ -32,9 +33,9 @@ class _TrainRecipe(Computed):
 
     @model_validator(mode="after")
     def _out_is_apart(self) -> Self:
-        out = self.out.resolve()
+        out = Path(os.path.realpath(self.out))
         for path in self._inputs():
-            there = path.resolve()
+            there = Path(os.path.realpath(path))
             if out.is_relative_to(there) or there.is_relative_to(out):
                 raise ValueError(f"out: {self.out} is, holds or lies in {path}, which it reads: choose a place apart")
         return self
@@ -108,7 +109,7 @@ class FinetuneRecipe(_TrainRecipe):
 
     algorithm: Algorithm
     label: Name | None = None  # what the tables call it; None: the algorithm's name
-    init_from: Path | None = None  # a pretrained run (of fqe: a policy's): seed k starts from its seed k
+    init_from: Place | None = None  # a pretrained run (of fqe: a policy's): seed k starts from its seed k
     success_examples: SuccessExamples | None = None
     labeller: labellers.Config = Field(default_factory=labellers.Config)  # of rewards: oril or purl
     batch_size: Annotated[Count, Field(ge=2)] = 256

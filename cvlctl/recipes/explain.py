@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from cvlctl.errors import CvlctlError
-from cvlctl.recipes.yamlfile import Key, Source, shown
+from cvlctl.recipes.yamlfile import Source, dotted, shown
+from cvlctl.recipes.yamltext import Key, cut
 
 # --- the schema's errors in words
 
@@ -28,6 +29,7 @@ _EXPECTED = {
     "model_": "a mapping (key: value)",
     "dataclass_": "a mapping (key: value)",
 }
+_ONCE_BOOLEANS = ("yes", "no", "on", "off", "y", "n")  # before YAML 1.2
 _BOUNDS = {
     "greater_than": "above",
     "greater_than_equal": "of at least",
@@ -47,7 +49,7 @@ def explain(
     kind, context, given = fault["type"], fault.get("ctx") or {}, fault["input"]
     key = _data_key(data, fault)
     full = (*prefix, *key)
-    where, name = source.where(full), ".".join(map(str, full))
+    where, name = source.where(full), dotted(full)
     if unknown:
         legal = _legal_names(model.model_json_schema(), data, key[:-1])
         return CvlctlError(f"{where}: unknown key {name}", nearest(key[-1], legal, "keys here"))
@@ -57,7 +59,7 @@ def explain(
         return CvlctlError(f"{where}: missing key {name}", f"add `{key[-1]}: ...`")
     if kind == "union_tag_invalid":
         legal = [tag.strip("'") for tag in context["expected_tags"].split(", ")]
-        what = f"{source.where((*full, 'name'))}: {name}.name: unknown name {context['tag']!r}"
+        what = f"{source.where((*full, 'name'))}: {name}.name: unknown name {shown(context['tag'])}"
         return CvlctlError(what, nearest(context["tag"], legal, "names"))
     if kind in ("value_error", "cvlctl"):
         message = str(context.get("what") or context.get("error") or fault["msg"])
@@ -71,12 +73,14 @@ def explain(
     expected = " or ".join(dict.fromkeys(map(_expected, same)))
     alone = expected == "a list" and isinstance(given, str | int | float)
     hint = f"for a list of one, write [{shown(given).strip(chr(39))}]" if alone else ""
+    if expected == "true or false" and str(given).lower() in _ONCE_BOOLEANS:
+        hint = f"write true or false: to YAML 1.2 {given} is text"
     return CvlctlError(f"{where}: {name}: expected {expected}, given {shown(given)}", hint)
 
 
 def nearest(name: object, legal: Sequence[str], what: str) -> str:
     """A hint: the legal name that is most like `name`, and all of them."""
-    near = difflib.get_close_matches(str(name), legal, 1, 0.5)
+    near = difflib.get_close_matches(cut(str(name)), legal, 1, 0.5)
     return f"{f'did you mean {near[0]}? ' if near else ''}legal {what}: {', '.join(legal)}"
 
 

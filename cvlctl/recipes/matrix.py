@@ -10,23 +10,28 @@
 * A stage is `command` and that command's recipe; stages run in the order of the file.
 * `${key}` stands for one value of the matrix key, `${key.sub}` for a part of a value that is a mapping, `${out}` for
   the experiment's `out`. Where it is the whole of a scalar, the value itself takes its place, mappings included; inside
-  longer text its text does (a mapping's is its `name`; `.name` of a plain value is the value).
+  longer text its text does (a mapping's is its `name`; `.name` of a plain value is the value). Other names are those of
+  environment variables, which paths may hold (`cvlctl.paths`).
 * A stage runs once for each combination of the matrix keys that it mentions: the one above builds its data once a task.
-  A placeholder that names no matrix key is an error, and so are two jobs with the same `out`.
+  A placeholder that names neither is an error, and so are two jobs with the same `out`.
 * Every job's recipe is checked before the first one starts.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cvlctl.errors import CvlctlError
 from cvlctl.recipes.explain import nearest
-from cvlctl.recipes.yamlfile import Key, Source, shown
+from cvlctl.recipes.yamlfile import Source, dotted, shown
+from cvlctl.recipes.yamltext import Key, cut
 
+MAX_JOBS = 10_000  # of a stage: more are a slip, and their plan alone would take minutes
 _PLACEHOLDER = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -56,16 +61,20 @@ def expand(
         body = dict(given)
         command = body.pop("command", None)
         if command not in commands:
-            what = f"{source.where((*at, 'command'))}: stages.{stage}.command is {shown(command)}"
+            key = (*at, "command")
+            what = f"{source.where(key)}: {dotted(key)} is {shown(command)}"
             raise CvlctlError(what, nearest(command, commands, "commands"))
         mentioned: set[str] = set()
         for key, text in _texts(body, at):
             for name in _PLACEHOLDER.findall(text):
-                if name.split(".")[0] not in (*matrix, "out"):
-                    what = f"{source.where(key)}: ${{{name}}} names no matrix key"
-                    raise CvlctlError(what, nearest(name, [*matrix, "out"], "names"))
                 mentioned.add(name.split(".")[0])
+                if name.split(".")[0] not in (*matrix, "out") and name not in os.environ:
+                    what = f"{source.where(key)}: ${{{cut(name)}}} names no matrix key"
+                    raise CvlctlError(what, nearest(name, [*matrix, "out"], "names"))
         keys = [key for key in matrix if key in mentioned]
+        if (num := math.prod(len(matrix[key]) for key in keys)) > MAX_JOBS:
+            what = f"{source.where(at)}: {dotted(at)} would be {num:,} jobs, one for each of {', '.join(keys)}"
+            raise CvlctlError(what, f"at most {MAX_JOBS:,} are run: mention fewer matrix keys in it")
         for values in itertools.product(*(matrix[key] for key in keys)):
             combination = dict(zip(keys, values, strict=True))
             yield Filled(stage, command, combination, _fill(body, {**combination, "out": out}, source, at))
@@ -89,12 +98,14 @@ def _fill(value: Any, values: Mapping[str, Any], source: Source, key: Key) -> An
 
     def look_up(name: str) -> Any:
         first, *rest = name.split(".")
+        if first not in values:
+            return f"${{{name}}}"  # of the environment
         found = values[first]
         for part in rest:
             if isinstance(found, Mapping) and part in found:
                 found = found[part]
             elif isinstance(found, Mapping) or part != "name":
-                raise CvlctlError(f"{source.where(key)}: ${{{name}}}: {text_of(found)} has no {part}")
+                raise CvlctlError(f"{source.where(key)}: ${{{name}}}: {cut(text_of(found))} has no {cut(part)}")
         return found
 
     whole = _PLACEHOLDER.fullmatch(value)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container
+import os
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from cvlctl.errors import CvlctlError
+from cvlctl.paths import expanded
 from cvlctl.recipes.explain import explain
-from cvlctl.recipes.yamlfile import Key, Source
+from cvlctl.recipes.yamlfile import Source
+from cvlctl.recipes.yamltext import Key
 
 
 def not_bool(value: Any) -> Any:
@@ -20,8 +24,30 @@ def not_bool(value: Any) -> Any:
     return value
 
 
+def checked(check: Callable[[str], str]) -> Callable[[Any], Any]:
+    """A validator of text and paths: what `check` makes of the text. Its CvlctlError becomes a fault of the schema."""
+
+    def validate(value: Any) -> Any:
+        if not isinstance(value, str | Path):
+            return value  # the schema says what it must be
+        try:
+            return check(str(value))
+        except CvlctlError as error:
+            raise PydanticCustomError("cvlctl", "{what}", {"what": error.what, "hint": error.hint}) from error
+
+    return validate
+
+
+def _no_placeholder(text: str) -> str:
+    if "${" in text:
+        raise CvlctlError(
+            f"{text} holds a placeholder that nothing fills", "${key} belongs into a stage of `cvlctl run`"
+        )
+    return text
+
+
 def _own_place(path: Path) -> Path:
-    if Path.cwd().is_relative_to(path.resolve()):
+    if Path.cwd().is_relative_to(os.path.realpath(path)):
         raise ValueError("is the current directory, or holds it: choose a place of its own")
     return path
 
@@ -43,8 +69,10 @@ Rate = Annotated[float, BeforeValidator(not_bool), Field(gt=0)]
 Share = Annotated[float, BeforeValidator(not_bool), Field(gt=0, le=1)]
 PartOf = Annotated[float, BeforeValidator(not_bool), Field(ge=0, le=1)]
 Noise = Annotated[float, BeforeValidator(not_bool), Field(ge=0)]
-Name = Annotated[str, Field(min_length=1)]
-Out = Annotated[Path, AfterValidator(_own_place)]
+Name = Annotated[str, Field(min_length=1), AfterValidator(checked(_no_placeholder))]
+Pattern = Annotated[str, Field(min_length=1), BeforeValidator(checked(expanded))]  # of paths, by * ? [] **
+Place = Annotated[Path, BeforeValidator(checked(expanded))]  # a path, with ~ and $NAME
+Out = Annotated[Place, AfterValidator(_own_place)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Steps = Annotated[int, BeforeValidator(not_bool), Field(ge=1, le=10**12)]
 Threads = Literal["auto"] | Annotated[int, BeforeValidator(not_bool), Field(ge=1, le=1024)]
@@ -82,7 +110,7 @@ class Strict(BaseModel):
 
 def fields_of(config: Any, besides: Container[str] = ()) -> dict[str, Any]:
     """The fields of a Config as those of a model."""
-    hints = get_type_hints(config)
+    hints = get_type_hints(config, include_extras=True)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         factory: Any = field.default_factory

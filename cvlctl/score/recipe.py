@@ -11,7 +11,7 @@ from pydantic import (
 )
 
 from cvlctl.data.recipe import SuccessExamples
-from cvlctl.recipes.values import Count, Device, Name, Out, Rate, Seed, Strict, not_bool
+from cvlctl.recipes.values import Count, Device, Name, Out, Pattern, Rate, Seed, Strict, not_bool
 
 # --- evaluate
 
@@ -42,7 +42,7 @@ class EvaluateRecipe(Strict):
 
     command: ClassVar[str] = "evaluate"
 
-    runs: Annotated[tuple[Name, ...], Field(min_length=1)]  # run directories; * ? [] and ** match several
+    runs: Annotated[tuple[Pattern, ...], Field(min_length=1)]  # run directories
     checkpoints: Literal["last", "all"] = "last"
     episodes: Count = 50
     seed: Seed = 0

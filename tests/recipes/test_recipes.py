@@ -206,7 +206,8 @@ BROKEN = [
     ("steps: 1\nsteps: 2\n", "line 2: steps: key 'steps' is given twice|line 2: key 'steps' is given twice"),
     ("steps: [1\nout: x\n", "line 2: not valid YAML"),
     ("a: &a [*a]\n", "alias that holds itself|not valid YAML"),
-    ("yes: 1\n", "line 1: key yes is not text"),
+    ("yes: 1\n", "line 1: unknown key yes"),  # text since YAML 1.2
+    ("true: 1\n", "line 1: key true is not text"),
     ("[a]: 1\n", "is not text"),
     ("- a\n", "is not a recipe"),
     ("", "is not a recipe"),

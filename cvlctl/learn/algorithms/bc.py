@@ -13,7 +13,7 @@ from cvlctl.learn.algorithms import actors
 from cvlctl.learn.losses import policy
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import OccupancyBatch, Spec
+from cvlctl.types import OccupancyBatch, Spec, check_widths
 
 LEARNS_FROM = "actions"
 
@@ -26,8 +26,9 @@ class Config:
     learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or not self.hidden:
-            raise ValueError("learning_rate must be above 0 and hidden not empty")
+        check_widths(self.hidden)
+        if self.learning_rate <= 0:
+            raise ValueError("learning_rate must be above 0")
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:

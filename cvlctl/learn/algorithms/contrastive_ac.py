@@ -24,7 +24,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import support, td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, value_and_grad
-from cvlctl.types import Spec, TransitionBatch
+from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
 
@@ -56,6 +56,7 @@ class Config:
     learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
+        check_widths(self.hidden)
         if not 0 <= self.gamma < 1 or not 0 < self.ema_rate <= 1 or not 0 < self.expectile < 1:
             raise ValueError("gamma must lie in [0, 1), ema_rate in (0, 1] and expectile in (0, 1)")
         if not 0 <= self.floor_quantile <= 1:
@@ -70,8 +71,8 @@ class Config:
             raise ValueError("far, near, policy_noise and noise_clip must be at or above 0")
         if self.curriculum_steps < 1 or self.actor_every < 1:
             raise ValueError("curriculum_steps and actor_every must be at least 1")
-        if self.learning_rate <= 0 or not self.hidden:
-            raise ValueError("learning_rate must be above 0 and hidden not empty")
+        if self.learning_rate <= 0:
+            raise ValueError("learning_rate must be above 0")
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:

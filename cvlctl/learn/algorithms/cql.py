@@ -17,7 +17,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import policy, td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import Spec, TransitionBatch
+from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
 
@@ -39,10 +39,11 @@ class Config:
     actor_learning_rate: float = 1e-4  # and of the temperature
 
     def __post_init__(self) -> None:
+        check_widths(self.hidden)
         if not 0 <= self.gamma < 1 or not 0 < self.ema_rate <= 1:
             raise ValueError("gamma must lie in [0, 1) and ema_rate in (0, 1]")
-        if self.conservative_weight < 0 or self.num_actions < 1 or not self.hidden:
-            raise ValueError("conservative_weight must be at or above 0, num_actions at 1, and hidden not empty")
+        if self.conservative_weight < 0 or self.num_actions < 1:
+            raise ValueError("conservative_weight must be at or above 0 and num_actions at least 1")
         if min(self.learning_rate, self.actor_learning_rate) <= 0:
             raise ValueError("learning_rate and actor_learning_rate must be above 0")
 

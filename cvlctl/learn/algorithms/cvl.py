@@ -14,7 +14,7 @@ from cvlctl.learn import networks
 from cvlctl.learn.algorithms import actors, occupancy, readouts
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import OccupancyBatch, Spec
+from cvlctl.types import Flag, OccupancyBatch, Spec, check_widths
 
 LEARNS_FROM = "rewards"
 
@@ -32,7 +32,7 @@ class Config:
     bank_size: int = 1024  # futures with rewards drawn for each step's readout
     num_features: int = 1024  # [d] frequencies of the Fourier readout
     fourier_form: Literal["paired", "phase"] = "paired"  # phase is the paper's (Lemma 1)
-    orthogonal: bool = False  # frequencies at right angles: less spread
+    orthogonal: Flag = False  # frequencies at right angles: less spread
     xi_ema_rate: float = 1.0  # [beta] of xi, and of the coreset's sums; 1 uses this step's bank alone
     time_bins: int = 0  # fourier only: above 0, one xi for each such stretch of the episode [xi_0..xi_H]
     coreset_size: int = 256  # centres
@@ -44,8 +44,9 @@ class Config:
     learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
-        if min(self.bank_size, self.num_features, self.num_actions) < 1 or not self.hidden:
-            raise ValueError("bank_size, num_features and num_actions must be positive, and hidden not empty")
+        check_widths(self.hidden)
+        if min(self.bank_size, self.num_features, self.num_actions) < 1:
+            raise ValueError("bank_size, num_features and num_actions must be positive")
         if self.boltzmann_temperature < 0 or self.bc_coefficient < 0 or self.learning_rate <= 0:
             raise ValueError("boltzmann_temperature and bc_coefficient must be at or above 0, learning_rate above")
         if not 0 < self.xi_ema_rate <= 1:

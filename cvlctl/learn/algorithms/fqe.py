@@ -19,7 +19,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import Spec, TransitionBatch
+from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
 STARTS_FROM = "policy"  # what init_from must hold, and what is taken over
@@ -40,10 +40,12 @@ class Config:
     learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
+        check_widths(self.hidden)
+        check_widths(self.policy_hidden, "policy_hidden")
         if not 0 <= self.gamma < 1 or not 0 < self.ema_rate <= 1:
             raise ValueError("gamma must lie in [0, 1) and ema_rate in (0, 1]")
-        if self.num_initial < 1 or self.learning_rate <= 0 or not self.hidden:
-            raise ValueError("num_initial and learning_rate must be above 0, and hidden not empty")
+        if self.num_initial < 1 or self.learning_rate <= 0:
+            raise ValueError("num_initial and learning_rate must be above 0")
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:

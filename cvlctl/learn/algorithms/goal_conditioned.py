@@ -26,7 +26,7 @@ from cvlctl.learn.algorithms import actors, occupancy
 from cvlctl.learn.losses import policy
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import OccupancyBatch, Spec
+from cvlctl.types import OccupancyBatch, Spec, check_widths
 
 LEARNS_FROM = "actions"
 
@@ -45,10 +45,11 @@ class Config:
     learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
+        check_widths(self.hidden)
         if not 0 <= self.random_goals < 1:
             raise ValueError("random_goals must lie in [0, 1): cloning needs pairs with their own future")
-        if self.bc_coefficient < 0 or self.learning_rate <= 0 or not self.hidden:
-            raise ValueError("bc_coefficient must be at or above 0, learning_rate above, and hidden not empty")
+        if self.bc_coefficient < 0 or self.learning_rate <= 0:
+            raise ValueError("bc_coefficient must be at or above 0, and learning_rate above it")
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:

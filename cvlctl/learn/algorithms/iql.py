@@ -13,7 +13,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import policy, td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
-from cvlctl.types import Spec, TransitionBatch
+from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
 RETURN_RANGE = 1000.0  # rewards are scaled so that returns span this much, as in the authors' code for locomotion
@@ -33,10 +33,11 @@ class Config:
     learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
+        check_widths(self.hidden)
         if not 0 <= self.gamma < 1 or not 0 < self.ema_rate <= 1 or not 0 < self.expectile < 1:
             raise ValueError("gamma must lie in [0, 1), ema_rate in (0, 1] and expectile in (0, 1)")
-        if self.inverse_temperature < 0 or self.learning_rate <= 0 or not self.hidden:
-            raise ValueError("inverse_temperature must be at or above 0, learning_rate above, and hidden not empty")
+        if self.inverse_temperature < 0 or self.learning_rate <= 0:
+            raise ValueError("inverse_temperature must be at or above 0, and learning_rate above it")
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:

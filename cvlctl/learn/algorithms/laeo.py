@@ -21,7 +21,7 @@ from cvlctl.learn.algorithms import actors, occupancy
 from cvlctl.learn.losses import occupancy_q
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import OccupancyBatch, Spec
+from cvlctl.types import OccupancyBatch, Spec, check_widths
 
 LEARNS_FROM = "examples"
 
@@ -42,8 +42,9 @@ class Config:
     learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
-        if self.num_examples < 1 or self.num_actions < 1 or not self.hidden:
-            raise ValueError("num_examples and num_actions must be positive, and hidden not empty")
+        check_widths(self.hidden)
+        if self.num_examples < 1 or self.num_actions < 1:
+            raise ValueError("num_examples and num_actions must be positive")
         if not 0 <= self.bc_coefficient <= 1 or self.learning_rate <= 0:
             raise ValueError("bc_coefficient must lie in [0, 1] and learning_rate above 0")
 

@@ -26,7 +26,7 @@ from cvlctl.learn import networks
 from cvlctl.learn.losses import contrastive
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, value_and_grad
-from cvlctl.types import OccupancyBatch, Spec
+from cvlctl.types import Flag, OccupancyBatch, Spec, check_widths
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,19 @@ class Config:
     temperature: float = 1.0  # of unit features
     latent_dim: int = 64
     hidden: tuple[int, ...] = (512, 512)
-    layer_norm: bool = False
+    layer_norm: Flag = False
     learning_rate: float = 3e-4
-    twin: bool = False  # two critics side by side; readouts take the smaller Q
+    twin: Flag = False  # two critics side by side; readouts take the smaller Q
     ema_rate: float = 0.0  # [beta] of psi; above 0, readouts use the averaged psi
     future_columns: tuple[int, ...] | None = None  # of an observation, that make a future (a goal); None: all
     command_columns: tuple[int, ...] = ()  # in which the observation states a goal for future_columns, one for one
 
     def __post_init__(self) -> None:
+        check_widths(self.hidden)
         if not 0 <= self.gamma < 1:
             raise ValueError("gamma must lie in [0, 1)")
-        if self.temperature <= 0 or self.learning_rate <= 0 or self.latent_dim < 1 or not self.hidden:
-            raise ValueError("temperature, learning_rate and latent_dim must be positive, and hidden not empty")
+        if self.temperature <= 0 or self.learning_rate <= 0 or self.latent_dim < 1:
+            raise ValueError("temperature, learning_rate and latent_dim must be positive")
         if not 0 <= self.ema_rate <= 1 or self.partition_coefficient < 0:
             raise ValueError("ema_rate must lie in [0, 1] and partition_coefficient at or above 0")
         if self.features == "free" and self.temperature != 1.0:

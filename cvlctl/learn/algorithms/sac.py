@@ -16,7 +16,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import policy, td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import Spec, TransitionBatch
+from cvlctl.types import Spec, TransitionBatch, check_widths
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Config:
     target_max: float | None = None  # of TD targets: 0 where no reward is positive (hindsight experience replay's clip)
 
     def __post_init__(self) -> None:
+        check_widths(self.hidden)
         if not 0 <= self.gamma < 1:
             raise ValueError("gamma must lie in [0, 1)")
-        if self.learning_rate <= 0 or self.initial_temperature <= 0 or not self.hidden:
-            raise ValueError("learning_rate and initial_temperature must be positive, and hidden not empty")
+        if self.learning_rate <= 0 or self.initial_temperature <= 0:
+            raise ValueError("learning_rate and initial_temperature must be positive")
         if not 0 < self.ema_rate <= 1:
             raise ValueError("ema_rate must lie in (0, 1]")
 

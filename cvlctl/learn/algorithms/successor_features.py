@@ -23,7 +23,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import contrastive, policy, successor
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
-from cvlctl.types import Spec, TransitionBatch
+from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
 
@@ -45,12 +45,13 @@ class Config:
     learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
+        check_widths(self.hidden)
         if not 0 <= self.gamma < 1 or not 0 < self.ema_rate <= 1:
             raise ValueError("gamma must lie in [0, 1) and ema_rate in (0, 1]")
-        if min(self.feature_dim, self.num_actions) < 1 or not self.hidden:
-            raise ValueError("feature_dim and num_actions must be positive, and hidden not empty")
+        if min(self.feature_dim, self.num_actions) < 1:
+            raise ValueError("feature_dim and num_actions must be positive")
         if min(self.reward_coefficient, self.bc_coefficient) < 0 or self.learning_rate <= 0:
-            raise ValueError("reward_coefficient and bc_coefficient must be at or above 0, learning_rate above")
+            raise ValueError("reward_coefficient and bc_coefficient must be at or above 0, and learning_rate above it")
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:

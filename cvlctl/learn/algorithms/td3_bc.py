@@ -13,7 +13,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, ema_update
-from cvlctl.types import Spec, TransitionBatch
+from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
 
@@ -34,12 +34,13 @@ class Config:
     learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
+        check_widths(self.hidden)
         if not 0 <= self.gamma < 1 or not 0 < self.ema_rate <= 1:
             raise ValueError("gamma must lie in [0, 1) and ema_rate in (0, 1]")
         if min(self.q_coefficient, self.policy_noise, self.noise_clip) < 0 or self.actor_every < 1:
             raise ValueError("q_coefficient, policy_noise and noise_clip must be at or above 0, actor_every at 1")
-        if self.learning_rate <= 0 or not self.hidden:
-            raise ValueError("learning_rate must be above 0 and hidden not empty")
+        if self.learning_rate <= 0:
+            raise ValueError("learning_rate must be above 0")
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
