@@ -1,0 +1,65 @@
+"""Two processes with one `out`: one does the work; the other finds it finished, or says that somebody is at it."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from reliability.cases import CASES, Case, lay
+from reliability.driver import Runner, count, described, difference
+
+FEW = 2  # moments of a case in the default run
+NAMES = [name for name in CASES if name != "fetch"]
+pytestmark = pytest.mark.xfail(strict=False, reason="known: items 9 and 13 of the reliability issue")
+
+
+def faults(case: Case, runner: Runner, inputs: Path, folder: Path, few: int | None) -> tuple[int, list[str]]:
+    """One process is halted before a change, another does the same from beginning to end, and the first goes on."""
+    args = [*case.args.split(), "--json"]
+    lay(case, inputs, folder / "alone")
+    alone = runner(folder / "alone", *args)
+    assert alone["code"] == 0, alone["err"]
+    trace, expected = alone["trace"], described(folder / "alone")
+    every = list(range(1, len(trace) + 1))
+    chosen = every if few is None else random.Random(case.args).sample(every, min(few, len(every)))
+    lines = []
+    for at in chosen:
+        here = folder / "both"
+        lay(case, inputs, here)
+        first = runner(here, *args, at=at, how="stop")
+        second = runner(here, *args)
+        first = runner.ask({"pid": first["pid"]}) if "pid" in first else first
+        what = [
+            f"the {name} ended with {result['code']}: {(result['err'] + result['out']).strip()[-300:]}"
+            for name, result in (("first", first), ("second", second))
+            if result["code"] not in (0, 2) or (result["code"] == 2 and "another process" not in result["out"])
+        ]
+        if first["code"] and second["code"]:
+            what.append("neither did it")
+        done = [result for result in (first, second) if not result["code"] and "finished already" not in result["out"]]
+        if len(done) > 1 and "--force" not in args:
+            what.append("both did it")
+        if different := difference(expected, described(here)):
+            what.append(different)
+        if what:
+            lines.append("\n".join([f"--- halted before change {at} of {len(trace)}, {trace[at - 1]}:", *what]))
+        shutil.rmtree(here)
+    return len(chosen), lines
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_some_moments(name: str, runner: Runner, inputs: Path, tmp_path: Path) -> None:
+    tried, lines = faults(CASES[name], runner, inputs, tmp_path, FEW)
+    count("two at once", tried, len(lines))
+    assert not lines, "\n".join(lines)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_moment(name: str, runner: Runner, inputs: Path, tmp_path: Path) -> None:
+    tried, lines = faults(CASES[name], runner, inputs, tmp_path, None)
+    count("two at once", tried, len(lines))
+    assert not lines, f"{len(lines)} of {tried}\n" + "\n".join(lines)
