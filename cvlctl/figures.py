@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cvlctl.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,6 +64,8 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, format="png")
+    """Replace the PNG at `path`, whole and durably."""
+    data = io.BytesIO()
+    figure.savefig(data, dpi=150, format="png")
+    write_atomically(Path(path), data.getbuffer())
     return Path(path)
