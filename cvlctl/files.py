@@ -55,6 +55,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, durably: what is synced in it is then not lost with it."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        with contextlib.suppress(PermissionError):  # one that may be written to and not read
+            sync(folder.parent)
+
+
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Replace `path` by `data`, durably: a reader sees the old file or the new one, whole. Makes the folder it needs.
 
@@ -63,7 +72,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with _taken(temporary) as file:
             try:
                 file.write(data)
@@ -143,7 +152,7 @@ def lock(file: Path) -> TextIO:
         CvlctlError: another process has it, or the file cannot be made.
     """
     with disk(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         handle = open(file, "a")  # noqa: SIM115 (held until closed)
     with contextlib.suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

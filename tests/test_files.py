@@ -99,3 +99,17 @@ def test_a_file_in_the_place_of_a_directory(tmp_path: Path) -> None:
     with pytest.raises(CvlctlError, match="cannot write") as caught:
         files.write_atomically(tmp_path / "a" / "b", b"")
     assert "choose another path" in caught.value.hint
+
+
+def test_folders_are_made_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each folder whose list of names got longer is synced, and no other."""
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync", synced.append)
+    files.make_folder(tmp_path / "a" / "b")
+    assert sorted(synced) == [tmp_path, tmp_path / "a"]
+    synced.clear()
+    files.make_folder(tmp_path / "a" / "b")
+    assert synced == []
+    monkeypatch.chdir(tmp_path)
+    files.make_folder(Path("c"))
+    assert synced == [Path()]

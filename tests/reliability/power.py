@@ -22,6 +22,9 @@ from typing import Any
 
 from reliability.runner import PATHS, changed
 
+from cvlctl.files import read_json
+
+MARKER = "unfinished.json"  # of folders that take the place of others (cvlctl/folders.py)
 KINDS = ("least", "names", "mixed")
 
 
@@ -100,22 +103,33 @@ class Disk:
         if number not in self.at:
             return
         for kind in KINDS:
-            self.lay(self.top, self.keep / f"{number}-{kind}", kind, random.Random(f"{number}"))
+            laid: dict[int, Path] = {}
+            self.lay(self.top, self.keep / f"{number}-{kind}", kind, random.Random(f"{number}"), laid)
+            renumber(laid)
         told = {"saved": self.saved, "episodes": self.episodes}
         (self.keep / f"{number}.json").write_text(json.dumps(told))
 
-    def lay(self, inode: int, path: Path, kind: str, chance: random.Random) -> None:
+    def lay(self, inode: int, path: Path, kind: str, chance: random.Random, laid: dict[int, Path]) -> None:
+        laid[inode] = path
         if stat.S_ISDIR(os.fstat(self.held[inode]).st_mode):
             path.mkdir()
             keep = kind == "least" or (kind == "mixed" and chance.random() < 0.5)
             names = self.names.get(inode, {}) if keep else self.now(inode)
             for name in sorted(names):
-                self.lay(names[name], path / name, kind, chance)
+                self.lay(names[name], path / name, kind, chance, laid)
             return
         synced, now = self.contents.get(inode, b""), self.content(inode)
         half = now[: len(now) // 2]
         left = {"least": synced, "names": synced if synced == now else half, "mixed": chance.choice([synced, now])}
         path.write_bytes(left[kind])
+
+
+def renumber(laid: dict[int, Path]) -> None:
+    """A disk keeps its inodes, a copy of it does not: markers that name one of them name the copy's."""
+    for path in laid.values():
+        about = read_json(path) if path.name == MARKER else None
+        if about and about.get("inode") in laid:
+            path.write_text(json.dumps(about | {"inode": laid[about["inode"]].stat().st_ino}))
 
 
 def promises(disk: Disk) -> None:

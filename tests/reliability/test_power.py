@@ -21,7 +21,7 @@ from cvlctl.errors import CvlctlError
 FEW = 2  # moments of a case in the default run, each in three ways
 NAMES = (
     "build random", "build sac", "pretrain", "finetune oril", "evaluate", "run", "import npz", "merge over another",
-    "split over others", "examples over others", "export npz", "export minari", "plot",
+    "split over others", "examples over others", "export npz", "export minari", "plot", "fetch",
 )  # fmt: skip
 pytestmark = pytest.mark.xfail(strict=False, reason="known: items 9 to 12; names and pictures that are not synced")
 
@@ -54,9 +54,11 @@ def flushed(store: Path) -> int:
         return -1
 
 
-def faults(case: Case, runner: Runner, inputs: Path, folder: Path, few: int | None) -> tuple[int, list[str]]:
+def faults(
+    case: Case, runner: Runner, inputs: Path, mirror: str, folder: Path, few: int | None
+) -> tuple[int, list[str]]:
     """How many losses of power were tried, and what went wrong."""
-    args = case.args.split()
+    args = case.args.replace("MIRROR", mirror).split()
     lay(case, inputs, folder / "whole")
     result = runner(folder / "whole", *args, how="lose", keep="", at=[])
     assert result["code"] == 0, result["err"]
@@ -98,16 +100,16 @@ def contents(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_some_losses_of_power(name: str, runner: Runner, inputs: Path, tmp_path: Path) -> None:
-    tried, lines = faults(CASES[name], runner, inputs, tmp_path, FEW)
+def test_some_losses_of_power(name: str, runner: Runner, inputs: Path, mirror: str, tmp_path: Path) -> None:
+    tried, lines = faults(CASES[name], runner, inputs, mirror, tmp_path, FEW)
     count("losses of power", tried, len(lines))
     assert not lines, "\n".join(lines)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", [name for name in CASES if name != "fetch"])
-def test_every_loss_of_power(name: str, runner: Runner, inputs: Path, tmp_path: Path) -> None:
-    tried, lines = faults(CASES[name], runner, inputs, tmp_path, None)
+@pytest.mark.parametrize("name", CASES)
+def test_every_loss_of_power(name: str, runner: Runner, inputs: Path, mirror: str, tmp_path: Path) -> None:
+    tried, lines = faults(CASES[name], runner, inputs, mirror, tmp_path, None)
     count("losses of power", tried, len(lines))
     assert not lines, f"{len(lines)} of {tried}\n" + "\n".join(lines)
