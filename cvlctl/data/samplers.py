@@ -258,15 +258,23 @@ def observation_statistics(observation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reward_statistics(data: Data, gamma: float) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (1 or E, 1) of the reward at futures from the marginal p(s+), by 65,536 draws."""
+    """Mean and standard deviation (1 or E, 1) of the reward at futures from the marginal p(s+), by 65,536 draws.
+
+    The deviation is 1 where all rewards drawn are alike: there is no unit to measure them in.
+    """
     g = generator(0, "reward_statistics", 0, data.observation.device)
     device = data.observation.device
     pick = data.labelled[torch.randint(len(data.labelled), (65_536,), generator=g, device=device)]
     u = torch.rand(pick.shape, generator=g, device=device, dtype=torch.float64)
     drawn = future(data.layout, pick, u, gamma)
     reward = torch.where(drawn.absorbed, 0.0, data.arrival_reward[:, drawn.row]).double()
-    mean, std = reward.mean(dim=1, keepdim=True), reward.std(dim=1, keepdim=True).clamp_min(1e-6)
-    return mean.float(), std.float()
+    mean, std = reward.mean(dim=1, keepdim=True), reward.std(dim=1, keepdim=True)
+    return mean.float(), torch.where(_varies(std, mean.abs()), std, 1.0).float()
+
+
+def _varies(spread: Tensor, size: Tensor) -> Tensor:
+    """Whether values of about `size` are spread for more than float32's rounding."""
+    return spread > 1e-6 * size + 1e-12
 
 
 def labelled_rewards(data: Data) -> Tensor:
@@ -275,10 +283,13 @@ def labelled_rewards(data: Data) -> Tensor:
 
 
 def return_range(data: Data) -> Tensor:
-    """Largest minus smallest undiscounted return of the labelled episodes, (1 or E, 1), at least 1e-6."""
+    """Largest minus smallest undiscounted return of the labelled episodes, (1 or E, 1); 0 where all are alike."""
     last = data.layout.last[data.labelled]
     episodes, episode = torch.unique(last, return_inverse=True)
     arrived = labelled_rewards(data)
-    returns = torch.zeros(len(arrived), len(episodes), dtype=torch.float64, device=arrived.device)
-    returns.index_add_(1, episode, arrived)
-    return (returns.amax(dim=1, keepdim=True) - returns.amin(dim=1, keepdim=True)).clamp_min(1e-6).float()
+    returns, sizes = (
+        torch.zeros(len(arrived), len(episodes), dtype=torch.float64, device=arrived.device).index_add_(1, episode, x)
+        for x in (arrived, arrived.abs())
+    )
+    spread = returns.amax(dim=1, keepdim=True) - returns.amin(dim=1, keepdim=True)
+    return torch.where(_varies(spread, sizes.amax(dim=1, keepdim=True)), spread, 0.0).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cvlctl.data.samplers import Data, Draws, return_range
@@ -45,11 +46,17 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
-    """Twin critic with its target, state value `value.*`, actor, and the scale of rewards (E, 1)."""
+    """Twin critic with its target, state value `value.*`, actor, and the scale of rewards (E, 1).
+
+    Where all returns are alike (one episode; a reward of -1 a step, and no success) they have no range: the authors'
+    code divides by zero there, and here rewards stay as they are.
+    """
     state = networks.normaliser_of(seeds, data.observation)
     state |= actors.init(config.hidden, spec, seeds) | values.init(config.hidden, spec, seeds)
     value = networks.mlp_init("value", seeds, [spec.observation_shape[0], *config.hidden, 1])
-    state["reward_scale"] = (RETURN_RANGE / return_range(data)).cpu().expand(len(seeds), 1).clone()
+    spread = return_range(data)
+    scale = torch.where(spread > 0, RETURN_RANGE / spread, 1.0)
+    state["reward_scale"] = scale.cpu().expand(len(seeds), 1).clone()
     return state | value | adam_init(value, "value", value)
 
 

@@ -116,7 +116,8 @@ def coreset(state: State, psi: Tensor, rewards: Tensor, normaliser: str, ema_rat
     """Q over K weighted centres of many steps' banks: k-means in psi, one pass a step, with decaying sums.
 
     Each bank entry goes to its nearest centre, whose psi, rewards and weight are averages over the last 1 / ema_rate
-    steps. A centre that has lost its weight starts again from an entry of this bank.
+    steps. A centre that has lost its weight starts again from an entry of this bank; one that found no member (with
+    ema_rate 1, where others are nearer to all entries) has no weight, and no part in this Q.
     """
     size = state["coreset_psi"].shape[1]
     one = torch.stack([rewards, torch.ones_like(rewards)], dim=-1)  # (E, M, 2)
@@ -125,19 +126,24 @@ def coreset(state: State, psi: Tensor, rewards: Tensor, normaliser: str, ema_rat
     share = 1.0 / psi.shape[1]
     sums = torch.where(lost, share * one[:, :size], state["coreset_sums"])
     centre_sums = torch.where(lost, share * psi[:, :size], state["coreset_psi"])
-    centres = centre_sums / sums[..., 1:]
+    centres = _average_of(centre_sums, sums[..., 1:])
     nearest = (psi @ centres.mT - 0.5 * centres.square().sum(dim=-1).unsqueeze(1)).argmax(dim=-1)
     member = F.one_hot(nearest, size).to(psi.dtype).mT * share  # (E, K, M)
     centre_sums = torch.lerp(centre_sums, member @ psi, ema_rate)
     sums = torch.lerp(sums, member @ one, ema_rate)
     state["coreset_psi"].copy_(centre_sums)
     state["coreset_sums"].copy_(sums)
-    centres, (reward, weight) = centre_sums / sums[..., 1:], sums.unbind(dim=-1)
+    centres, (reward, weight) = _average_of(centre_sums, sums[..., 1:]), sums.unbind(dim=-1)
 
     def read(phi: Tensor) -> Tensor:
         logits = phi @ centres.mT
         if normaliser == "self":
-            return occupancy_q.q_self_normalised(logits + weight.log().unsqueeze(1), reward / weight)
+            return occupancy_q.q_self_normalised(logits + weight.log().unsqueeze(1), _average_of(reward, weight))
         return (logits.exp() @ reward.unsqueeze(-1)).squeeze(-1) / weight.sum(dim=-1, keepdim=True)
 
     return read
+
+
+def _average_of(total: Tensor, weight: Tensor) -> Tensor:
+    """total / weight, and 0 where nothing has any weight."""
+    return torch.where(weight > 0, total / weight, 0.0)
