@@ -20,7 +20,7 @@ from cvlctl.data.formats.d4rl_files import FILES
 from cvlctl.data.formats.d4rl_infos import BASE, urls
 from cvlctl.data.formats.hdf5 import hdf5_file
 from cvlctl.errors import CvlctlError
-from cvlctl.files import disk, lock, read_json, sha256, write_json
+from cvlctl.files import disk, lock, make_folder, read_json, sha256, sweep, sync, write_json
 from cvlctl.progress import Progress
 
 BLOCK = 2**16  # bytes; what a broken connection loses at most
@@ -55,9 +55,19 @@ def fetch(name: str, out: str | Path, *, mirror: str = "", sha256_is: str = "", 
     path = Path(out)
     if path.suffix not in (".hdf5", ".h5"):
         path = path / Path(urlsplit(url).path).name
-    receipt = path.with_name(path.name + ".json")
-    if path.exists() and not force:
-        status, recorded = "there already", (read_json(receipt) or {}).get("sha256")
+    receipt, guard = path.with_name(path.name + ".json"), path.with_name(f".{path.name}.lock")
+    _tidy(path, receipt, guard)
+    digest = ""
+    if force or not path.exists():
+        with lock(guard):
+            try:
+                if force or not path.exists():  # else another process has just brought it
+                    digest = _download(url, path, wanted, known.bytes if known and wanted == known.sha256 else 0)
+            finally:
+                guard.unlink(missing_ok=True)
+    status = "fetched" if digest else "there already"
+    if not digest:
+        recorded = (read_json(receipt) or {}).get("sha256")
         if recorded and not wanted:
             wanted, checked = str(recorded), "recorded"
         with hdf5_file(path):  # HDF5 knows where its file ends
@@ -65,16 +75,22 @@ def fetch(name: str, out: str | Path, *, mirror: str = "", sha256_is: str = "", 
         if digest != (wanted or digest):
             hint = "delete it, or download it again with --force (in Python, force=True)"
             raise CvlctlError(f"{path}: its sha256 is {digest}, expected {wanted} ({checked})", hint)
-    else:
-        status, guard = "fetched", path.with_name(f".{path.name}.lock")
-        with lock(guard):
-            try:
-                digest = _download(url, path, wanted, known.bytes if known and wanted == known.sha256 else 0)
-            finally:
-                guard.unlink(missing_ok=True)
     found = {"name": name, "url": url, "bytes": path.stat().st_size, "sha256": digest}
     write_json(receipt, found)
     return {"status": status, "path": str(path), **found, "checked": checked}
+
+
+def _tidy(path: Path, receipt: Path, guard: Path) -> None:
+    """Remove what a killed fetch left, but for what another one goes on with."""
+    part = path.with_name(path.name + ".part")
+    about = part.with_name(part.name + ".json")
+    for name in (receipt.name, about.name):
+        sweep(path.parent, name)
+    if path.exists() and (guard.exists() or about.exists()):  # it was killed when all was done
+        with contextlib.suppress(CvlctlError), lock(guard):  # else another one is at work
+            if not part.exists():
+                about.unlink(missing_ok=True)
+            guard.unlink(missing_ok=True)
 
 
 def _url(name: str, mirror: str) -> str:
@@ -93,7 +109,7 @@ def _url(name: str, mirror: str) -> str:
 def _download(url: str, path: Path, wanted: str, size: int) -> str:
     """Into `<path>.part`, then in place. Returns its sha256. `wanted`, `size`: sha256 and bytes; "", 0: not known."""
     with disk(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
     with _Part(path.with_name(path.name + ".part"), url, wanted, size) as part:
         if not part.total or part.done < part.total:  # else it was stopped just before its last steps
             _carry(url, part)
@@ -108,7 +124,9 @@ def _download(url: str, path: Path, wanted: str, size: int) -> str:
         hint = f"fetch it again, or from {MIRROR}; if it is the file that you want, say --sha256 {digest}"
         raise CvlctlError(f"{url}: its sha256 is {digest}, expected {wanted}", hint)
     with disk(path):
+        sync(part.path)  # before the rename: it is taken for whole from then on
         os.replace(part.path, path)
+        sync(path.parent)
     part.discard()
     return digest
 
