@@ -118,7 +118,7 @@ def memory(source: Path, out: Path) -> int:
     """MB by which an import lets a fresh process grow, at its largest."""
     program = """
 import sys, zarr, h5py
-from cvlctl import formats
+from cvlctl.data import formats
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()

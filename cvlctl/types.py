@@ -45,7 +45,8 @@ class Episode:
     """One episode with its final observation.
 
     Args:
-        observations: (T+1, *observation_shape), float32 (uint8 for pixels).
+        observations: (T+1, *observation_shape), float32; uint8 for pixels, which have two dimensions or more (a row of
+            bytes is a row of numbers).
         actions: (T, A) in [-1, 1].
         rewards: (T,) or None; `rewards[t]` is received on arriving at `observations[t+1]`.
         successes: (T,) bool or None; likewise on arriving at `observations[t+1]`.
@@ -55,7 +56,8 @@ class Episode:
         seed: seed of the collector.
 
     Raises:
-        CvlctlError: on an empty episode, mismatched lengths, values that are not finite, or actions outside [-1, 1].
+        CvlctlError: on an empty episode, mismatched lengths, values that are not finite, actions outside [-1, 1], or a
+            task that is no text.
     """
 
     observations: np.ndarray
@@ -68,14 +70,20 @@ class Episode:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_text("an episode's task", self.task)
         observations = np.asarray(self.observations)
-        if observations.dtype != np.uint8:
+        if observations.dtype != np.uint8 or observations.ndim == 2:
             observations = _floats("observations", observations)
         actions = _floats("actions", self.actions)
         if actions.ndim != 2 or len(actions) == 0:
             raise CvlctlError(
                 f"an episode's actions have shape {actions.shape}; expected (T, A) with T >= 1",
                 "drop empty episodes; give a single action dimension as (T, 1)",
+            )
+        if observations.ndim == 1 and len(observations) == len(actions) + 1:
+            raise CvlctlError(
+                f"an episode's observations have shape {observations.shape}; expected (T+1, ...)",
+                f"give a single number a step as a row of one: ({len(observations)}, 1)",
             )
         if observations.ndim < 2 or len(observations) != len(actions) + 1:
             raise CvlctlError(
@@ -103,6 +111,17 @@ class Episode:
     def __len__(self) -> int:
         """Number of transitions T."""
         return len(self.actions)
+
+
+def check_text(what: str, value: object) -> None:
+    """Raise a CvlctlError unless `value` is text that can be written in UTF-8; `what` says what it is."""
+    try:
+        if isinstance(value, str):
+            value.encode()
+            return
+    except UnicodeEncodeError:
+        pass
+    raise CvlctlError(f"{what} is {value!r}, not text", "give a name such as metaworld/reach-v3")
 
 
 def _floats(name: str, value: object) -> np.ndarray:

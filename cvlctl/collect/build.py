@@ -14,6 +14,7 @@ from cvlctl.collect.recipe import (
     OnlineSource,
 )
 from cvlctl.collect.sources import roll_out
+from cvlctl.data.formats import units
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
@@ -42,7 +43,8 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
         return finished(recipe)
     env = envs.make(recipe.task, recipe.seed, recipe.horizon)
     try:
-        provenance = {"recipe": plain, "environment": _versions(recipe, env), "seeds": [recipe.seed]}
+        provenance = {"recipe": plain, "environment": _versions(recipe, env), "seeds": [recipe.seed],
+                      units.KEY: units.plain(units.finite(*env.action_bounds)[0] or (-1.0, 1.0))}  # fmt: skip
         open_writer = partial(
             StoreWriter, recipe.out, task=recipe.task, horizon=env.spec.horizon, provenance=provenance, force=force
         )

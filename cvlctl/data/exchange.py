@@ -46,7 +46,12 @@ def import_file(
         for (ours, sign, theirs), pair in zip(pairs, keys, strict=True):
             if not (ours and sign and theirs):
                 raise CvlctlError(f"--key {pair} is not OURS=THEIRS", "such as --key observations=obs")
-        options["keys"] = {ours: theirs for ours, _, theirs in pairs}
+        options["keys"] = found = {ours: theirs for ours, _, theirs in pairs}
+        if len(found) < len(pairs):
+            given = [ours for ours, _, _ in pairs]
+            twice = next(ours for ours in given if given.count(ours) > 1)
+            what = ", ".join(pair for pair in keys if pair.startswith(f"{twice}="))
+            raise CvlctlError(f"--key {twice} is given twice: {what}", "one array each: give the right one alone")
     command = command_line(
         "import", format, path, out=out, task=task, horizon=horizon, label=label if label != "given" else None,
         clip_actions=clip_actions or None, observation_key=observation_keys, key=keys,

@@ -71,6 +71,7 @@ class Env:
         task: full name, such as "metaworld/drawer-close-v3".
         seed: with the episode's number, decides how an episode begins.
         spec: observation shape (O,), action dimensions A, and the time limit in steps.
+        action_bounds: low and high, (A,) each: what actions in [-1, 1] are scaled to.
         raw: the simulator behind it.
         begin: what starts episode number n, and returns its first observation; to be replaced where another start is
             wanted (the parity check's).
@@ -90,6 +91,7 @@ class Env:
         self.task = task
         self.seed = seed
         self.spec = Spec(tuple(raw.observation_space.shape), int(space.shape[0]), horizon)
+        self.action_bounds = space.low, space.high
         self.raw = raw
         self.begin = begin
         self._has_success = has_success

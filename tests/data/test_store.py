@@ -480,7 +480,7 @@ def test_no_episodes_is_an_error(tmp_path: Path) -> None:
             r"episode 1 has actions of shape \(1,\)",
         ),
         (
-            Episode(np.zeros((3, 3), np.uint8), np.zeros((2, 2)), np.zeros(2), np.zeros(2)),
+            Episode(np.zeros((3, 1, 3), np.uint8), np.zeros((2, 2)), np.zeros(2), np.zeros(2)),
             r"episode 1 has observations .*uint8",
         ),
         (episode(1, rewards=False), "episode 1 has no rewards; those before it have"),

@@ -137,7 +137,7 @@ def test_merge_keeps_the_labels_that_all_have_and_says_so(labelled: Path, a: Pat
     [
         (Episode(np.zeros((3, 4)), np.zeros((2, 2))), r"observations of shape \(4,\) and 2 action"),
         (Episode(np.zeros((3, 3)), np.zeros((2, 1))), r"observations of shape \(3,\) and 1 action"),
-        (Episode(np.zeros((3, 3), np.uint8), np.zeros((2, 2))), "pixels of shape"),
+        (Episode(np.zeros((3, 1, 3), np.uint8), np.zeros((2, 2))), "pixels of shape"),
     ],
 )
 def test_stores_that_do_not_fit_are_one_clear_error(a: Path, tmp_path: Path, other: Episode, message: str) -> None:

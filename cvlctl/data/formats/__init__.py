@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cvlctl.data.formats import arrays, d4rl, minari, npz, ogbench, robomimic, sb3
+from cvlctl.data.formats import arrays, d4rl, minari, npz, ogbench, robomimic, sb3, units
 from cvlctl.data.formats.fetching import fetch
 from cvlctl.data.formats.sources import Facts
 from cvlctl.data.store import Store
@@ -20,7 +20,7 @@ from cvlctl.data.writer import write_store
 from cvlctl.errors import CvlctlError
 from cvlctl.files import sha256
 from cvlctl.progress import Progress
-from cvlctl.types import Episode
+from cvlctl.types import Episode, check_text
 
 __all__ = ["FORMATS", "Format", "export_store", "fetch", "import_store", "options_of"]
 
@@ -97,6 +97,7 @@ def import_store(
     if Path(out).exists() and not force:  # said before the file is read
         raise CvlctlError(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
     facts = chosen.facts(path)
+    check_text(f"{path}: the task", facts.task)
     if not (task or facts.task):
         raise CvlctlError(f"{path} does not say which task it is of", "give the name of the task")
     given = options | ({"horizon": horizon} if "horizon" in legal else {})
@@ -104,6 +105,9 @@ def import_store(
     data = facts.data or path
     source |= {"bytes": data.stat().st_size, "sha256": sha256(data), "options": _plain(given)}
     provenance = {"source": source} | ({"command": command} if command else {})
+    bounds = facts.action_bounds if options.get("action_bounds") is None else options["action_bounds"]
+    if bounds is not None:
+        provenance[units.KEY] = units.plain(bounds)
     with Progress(f"import {path.name}", facts.transitions, "transitions") as progress:
         episodes = _counted(chosen.read(path, **given), path, progress)
         return write_store(
@@ -133,6 +137,7 @@ def export_store(format: str, store: Store, out: str | Path, *, label: str = "gi
     if out.is_dir() and not (format == "minari" and minari.is_dataset(out)):
         raise CvlctlError(f"{out} is a directory", "choose another path: nothing in it was touched")
     write(store, out, label)
+    units.say_units(store)
     return out
 
 

@@ -6,7 +6,7 @@ import contextlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -69,6 +69,15 @@ def open_npz(path: Path) -> Iterator[Arrays]:
             if dtype.kind != "U" or len(shape) > 1:
                 raise CvlctlError(f"{path}: {name}: holds {kind_in_words(dtype)} of shape {shape}, not text")
             with reading(f"{path}: {name}"):
-                return [str(x) for x in np.frombuffer(stream.read(), dtype).tolist()]
+                return [str(x) for x in np.frombuffer(stream.read(num_bytes(shape, dtype)), dtype).tolist()]
 
-        yield Arrays(path, list(members), column, text, lambda name: None)
+        def value(name: str) -> Any:
+            if name not in members:
+                return None
+            stream, shape, _, dtype = header(name)
+            if shape not in ((), (1,)):
+                raise CvlctlError(f"{path}: {name}: has shape {shape}, and should be a single value")
+            with reading(f"{path}: {name}"):
+                return np.frombuffer(stream.read(dtype.itemsize), dtype).item()
+
+        yield Arrays(path, list(members), column, text, value)

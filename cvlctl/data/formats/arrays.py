@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cvlctl.data.formats.archives import open_arrays
-from cvlctl.data.formats.cutting import Bounds
-from cvlctl.data.formats.rows import episodes_of_rows
-from cvlctl.data.formats.sources import Facts
+from cvlctl.data.formats.making import Maker
+from cvlctl.data.formats.rows import episodes_of_rows, judge
+from cvlctl.data.formats.sources import Bounds, Facts
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
 
@@ -40,9 +40,10 @@ def read(
         arrays.need(*(keys.get(name, name) for name in ("observations", "actions")), *keys.values())
         named = {name: keys.get(name, name) for name in NAMES}
         columns = {name: arrays.column(key) for name, key in named.items() if key in arrays.names}
-        yield from episodes_of_rows(
-            arrays.path, columns, horizon=horizon, action_bounds=action_bounds, clip_actions=clip_actions
-        )
+        maker = Maker(arrays.path, action_bounds, clip_actions)
+        cuts = yield from episodes_of_rows(maker, columns, horizon=horizon)
+        judge(arrays.path, cuts, timeouts="timeouts" in columns)
+        maker.finish()
 
 
 def facts(path: Path) -> Facts:

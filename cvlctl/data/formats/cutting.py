@@ -1,20 +1,17 @@
-"""Rows cut into episodes, flags as bool, actions in [-1, 1]: the last steps that readers share."""
+"""Rows cut into episodes, and flags as bool."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from cvlctl.data.formats.sources import Column
 from cvlctl.errors import CvlctlError
-from cvlctl.types import Episode
 
 BATCH_ROWS, BATCH_BYTES = 2**16, 2**25  # what is cut into episodes at a time
-ROUNDING = 1e-5  # actions beyond [-1, 1] by no more than float32's rounding of a scaled action are cut off
 
-Bounds = tuple[float | Sequence[float], float | Sequence[float]]
+Rows = dict[str, np.ndarray]
 
 
 def flat(values: np.ndarray, where: str) -> np.ndarray:
@@ -35,36 +32,59 @@ def flags(values: np.ndarray, where: str) -> np.ndarray:
 
 
 def cut(
-    columns: dict[str, Column], length: int, ends: Callable[[dict[str, np.ndarray]], np.ndarray]
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    columns: dict[str, Column], length: int, ends: Callable[[Rows, int], np.ndarray], last_only: Sequence[str] = ()
+) -> Iterator[tuple[int, Rows]]:
     """Rows cut into episodes: (number of the first row, arrays); the last one may be unfinished.
 
+    Memory holds one episode and one block of rows. The last row of a block is looked at again with the row after it.
+
     Args:
-        ends: (rows that begin with an episode's first) -> (n,) bool, true at an episode's last row.
+        ends: (rows, how many rows the first one's episode had before it) -> (n,) bool, true at an episode's last row.
+        last_only: columns of which an episode's last row is all that is wanted.
     """
-    rows: dict[str, np.ndarray] = {}
-    first = done = 0
+    held: Rows = {}
+    parts: list[Rows] = []  # of the episode that has no end yet
+    first = before = done = 0
     size = max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, sum(column.row_bytes for column in columns.values()))))
     while done < length:
         count = min(size, length - done)
         block = {name: column.take(count) for name, column in columns.items()}
-        rows = {name: np.concatenate([rows[name], block[name]]) for name in block} if rows else block
-        done, start = done + count, 0
-        for stop in (np.flatnonzero(ends(rows)) + 1).tolist():
-            yield first + start, {name: values[start:stop] for name, values in rows.items()}
-            start = stop
-        left = len(next(iter(rows.values()))) - start
-        rows = {name: values[start:] for name, values in rows.items()} if left else {}
-        first += start
-    if rows:
-        yield first, rows
+        rows = {name: np.concatenate([held[name], block[name]]) for name in block} if held else block
+        done, known, start = done + count, len(next(iter(rows.values()))) - (done + count < length), 0
+        for stop in (np.flatnonzero(ends(rows, before)[:known]) + 1).tolist():
+            yield first, _together([*parts, _part(rows, start, stop, last_only)])
+            first, before, start = first + before + stop - start, 0, stop
+            parts.clear()
+        if start < known:
+            parts.append(_part(rows, start, known, last_only))
+            before += known - start
+        held = {name: values[known:].copy() for name, values in rows.items()} if done < length else {}
+    if parts:
+        yield first, _together(parts)
 
 
-def cut_at(horizon: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A function from (n,) terminal flags to (n,) ends: there, and wherever an episode has `horizon` rows."""
+def _part(rows: Rows, start: int, stop: int, last_only: Sequence[str]) -> Rows:
+    return {name: values[stop - 1 : stop].copy() if name in last_only else values[start:stop]
+            for name, values in rows.items()}  # fmt: skip
 
-    def ends(terminal: np.ndarray) -> np.ndarray:
-        found, start = terminal.copy(), 0
+
+def _together(parts: list[Rows]) -> Rows:
+    """The parts of an episode as one; column by column, each of which is then let go of. Of one row, the last."""
+    if len(parts) == 1:
+        return parts[0]
+    found = {}
+    for name in list(parts[0]):
+        pieces = [part.pop(name) for part in parts]
+        found[name] = np.concatenate(pieces)
+    return found
+
+
+def cut_at(horizon: int) -> Callable[[np.ndarray, int], np.ndarray]:
+    """A function from (n,) terminal flags, the first episode `before` rows old, to (n,) ends: there, and wherever an
+    episode has `horizon` rows."""
+
+    def ends(terminal: np.ndarray, before: int) -> np.ndarray:
+        found, start = terminal.copy(), -before
         for stop in [*(np.flatnonzero(terminal) + 1).tolist(), len(terminal)]:
             found[start + horizon - 1 : stop : horizon] = True
             start = stop
@@ -87,34 +107,3 @@ def with_final(
     if terminated:
         return np.concatenate([observations, observations[-1:]]), steps
     return observations, steps - 1
-
-
-def make(where: str, bounds: Bounds | None, clip: bool, **parts: Any) -> Episode:
-    """An episode, its actions scaled from `bounds` to [-1, 1]; what is wrong with it begins with `where`."""
-    try:
-        parts["actions"] = scaled(parts["actions"], bounds, clip)
-        return Episode(**parts)
-    except CvlctlError as error:
-        hint = error.hint
-        if "outside [-1, 1]" in error.what:
-            hint = "say in which bounds they lie, --action-bounds LOW HIGH, or cut them off, --clip-actions"
-        raise CvlctlError(f"{where}: {error.what}", hint) from error
-
-
-def scaled(actions: np.ndarray, bounds: Bounds | None, clip: bool) -> np.ndarray:
-    """Actions in [-1, 1]: scaled from `bounds` if given, cut off if asked, or if beyond by rounding alone."""
-    if bounds is not None:
-        try:
-            low, high = (np.asarray(bound, np.float64) for bound in bounds)
-            np.broadcast_shapes(low.shape, high.shape, actions.shape[1:])
-            if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
-                raise ValueError
-        except (TypeError, ValueError) as error:
-            what = f"action_bounds {bounds} are no (low, high) for actions of shape {actions.shape[1:]}"
-            raise CvlctlError(what, "give two numbers, or two lists of one number a dimension") from error
-        actions = ((actions - low) * (2.0 / (high - low)) - 1.0).astype(np.float32)
-    if actions.size and actions.dtype.kind == "f":
-        most = np.abs(actions).max()
-        if clip or 1.0 < most <= 1.0 + ROUNDING:
-            return np.clip(actions, -1.0, 1.0)
-    return np.clip(actions, -1, 1) if clip else actions

@@ -8,16 +8,18 @@ find nothing amiss: successes, collected_at, seed and task as rows under `infos/
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cvlctl.data.formats.cutting import Bounds
 from cvlctl.data.formats.hdf5 import fixed_text, open_hdf5
-from cvlctl.data.formats.rows import episodes_of_rows
-from cvlctl.data.formats.sources import Arrays, Facts, replacing
+from cvlctl.data.formats.hdf5_out import new_hdf5
+from cvlctl.data.formats.making import Maker
+from cvlctl.data.formats.rows import episodes_of_rows, judge
+from cvlctl.data.formats.sources import Arrays, Bounds, Facts, replacing, steps_of
+from cvlctl.data.formats.units import KEY, bounds_of, physical, plain
 from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
@@ -47,10 +49,10 @@ def read(
             if not ours["rewards"]:
                 del names["rewards"]
         columns = {name: arrays.column(key) for name, key in names.items()}
-        yield from episodes_of_rows(
-            arrays.path, columns, horizon=horizon, action_bounds=action_bounds, clip_actions=clip_actions,
-            tasks=ours.get("tasks", ()),
-        )  # fmt: skip
+        maker = Maker(arrays.path, action_bounds, clip_actions, ours.get(KEY))
+        cuts = yield from episodes_of_rows(maker, columns, horizon=horizon, tasks=ours.get("tasks", ()))
+        judge(arrays.path, cuts, timeouts="timeouts" in columns)
+        maker.finish()
 
 
 def facts(path: Path) -> Facts:
@@ -58,57 +60,60 @@ def facts(path: Path) -> Facts:
     with open_hdf5(path) as arrays:
         arrays.need(*REQUIRED)
         ours = _ours(arrays)
-        return Facts(len(arrays.column("actions")), ours.get("task", ""), ours.get("horizon"))
+        return Facts(
+            len(arrays.column("actions")), ours.get("task", ""), ours.get("horizon"),
+            action_bounds=ours.get(KEY),
+        )  # fmt: skip
 
 
 def _ours(arrays: Arrays) -> dict[str, Any]:
     """What `write` left in the file's attribute; empty in anybody else's file."""
-    found = arrays.attribute(ATTRIBUTE)
+    found, where = arrays.value(ATTRIBUTE), f"{arrays.path}: attribute {ATTRIBUTE!r}"
     if found is None:
         return {}
     try:
         found = json.loads(found)
         tasks = [str(task) for task in found["tasks"]]
-        return {"task": str(found["task"]), "tasks": tasks, "horizon": int(found["horizon"]),
-                "rewards": bool(found["rewards"])}  # fmt: skip
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        horizon, bounds = steps_of(found["horizon"], where), plain(found.get(KEY), where)
+        return {"task": str(found["task"]), "tasks": tasks, "horizon": horizon, "rewards": bool(found["rewards"]),
+                KEY: bounds}  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"{arrays.path}: the attribute {ATTRIBUTE!r} is damaged: {error}"
         raise CvlctlError(what, "write the file again") from error
 
 
 def write(store: Store, path: Path, label: str) -> None:
     """Write a store as D4RL's version 2 does; without reward labels, with rewards of zero."""
-    import h5py
-
     last = store.episode_ends() - 1
     row = np.delete(np.arange(last[-1] + 1), last)  # of each transition
     final = np.zeros(last[-1] + 1, bool)
     final[last - 1] = True
     ended = np.repeat(store.terminated(), store.lengths())
-    observations, has_rewards = store.observations(), store.has_label(label)
+    observations, has_rewards, bounds = store.observations(), store.has_label(label), bounds_of(store)
     per_episode = {"collected_at": store.collected_at(), "seed": store.seeds(),
                    "task": np.array([store.task_names.index(t) for t in store.episode_tasks()], np.int32)}  # fmt: skip
     arrays = {
         "observations": lambda at: observations[row[at]],
         "next_observations": lambda at: observations[row[at] + 1],
-        "actions": lambda at: store.actions()[row[at]],
+        "actions": lambda at: physical(store.actions()[row[at]], bounds),
         "rewards": lambda at: store.rewards(label)[row[at]] if has_rewards else np.zeros(len(row[at]), np.float32),
         "terminals": lambda at: final[row[at]] & ended[at],
         "timeouts": lambda at: final[row[at]] & ~ended[at],
     }
     if store.has_label(label, "success"):
         arrays[OURS["successes"]] = lambda at: store.successes(label)[row[at]]
-    with replacing(path) as temporary, h5py.File(temporary, "w", libver=("v108", "latest")) as file:
+    with replacing(path) as temporary, new_hdf5(temporary, libver=("v108", "latest")) as (file, check):
         for name, take in arrays.items():
-            _write(file, name, len(row), take)
+            _write(file, name, len(row), take, check)
         for name, values in per_episode.items():
             wide = np.repeat(values, store.lengths())
-            _write(file, OURS[name], len(row), lambda at, wide=wide: wide[at])
-        about = {"task": store.task, "tasks": store.task_names, "horizon": store.spec.horizon, "rewards": has_rewards}
+            _write(file, OURS[name], len(row), lambda at, wide=wide: wide[at], check)
+        about = {"task": store.task, "tasks": store.task_names, "horizon": store.spec.horizon, "rewards": has_rewards,
+                 KEY: plain(bounds)}  # fmt: skip
         file.attrs[ATTRIBUTE] = fixed_text(json.dumps(about))
 
 
-def _write(file: Any, name: str, length: int, take: Any) -> None:
+def _write(file: Any, name: str, length: int, take: Any, check: Callable[[], None]) -> None:
     first = take(slice(0, 1))
     chunk = max(1, min(length, CHUNK_BYTES // max(1, first[0].nbytes)))
     made = file.create_dataset(
@@ -117,3 +122,4 @@ def _write(file: Any, name: str, length: int, take: Any) -> None:
     )  # fmt: skip
     for start in range(0, length, BLOCK_ROWS):
         made[start : start + BLOCK_ROWS] = take(slice(start, start + BLOCK_ROWS))
+        check()

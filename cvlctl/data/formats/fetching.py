@@ -159,8 +159,10 @@ class _Part:
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> _Part:
-        about = read_json(self._about) or {}
-        self.total, self._version = self.size or int(about.get("bytes") or 0), str(about.get("version") or "")
+        about = read_json(self._about) or {}  # damaged, it is as good as not there: the server is asked again
+        said, version = about.get("bytes"), about.get("version")
+        self.total = self.size or (said if type(said) is int and said > 0 else 0)
+        self._version = version if isinstance(version, str) else ""
         with disk(self.path):
             self._file = self._open.enter_context(open(self.path, "ab"))
         self.done = self._file.tell()

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cvlctl.data.formats.sources import ANY_RATIO, DEFLATE_RATIO, MAX_CHUNK_BYTES, Arrays, Column, num_bytes, reading
 from cvlctl.errors import CvlctlError
 
 if TYPE_CHECKING:
     import h5py
-from cvlctl.data.formats.sources import (
-    ANY_RATIO,
-    DEFLATE_RATIO,
-    MAX_CHUNK_BYTES,
-    Arrays,
-    Column,
-    num_bytes,
-    reading,
-    same_length,
-)
+
+MAX_NAMES, MAX_DEPTH = 20_000, 100  # of arrays and groups that are listed
+MAX_LINKS = 16  # soft links on the way to an array
 
 
 @contextlib.contextmanager
@@ -30,7 +24,7 @@ def open_hdf5(path: Path) -> Iterator[Arrays]:
     """The datasets of an HDF5 file, under their full names."""
     with hdf5_file(path) as file:
         with reading(str(path)):
-            names = list(_datasets(file))
+            names = list(datasets(path, file))
         yield Arrays(
             path,
             names,
@@ -76,18 +70,14 @@ def dataset_in(path: Path, group: h5py.Group, name: str) -> h5py.Dataset:
     import h5py
 
     where = f"{path}: {'/'.join(part for part in (group.name.strip('/'), name) if part)}"
-    elsewhere = CvlctlError(f"{where}: lies in another file", "write the data themselves into one file")
     with reading(where):
-        link = group.get(name, getlink=True)
-        if link is None:
+        dataset = member(path, group, name)
+        if dataset is None:
             raise CvlctlError(f"{where}: the array is missing")
-        if isinstance(link, h5py.ExternalLink):
-            raise elsewhere
-        dataset = group[name]
         if not isinstance(dataset, h5py.Dataset):
             raise CvlctlError(f"{where}: is a group, not an array")
-        if dataset.external or dataset.is_virtual or dataset.file.filename != str(path):
-            raise elsewhere
+        if dataset.external or dataset.is_virtual:
+            raise _elsewhere(where)
         ratio = ANY_RATIO if dataset.id.get_create_plist().get_nfilters() else 1
         if dataset.compression in ("gzip", "lzf", "szip"):
             ratio = DEFLATE_RATIO
@@ -98,6 +88,47 @@ def dataset_in(path: Path, group: h5py.Group, name: str) -> h5py.Dataset:
             what = f"{where}: chunks of shape {dataset.chunks} are too large"
             raise CvlctlError(what, "write it with smaller chunks")
     return dataset
+
+
+def member(path: Path, group: h5py.Group, name: str, links: list[str] | None = None) -> Any:
+    """What lies in the file at `path` under a group's `name`, soft links followed; None where there is nothing.
+
+    HDF5 itself would open whatever file a link names, a device or a pipe too.
+
+    Args:
+        links: the soft links that led here.
+
+    Raises:
+        CvlctlError: it lies in another file, or links lead from one to the next without an end.
+    """
+    at: Any = group.file["/"] if name.startswith("/") else group
+    links = [] if links is None else links
+    for part in name.strip("/").split("/"):
+        if part not in ("", "."):
+            at = _child(path, at, part, links)
+    return at
+
+
+def _child(path: Path, group: Any, name: str | bytes, links: list[str]) -> Any:
+    """`member` of a single name."""
+    import h5py
+
+    link = group.get(name, getlink=True) if isinstance(group, h5py.Group) else None
+    if link is None:
+        return None
+    where = f"{path}: {group.name.strip('/')}/{name!s}"
+    if isinstance(link, h5py.ExternalLink):
+        raise _elsewhere(where)
+    if isinstance(link, h5py.SoftLink):
+        links.append(link.path)
+        if len(links) > MAX_LINKS:
+            raise CvlctlError(f"{where}: links lead round in a circle", "write the data themselves there")
+        return member(path, group, link.path, links)
+    return group[name]
+
+
+def _elsewhere(where: str) -> CvlctlError:
+    return CvlctlError(f"{where}: lies in another file", "write the data themselves into one file")
 
 
 def attribute(item: h5py.Group, name: str, *, ragged: bool = False) -> Any:
@@ -121,43 +152,31 @@ def fixed_text(value: str) -> np.bytes_:
     return np.bytes_(value.encode())
 
 
-def _datasets(group: h5py.Group) -> dict[str, h5py.Dataset]:
-    """The datasets anywhere below a group, by their names from there."""
+def datasets(path: Path, group: h5py.Group) -> dict[str, h5py.Dataset]:
+    """The datasets anywhere below a group, by their names from there; soft links count as what they lead to.
+
+    Raises:
+        CvlctlError: there are more than `MAX_NAMES`, as where links lead to groups that hold links.
+    """
     import h5py
 
     found: dict[str, h5py.Dataset] = {}
+    visited = 0
 
-    def visit(name: str | bytes, item: h5py.Dataset | h5py.Group) -> None:
-        if isinstance(item, h5py.Dataset):  # a name that is no UTF-8 comes as bytes
-            found[name if isinstance(name, str) else name.decode(errors="replace")] = item
+    def visit(at: h5py.Group, prefix: str, above: tuple[int, ...]) -> None:
+        nonlocal visited
+        for key in at:
+            visited += 1
+            if visited > MAX_NAMES or len(above) > MAX_DEPTH:
+                raise CvlctlError(f"{path}: more arrays and groups than can be listed", "write fewer into one file")
+            item = None
+            with contextlib.suppress(CvlctlError):  # what lies elsewhere is not listed
+                item = _child(path, at, key, [])
+            name = prefix + (key if isinstance(key, str) else key.decode(errors="replace"))  # bytes: it is no UTF-8
+            if isinstance(item, h5py.Dataset):
+                found[name] = item
+            elif isinstance(item, h5py.Group) and (address := h5py.h5o.get_info(item.id).addr) not in above:
+                visit(item, f"{name}/", (*above, address))
 
-    group.visititems(visit)
+    visit(group, "", (h5py.h5o.get_info(group.id).addr,))
     return found
-
-
-def joined(path: Path, group: h5py.Group, keys: Sequence[str]) -> np.ndarray:
-    """Observations that lie in several datasets of a group, side by side: (N, sum of sizes).
-
-    Args:
-        keys: those to join, in this order; none: all of at most two dimensions, in alphabetical order. A single one
-            of more dimensions (an image) is taken as it is.
-    """
-    there = _datasets(group)
-    chosen = list(keys) or sorted(name for name, dataset in there.items() if len(dataset.shape or ()) <= 2)
-    where = f"{path}: {group.name.strip('/')}"
-    for name in chosen:
-        if name not in there:
-            raise CvlctlError(f"{where}: no observation {name!r}", f"it has: {', '.join(sorted(there)[:20])}")
-    if not chosen:
-        raise CvlctlError(
-            f"{where}: nothing but images", f"choose one by observation_keys: {', '.join(sorted(there)[:20])}"
-        )
-    columns = {name: dataset_column(path, group, name) for name in chosen}
-    length = same_length(path, columns)
-    if len(columns) > 1 and any(len(column.shape) > 2 for column in columns.values()):
-        shapes = ", ".join(f"{name} {column.shape[1:]}" for name, column in columns.items())
-        raise CvlctlError(f"{where}: an image does not join with others: {shapes}", "choose by observation_keys")
-    parts = [column.rest() for column in columns.values()]
-    if len(parts) == 1 and parts[0].ndim > 1:
-        return parts[0]
-    return np.concatenate([part.reshape(length, -1) for part in parts], axis=1, dtype=np.float32, casting="unsafe")

@@ -4,8 +4,9 @@
 <folder>/data/main_data.hdf5    episode_0, episode_1, ...: observations (T+1 rows), actions, rewards, terminations,
                                 truncations, infos
 
-Observations in several arrays (a Dict space) are joined by `observation_keys`, default all, in alphabetical order.
-Actions are scaled from the bounds of the file's action space to [-1, 1]. Image observations may be coded as JPEG.
+Observations in several arrays (a Dict space) are joined by `observation_keys`, default all, by name (`joining`).
+Actions are scaled from the bounds of the file's action space to [-1, 1], dimensions without finite ones taken as they
+are; written ones are in their environment's units. Image observations may be coded as JPEG.
 An episode counts as terminated where its last step's `terminations` says so. Written episodes carry their successes
 in `infos/success` (T+1 values, as Minari's infos have), their task and collected_at as attributes of their group.
 """
@@ -23,11 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cvlctl.data.formats.cutting import Bounds, flags, flat, make
-from cvlctl.data.formats.hdf5 import attribute, dataset_column, dataset_in, fixed_text, hdf5_file, joined
-from cvlctl.data.formats.sources import Facts, reading, replacing
+from cvlctl.data.formats.cutting import flags, flat
+from cvlctl.data.formats.hdf5 import attribute, dataset_column, dataset_in, fixed_text, hdf5_file, member
+from cvlctl.data.formats.hdf5_out import new_hdf5
+from cvlctl.data.formats.joining import Observations
+from cvlctl.data.formats.making import Maker, continuous
+from cvlctl.data.formats.sources import MAX_ROW_BYTES, Bounds, Facts, reading, replacing, steps_of
+from cvlctl.data.formats.units import bounds_of, finite, physical
 from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
+from cvlctl.progress import say
 from cvlctl.types import Episode
 
 if TYPE_CHECKING:
@@ -48,7 +54,11 @@ def read(
     """The episodes of a Minari dataset, given by its folder."""
     folder = _data_folder(Path(path))
     metadata, file_path = _metadata(folder), folder / DATA
-    bounds = action_bounds or _bounds(metadata, folder / METADATA)
+    bounds, unbounded = _bounds(metadata, folder / METADATA)
+    if unbounded and action_bounds is None:
+        which = f"dimensions {', '.join(map(str, unbounded))}" if bounds else "actions"
+        say(f"{folder / METADATA}: {which} have no finite bounds, and are taken as they are; --action-bounds says some")
+    maker, joined = Maker(file_path, action_bounds, clip_actions, bounds), Observations(file_path, observation_keys)
     images = len(_space(metadata, "observation_space").get("shape") or ()) > 1
     ours = metadata.get("cvlctl") or {}
     rewarded = not (isinstance(ours, dict) and ours.get("rewards") is False)
@@ -62,32 +72,33 @@ def read(
         for number in range(found):
             where = f"{file_path}: episode_{number}"
             with reading(where):
-                group = file[f"episode_{number}"]
-                about = {"seed": int(attribute(group, "seed") or 0), "task": attribute(group, "task") or ""}
+                group = member(file_path, file, f"episode_{number}")
+                if group is None:
+                    raise CvlctlError(f"{where}: the episode is missing", "fetch or write the dataset again")
+                task = attribute(group, "task")
+                about = {"seed": int(attribute(group, "seed") or 0), "task": "" if task is None else task}
                 collected_at = int(steps if (kept := attribute(group, "collected_at")) is None else kept)
-            arrays = {
-                name: dataset_column(file_path, group, name).rest() for name in ("actions", "rewards", "terminations")
-            }
+            columns = {name: dataset_column(file_path, group, name) for name in ("actions", "rewards", "terminations")}
+            continuous(columns["actions"])
+            arrays = {name: column.rest() for name, column in columns.items()}
             with reading(where):
                 solved = None
-                if ours and "infos/success" in group:
+                if ours and member(file_path, group, "infos/success") is not None:
                     solved = dataset_column(file_path, group, "infos/success").rest()[1:]
             with reading(f"{where}/observations"):
-                observations = _observations(file_path, group, observation_keys, images)
+                observations = _observations(file_path, group, joined, images)
             ended = flags(arrays["terminations"], f"{where}/terminations")
             if not len(arrays["actions"]) == len(arrays["rewards"]) == len(ended):
                 what = ", ".join(f"{name} {len(values)}" for name, values in arrays.items())
                 raise CvlctlError(f"{where}: the arrays differ in their number of steps: {what}")
-            if arrays["actions"].ndim == 1 or arrays["actions"].dtype.kind not in "f":
-                what = f"{where}/actions: {arrays['actions'].dtype} of shape {arrays['actions'].shape}"
-                raise CvlctlError(what, "only continuous actions, (T, A), are read")
-            yield make(
-                where, bounds, clip_actions,
+            yield maker.make(
+                where,
                 observations=observations, actions=arrays["actions"],
                 rewards=flat(arrays["rewards"], f"{where}/rewards") if rewarded else None, successes=solved,
                 terminated=bool(ended[-1:].any()), collected_at=collected_at, **about,
             )  # fmt: skip
             steps += len(ended)
+        maker.finish(joined.columns())
 
 
 def facts(path: Path) -> Facts:
@@ -97,14 +108,16 @@ def facts(path: Path) -> Facts:
     with reading(str(folder / METADATA)):
         ours, steps = metadata.get("cvlctl"), int(metadata["total_steps"])
         kept = {name: metadata[name] for name in KEPT if name in metadata}
-        if bounds := _bounds(metadata, folder / METADATA):
+        bounds, _ = _bounds(metadata, folder / METADATA)
+        if bounds:
             kept["action_bounds"] = bounds
+        where = str(folder / METADATA)
         if ours:
-            return Facts(steps, str(ours["task"]), int(ours["horizon"]), kept, folder / DATA)
+            return Facts(steps, str(ours["task"]), steps_of(ours["horizon"], where), kept, folder / DATA, bounds)
         env = json.loads(metadata.get("env_spec") or "{}")
         task = f"gym/{env['id']}" if env.get("id") else str(metadata.get("dataset_id", ""))
         limit = env.get("max_episode_steps")
-        return Facts(steps, task, int(limit) if limit else None, kept, folder / DATA)
+        return Facts(steps, task, steps_of(limit, where) if limit else None, kept, folder / DATA, bounds)
 
 
 def is_dataset(path: Path) -> bool:
@@ -135,33 +148,40 @@ def _space(metadata: dict[str, Any], name: str) -> dict[str, Any]:
     return {}
 
 
-def _bounds(metadata: dict[str, Any], where: Path) -> Bounds | None:
-    """The bounds of the action space, None where they are [-1, 1] already or there are none."""
+def _bounds(metadata: dict[str, Any], where: Path) -> tuple[Bounds | None, list[int]]:
+    """What `units.finite` makes of the action space: bounds, and the dimensions without; None where there is none."""
     space = _space(metadata, "action_space")
     if space.get("type", "Box") != "Box":
-        raise CvlctlError(f"{where}: actions of a {space['type']} space", "only continuous actions (Box) are read")
+        what = f"{where}: actions of a {space['type']} space: discrete actions are not supported"
+        raise CvlctlError(what, "only continuous actions (Box) are read")
     with reading(str(where)):
-        low, high = (np.asarray(space.get(name, default), np.float64) for name, default in (("low", -1), ("high", 1)))
-        if not (np.isfinite(low).all() and np.isfinite(high).all()) or ((low == -1).all() and (high == 1).all()):
-            return None
-        return low.tolist(), high.tolist()
+        return finite(space.get("low", -1.0), space.get("high", 1.0))
 
 
-def _observations(path: Path, group: h5py.Group, keys: Sequence[str], images: bool) -> np.ndarray:
+def _observations(path: Path, group: h5py.Group, joined: Observations, images: bool) -> np.ndarray:
     import h5py
 
-    if isinstance(group.get("observations"), h5py.Group):
-        return joined(path, group["observations"], keys)
+    found = member(path, group, "observations")
+    if isinstance(found, h5py.Group):
+        return joined.of(found)
     dataset = dataset_in(path, group, "observations")
     if images and dataset.ndim < 3:
-        return np.stack([_decoded(bytes(bytearray(frame))) for frame in dataset])
+        where = f"{path}: {group.name.strip('/')}/observations"
+        return np.stack([_decoded(bytes(bytearray(frame)), f"{where}[{i}]") for i, frame in enumerate(dataset)])
     return dataset_column(path, group, "observations").rest()
 
 
-def _decoded(frame: bytes) -> np.ndarray:
-    from PIL import Image
+def _decoded(frame: bytes, where: str) -> np.ndarray:
+    """The pixels of a JPEG. Nothing else is opened, whatever a frame claims to be: an EPS is a program, and is run."""
+    from PIL import Image, UnidentifiedImageError
 
-    return np.asarray(Image.open(io.BytesIO(frame)), np.uint8)
+    try:
+        with Image.open(io.BytesIO(frame), formats=["JPEG"]) as image:
+            if image.width * image.height * 4 > MAX_ROW_BYTES:
+                raise CvlctlError(f"{where}: an image of {image.width} x {image.height} is too large to be true")
+            return np.asarray(image, np.uint8)
+    except UnidentifiedImageError as error:
+        raise CvlctlError(f"{where}: is no JPEG", "Minari codes images as JPEG, or not at all") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- write
@@ -173,17 +193,16 @@ def write(store: Store, path: Path, label: str) -> None:
     Raises:
         CvlctlError: the folder's name is none that Minari could open: it must end in -v and a number.
     """
-    import h5py
-
-    name, spec = _dataset_id(path), store.spec
+    name, spec, bounds = _dataset_id(path), store.spec, bounds_of(store)
     image = "uint8" if spec.pixels else "float32"
     rewarded, solvable = store.has_label(label), store.has_label(label, "success")
     named = label if rewarded or solvable else "given"
     with replacing(path) as temporary:
         (temporary / "data").mkdir(parents=True)
-        with h5py.File(temporary / "data" / DATA, "w", track_order=True) as file:
+        with new_hdf5(temporary / "data" / DATA, track_order=True) as (file, check):
             for number, episode in enumerate(store.episodes(named)):
-                _write_episode(file.create_group(f"episode_{number}"), episode, number)
+                _write_episode(file.create_group(f"episode_{number}"), episode, number, bounds)
+                check()
         size = round((temporary / "data" / DATA).stat().st_size / 1e6, 1)
         low, high = (0, 255) if spec.pixels else (-np.inf, np.inf)
         metadata = {
@@ -192,19 +211,19 @@ def write(store: Store, path: Path, label: str) -> None:
             # 0.5.4 was the first to take images that are not JPEGs
             "minari_version": "0.5.4" if spec.pixels else "0.5.0", "jpeg_encoding": False,
             "observation_space": _box(spec.observation_shape, low, high, image),
-            "action_space": _box((spec.action_dim,), -1.0, 1.0, "float32"),
+            "action_space": _box((spec.action_dim,), *(bounds or (-1.0, 1.0)), "float32"),
             "cvlctl": {"task": store.task, "horizon": spec.horizon, "rewards": rewarded},
         }  # fmt: skip
         (temporary / "data" / METADATA).write_text(json.dumps(metadata | _environment(store.task)))
 
 
-def _write_episode(group: h5py.Group, episode: Episode, number: int) -> None:
+def _write_episode(group: h5py.Group, episode: Episode, number: int, bounds: Bounds | None) -> None:
     steps = len(episode)
     last = np.arange(steps) == steps - 1
     group.attrs.update({"id": number, "seed": episode.seed, "total_steps": steps, "task": fixed_text(episode.task)})
     group.attrs["collected_at"] = episode.collected_at
     arrays = {
-        "observations": episode.observations, "actions": episode.actions,
+        "observations": episode.observations, "actions": physical(episode.actions, bounds),
         "rewards": np.zeros(steps, np.float32) if episode.rewards is None else episode.rewards,
         "terminations": last & episode.terminated, "truncations": last & (not episode.terminated),
     }  # fmt: skip
@@ -225,7 +244,7 @@ def _dataset_id(path: Path) -> str:
     return name
 
 
-def _box(shape: Sequence[int], low: float, high: float, dtype: str) -> str:
+def _box(shape: Sequence[int], low: Any, high: Any, dtype: str) -> str:
     bounds = {"low": np.full(shape, low).tolist(), "high": np.full(shape, high).tolist()}
     return json.dumps({"type": "Box", "dtype": dtype, "shape": list(shape), **bounds})
 

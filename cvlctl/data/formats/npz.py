@@ -2,7 +2,8 @@
 
 `observations` (sum(T+1), ...) with every final observation, `actions` (sum(T), A), `episode_ends` (episodes,): counts
 of *actions* so far, so that the observations of episode i start at `episode_ends[i-1] + i`. Where there are such:
-`rewards`, `successes` (sum(T),); `terminated`, `collected_at`, `seeds`, `tasks` (episodes,); `task`, `horizon`.
+`rewards`, `successes` (sum(T),); `terminated`, `collected_at`, `seeds`, `tasks` (episodes,); `task`, `horizon`;
+`action_bounds`, low and high of what the actions lie in (else in [-1, 1]): numbers, or one a dimension, (2, A).
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from cvlctl.data.formats.archives import open_npz
-from cvlctl.data.formats.cutting import Bounds, flags, flat, make
-from cvlctl.data.formats.sources import Arrays, Column, Facts, replacing, same_length
+from cvlctl.data.formats.cutting import flags, flat
+from cvlctl.data.formats.making import Maker, continuous
+from cvlctl.data.formats.sources import Arrays, Bounds, Column, Facts, replacing, same_length, steps_of
+from cvlctl.data.formats.units import KEY, bounds_of, physical, plain
 from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
@@ -28,7 +31,7 @@ def read(path: str | Path, *, action_bounds: Bounds | None = None, clip_actions:
     with open_npz(Path(path)) as arrays:
         arrays.need("observations", "actions", "episode_ends")
         ends = _integers(arrays.column("episode_ends"))
-        observations, actions = arrays.column("observations"), arrays.column("actions")
+        observations, actions = arrays.column("observations"), continuous(arrays.column("actions"))
         steps: dict[str, Column] = {
             name: arrays.column(name) for name in ("rewards", "successes") if name in arrays.names
         }
@@ -38,36 +41,46 @@ def read(path: str | Path, *, action_bounds: Bounds | None = None, clip_actions:
             raise CvlctlError(f"{arrays.path}: {what} of {ends[-1] if len(ends) else 0} actions in episode_ends",
                               "each episode has one observation more than it has actions")  # fmt: skip
         table = read_table(arrays, len(ends))
-        start = 0
+        maker, start = Maker(arrays.path, action_bounds, clip_actions, said_bounds(arrays)), 0
         for number, end in enumerate(ends):
             if end <= start:
                 raise CvlctlError(f"{arrays.path}: episode_ends: episode {number} has {end - start} actions")
             count = end - start
             parts = {name: column.take(count) for name, column in steps.items()}
-            yield make(
-                f"{arrays.path}: episode {number}", action_bounds, clip_actions,
+            yield maker.make(
+                f"{arrays.path}: episode {number}",
                 observations=observations.take(count + 1), actions=actions.take(count),
                 rewards=flat(parts["rewards"], "rewards") if "rewards" in parts else None,
                 successes=flags(parts["successes"], "successes") if "successes" in parts else None,
                 **({"collected_at": start} | table[number]),
             )  # fmt: skip
             start = end
+        maker.finish()
 
 
 def facts(path: Path) -> Facts:
     """The task, the horizon and the number of transitions, as the file has them."""
     with open_npz(path) as arrays:
         arrays.need("observations", "actions")
-        return Facts(len(arrays.column("actions")), *task_and_horizon(arrays))
+        return said_facts(arrays)
 
 
-def task_and_horizon(arrays: Arrays) -> tuple[str, int | None]:
-    """What `table_arrays` wrote; "" and None where there is nothing."""
+def said_facts(arrays: Arrays) -> Facts:
+    """What `table_arrays` wrote, and the number of rows that actions have."""
     task = arrays.text("task") if "task" in arrays.names else [""]
-    horizon = _integers(arrays.column("horizon")) if "horizon" in arrays.names else [None]
-    if len(task) != 1 or len(horizon) != 1:
-        raise CvlctlError(f"{arrays.path}: task and horizon are single values")
-    return task[0], horizon[0]
+    if len(task) != 1:
+        raise CvlctlError(f"{arrays.path}: task: has {len(task)} values, and should be a single one")
+    horizon = arrays.value("horizon")
+    limit = None if horizon is None else steps_of(horizon, str(arrays.path))
+    return Facts(len(arrays.column("actions")), task[0], limit, action_bounds=said_bounds(arrays))
+
+
+def said_bounds(arrays: Arrays) -> Bounds | None:
+    """The file's `action_bounds`; None where there are none."""
+    if KEY not in arrays.names:
+        return None
+    column = arrays.column(KEY)
+    return plain(column.rest().tolist(), column.where)
 
 
 def read_table(arrays: Arrays, episodes: int) -> list[dict[str, Any]]:
@@ -92,9 +105,10 @@ def _integers(column: Column) -> list[int]:
     return [int(value) for value in values.tolist()]
 
 
-def table_arrays(store: Store) -> dict[str, np.ndarray]:
-    """The arrays of a store that have one value an episode, and its task and horizon."""
-    return {
+def table_arrays(store: Store, bounds: Bounds | None) -> dict[str, np.ndarray]:
+    """The arrays of a store that have one value an episode, and its task, horizon and action bounds."""
+    said = {} if bounds is None else {KEY: np.array(plain(bounds), np.float64)}
+    return said | {
         "terminated": store.terminated(), "collected_at": store.collected_at(), "seeds": store.seeds(),
         "tasks": np.array(store.episode_tasks()), "task": np.array(store.task),
         "horizon": np.array([store.spec.horizon]),
@@ -104,8 +118,9 @@ def table_arrays(store: Store) -> dict[str, np.ndarray]:
 def write(store: Store, path: Path, label: str) -> None:
     """Write a store as a plain npz."""
     row = np.delete(np.arange(len(store.observations())), store.episode_ends() - 1)
-    arrays = {"observations": store.observations(), "actions": store.actions()[row],
-              "episode_ends": np.cumsum(store.lengths()), **table_arrays(store)}  # fmt: skip
+    bounds = bounds_of(store)
+    arrays = {"observations": store.observations(), "actions": physical(store.actions()[row], bounds),
+              "episode_ends": np.cumsum(store.lengths()), **table_arrays(store, bounds)}  # fmt: skip
     if store.has_label(label):
         arrays["rewards"] = store.rewards(label)[row]
     if store.has_label(label, "success"):

@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from cvlctl.data.formats.archives import open_npz
-from cvlctl.data.formats.cutting import Bounds, cut, flags, flat, make
-from cvlctl.data.formats.npz import TABLE, read_table, save, table_arrays, task_and_horizon
-from cvlctl.data.formats.sources import Facts, same_length
+from cvlctl.data.formats.cutting import BATCH_ROWS, Rows, cut, flags, flat
+from cvlctl.data.formats.making import Maker, continuous
+from cvlctl.data.formats.npz import TABLE, read_table, said_bounds, said_facts, save, table_arrays
+from cvlctl.data.formats.sources import Bounds, Column, Facts, same_length
+from cvlctl.data.formats.units import bounds_of, physical
 from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
@@ -30,49 +32,54 @@ def read(path: str | Path, *, action_bounds: Bounds | None = None, clip_actions:
         arrays.need(*REQUIRED)
         names = [*REQUIRED, *(name for name in ("rewards", "successes") if name in arrays.names)]
         columns = {name: arrays.column(name) for name in names}
+        continuous(columns["actions"])
         length = same_length(arrays.path, columns)
         table = None
         if any(name in arrays.names for name in (*TABLE, "tasks")):
-            counter = {"terminals": arrays.column("terminals")}
-            ends = (flags(rows["terminals"], counter["terminals"].where) for _, rows in cut(counter, length, _all))
-            table = read_table(arrays, sum(int(np.count_nonzero(e)) for e in ends))
+            table = read_table(arrays, _count(arrays.column("terminals")))
 
-        def done(rows: dict[str, np.ndarray]) -> np.ndarray:
+        def done(rows: Rows, _: int) -> np.ndarray:
             return flags(rows["terminals"], columns["terminals"].where)
 
+        maker = Maker(arrays.path, action_bounds, clip_actions, said_bounds(arrays))
         for number, (first, rows) in enumerate(cut(columns, length, done)):
             where = f"{arrays.path}: episode {number} (rows {first}-{first + len(rows['actions']) - 1})"
             if len(rows["actions"]) == 1:
                 raise CvlctlError(f"{where} has no transition: a single row between two terminals")
             about = table[number] if table and number < len(table) else {}
             parts = {name: rows[name][:-1] for name in names if name in ("rewards", "successes")}
-            yield make(
-                where, action_bounds, clip_actions,
+            yield maker.make(
+                where,
                 observations=rows["observations"], actions=rows["actions"][:-1],
                 rewards=flat(parts["rewards"], "rewards") if "rewards" in parts else None,
                 successes=flags(parts["successes"], "successes") if "successes" in parts else None,
                 **({"collected_at": first - number} | about),
             )  # fmt: skip
+        maker.finish()
 
 
-def _all(rows: dict[str, np.ndarray]) -> np.ndarray:
-    return np.arange(len(rows["terminals"])) == len(rows["terminals"]) - 1  # whole blocks
+def _count(terminals: Column) -> int:
+    """How many of the flags are set."""
+    blocks = (min(BATCH_ROWS, len(terminals) - start) for start in range(0, len(terminals), BATCH_ROWS))
+    return sum(int(np.count_nonzero(flags(terminals.take(size), terminals.where))) for size in blocks)
 
 
 def facts(path: Path) -> Facts:
     """The task and horizon are known where cvlctl wrote the file."""
     with open_npz(path) as arrays:
         arrays.need(*REQUIRED)
-        return Facts(len(arrays.column("actions")), *task_and_horizon(arrays))
+        return said_facts(arrays)
 
 
 def write(store: Store, path: Path, label: str) -> None:
     """Write a store as OGBench's own files are; rewards and successes too, if it has them."""
     terminals = np.zeros(len(store.observations()), np.float32)
     terminals[store.episode_ends() - 1] = 1.0
-    arrays = {"observations": store.observations(), "actions": store.actions(), "terminals": terminals}
+    bounds = bounds_of(store)
+    actions = physical(store.actions(), bounds)
+    arrays = {"observations": store.observations(), "actions": actions, "terminals": terminals}
     if store.has_label(label):
         arrays["rewards"] = store.rewards(label)
     if store.has_label(label, "success"):
         arrays["successes"] = store.successes(label)
-    save(path, arrays | table_arrays(store))
+    save(path, arrays | table_arrays(store, bounds))

@@ -1,6 +1,6 @@
 """robomimic's HDF5: data/demo_0, data/demo_1, ..., each with actions, rewards, dones, obs/<key>, next_obs/<key>.
 
-Observations are joined from `observation_keys`, default all that are not images, in alphabetical order. The final
+Observations are joined from `observation_keys`, default all that are not images, by name (`joining`). The final
 one comes from next_obs; `cutting.with_final` says what becomes of a demonstration without. An episode counts as
 terminated where its last `dones` says so; earlier ones (robomimic marks states of success) do not end it.
 """
@@ -12,9 +12,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cvlctl.data.formats.cutting import Bounds, flags, flat, make, with_final
-from cvlctl.data.formats.hdf5 import attribute, dataset_column, hdf5_file, joined
-from cvlctl.data.formats.sources import Facts, reading, same_length
+from cvlctl.data.formats.cutting import flags, flat, with_final
+from cvlctl.data.formats.hdf5 import attribute, dataset_column, hdf5_file, member
+from cvlctl.data.formats.joining import Observations
+from cvlctl.data.formats.making import Maker, continuous
+from cvlctl.data.formats.sources import Bounds, Facts, reading, same_length
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
 
@@ -30,34 +32,38 @@ def read(
     path = Path(path)
     with hdf5_file(path) as file:
         with reading(str(path)):
-            if "data" not in file:
+            data = member(path, file, "data")
+            if data is None:
                 raise CvlctlError(f"{path}: no group 'data', where robomimic keeps its demonstrations")
-            names = sorted(file["data"], key=_number)
-        steps = 0
+            names = sorted(data, key=_number)
+        maker, joined, steps = Maker(path, action_bounds, clip_actions), Observations(path, observation_keys), 0
         for name in names:
             where = f"{path}: data/{name}"
             with reading(where):
-                demo = file["data"][name]
-                if "obs" not in demo:
+                demo = member(path, data, name)
+                here = {key: member(path, demo, key) for key in ("obs", "next_obs")}
+                if here["obs"] is None:
                     hint = "make observations from its states with robomimic's dataset_states_to_obs.py"
                     raise CvlctlError(f"{where}: no observations", hint)
             columns = {key: dataset_column(path, demo, key) for key in ("actions", "rewards", "dones")}
+            continuous(columns["actions"])
             same_length(path, columns)
             arrays = {key: column.rest() for key, column in columns.items()}
             ended = bool(flags(arrays["dones"], f"{where}/dones")[-1:].any())
             with reading(f"{where}/obs"):
-                observations = joined(path, demo["obs"], observation_keys)
+                observations = joined.of(here["obs"])
             with reading(f"{where}/next_obs"):
-                after = joined(path, demo["next_obs"], observation_keys)[-1:] if "next_obs" in demo else None
+                after = None if here["next_obs"] is None else joined.last(here["next_obs"])
                 observations, count = with_final(observations, after, ended, len(arrays["actions"]))
-            yield make(
-                where, action_bounds, clip_actions,
+            yield maker.make(
+                where,
                 observations=observations, actions=arrays["actions"][:count],
                 rewards=flat(arrays["rewards"], f"{where}/rewards")[:count],
                 terminated=ended,
                 collected_at=steps,
             )  # fmt: skip
             steps += len(arrays["actions"])
+        maker.finish(joined.columns())
 
 
 def _number(name: str) -> tuple[int, str]:
@@ -68,7 +74,7 @@ def _number(name: str) -> tuple[int, str]:
 def facts(path: Path) -> Facts:
     """The environment's name, and its arguments for the provenance."""
     with hdf5_file(path) as file, reading(str(path)):
-        data = file.get("data")
+        data = member(path, file, "data")
         env = json.loads((data is not None and attribute(data, "env_args", ragged=True)) or "{}")
         total = int((data is not None and attribute(data, "total")) or 0)
         return Facts(total, str(env.get("env_name", "")), None, {"env_args": env} if env else {})

@@ -6,36 +6,50 @@ observation s_T has no row. It is the last row's `next_observations`, if the fil
 what becomes of an episode if not. A single row that was cut off leaves nothing then, and is passed over.
 
 Where a row's next observation is not the one in the row after it, an episode ends too, cut off: a reset that no flag
-marks (D4RL's version 0 has no timeouts), or the seam of a ring buffer.
+marks (D4RL's version 0 has no timeouts), or the seam of a ring buffer. Such cuts are counted and said; where they
+outnumber those that flags mark, the file contradicts itself, and is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from cvlctl.data.formats.cutting import Bounds, cut, cut_at, flags, flat, make, with_final
+from cvlctl.data.formats.cutting import Rows, cut, cut_at, flags, flat, with_final
+from cvlctl.data.formats.making import Maker, continuous
 from cvlctl.data.formats.sources import Column, same_length
 from cvlctl.errors import CvlctlError
+from cvlctl.progress import say
 from cvlctl.types import Episode
 
 TOLERANCE = 1e-4  # relative: files keep observations in one precision and the next ones in another
 
 
+class Cuts(NamedTuple):
+    """How many episodes end where flags or the horizon say so, how many elsewhere; the row of the first of these."""
+
+    marked: int = 0
+    unmarked: int = 0
+    row: int = -1
+
+    def __add__(self, other: Cuts) -> Cuts:  # type: ignore[override]
+        row = self.row if self.unmarked else other.row
+        return Cuts(self.marked + other.marked, self.unmarked + other.unmarked, row)
+
+
 def episodes_of_rows(
-    path: Path,
+    maker: Maker,
     columns: dict[str, Column],
     *,
     horizon: int | None,
-    action_bounds: Bounds | None,
-    clip_actions: bool,
     tasks: Sequence[str] = (),
     stride: int = 1,
     offset: int = 0,
-) -> Iterator[Episode]:
-    """The episodes of a file's rows.
+) -> Generator[Episode, None, Cuts]:
+    """The episodes of a file's rows; returns how they were cut, for `judge`.
 
     Args:
         columns: observations, actions, and where the file has them rewards, successes, terminals, timeouts,
@@ -44,7 +58,9 @@ def episodes_of_rows(
             Needed unless there are next_observations.
         stride, offset: row i was the collector's environment step i * stride + offset.
     """
+    path, cuts = maker.path, Cuts()
     length = same_length(path, columns)
+    continuous(columns["actions"])
     if not {"timeouts", "next_observations"} & set(columns) and horizon is None:
         what = f"{path}: neither timeouts nor next_observations say where time limits cut episodes off"
         raise CvlctlError(what, "give the horizon: the number of steps after which the environment was reset")
@@ -53,42 +69,73 @@ def episodes_of_rows(
         shapes = f"{columns['next_observations'].shape}, observations {columns['observations'].shape}"
         raise CvlctlError(f"{path}: next_observations have shape {shapes}")
 
-    def where(name: str) -> str:
-        return columns[name].where
+    def marked(rows: Rows, name: str) -> np.ndarray:
+        return flags(rows[name], columns[name].where) if name in rows else np.zeros(len(rows["actions"]), bool)
 
-    def ends(rows: dict[str, np.ndarray]) -> np.ndarray:
-        found = np.zeros(len(rows["actions"]), bool)
-        if "terminals" in rows:
-            found = flags(rows["terminals"], where("terminals"))
-        if "timeouts" in rows:
-            found |= flags(rows["timeouts"], where("timeouts"))
+    def ends(rows: Rows, before: int) -> np.ndarray:
+        found = marked(rows, "terminals") | marked(rows, "timeouts")
         if "next_observations" in rows:
             found |= _gaps(path, rows, found)
-        return limit(found) if limit else found
+        return limit(found, before) if limit else found
 
-    for number, (first, rows) in enumerate(cut(columns, length, ends)):
-        terminated = "terminals" in rows and bool(flags(rows["terminals"][-1:], where("terminals"))[0])
-        after = rows["next_observations"][-1:] if "next_observations" in rows else None
-        observations, steps = with_final(rows["observations"], after, terminated, len(rows["actions"]))
+    for number, (first, rows) in enumerate(cut(columns, length, ends, ("next_observations",))):
+        count = len(rows["actions"])
+        last = {name: values[-1:] for name, values in rows.items()}
+        terminated = bool(marked(last, "terminals")[0])
+        if terminated or marked(last, "timeouts")[0] or (limit and count == horizon):
+            cuts += Cuts(marked=1)
+        elif first + count < length:
+            cuts += Cuts(unmarked=1, row=first + count - 1)
+        after = last.get("next_observations")
+        observations, steps = with_final(rows.pop("observations"), after, terminated, count)
         if not steps:
             continue
-        about = {name: int(flat(rows[name][:1], where(name))[0]) for name in ("collected_at", "seed") if name in rows}
+        told = [name for name in ("collected_at", "seed") if name in rows]
+        about = {name: _number(rows[name][:1], columns[name].where) for name in told}
         about.setdefault("collected_at", first * stride + offset)
         task = int(rows["task"][0]) if "task" in rows else -1
         if "task" in rows and not 0 <= task < len(tasks):
-            raise CvlctlError(f"{where('task')}, row {first}: task {task} is none of the {len(tasks)} that are named")
-        yield make(
-            f"{path}: episode {number} (rows {first}-{first + len(rows['actions']) - 1})",
-            action_bounds,
-            clip_actions,
+            raise CvlctlError(
+                f"{columns['task'].where}, row {first}: task {task} is none of the {len(tasks)} that are named"
+            )
+        yield maker.make(
+            f"{path}: episode {number} (rows {first}-{first + count - 1})",
             observations=observations,
             actions=rows["actions"][:steps],
-            rewards=flat(rows["rewards"], where("rewards"))[:steps] if "rewards" in rows else None,
-            successes=flags(rows["successes"], where("successes"))[:steps] if "successes" in rows else None,
+            rewards=flat(rows["rewards"], columns["rewards"].where)[:steps] if "rewards" in rows else None,
+            successes=flags(rows["successes"], columns["successes"].where)[:steps] if "successes" in rows else None,
             terminated=terminated,
             task=tasks[task] if "task" in rows else "",
             **about,
         )
+    return cuts
+
+
+def judge(path: Path, cuts: Cuts, *, timeouts: bool, seams: int = 1) -> None:
+    """Say how many episodes end where nothing marks it, if any do.
+
+    Args:
+        timeouts: whether the file has them: its flags then mark every end, or claim to.
+        seams: how many there may be where nothing is marked at all: a ring buffer came round.
+
+    Raises:
+        CvlctlError: more end so than where something marks it.
+    """
+    where = f"the first after row {cuts.row}, whose next observation is not the one in the row after it"
+    if cuts.unmarked > max(cuts.marked, seams) and (cuts.marked or timeouts):
+        what = f"{path}: no flag marks {cuts.unmarked} ends of episodes, beside {cuts.marked} that are marked: {where}"
+        mend = "mark these rows in timeouts" if timeouts else "give the horizon, or mark these rows in timeouts,"
+        raise CvlctlError(what, f"{mend} if the environment was reset there; else leave next_observations out")
+    if cuts.unmarked:
+        say(f"{path}: {cuts.unmarked} of its episodes end where no flag marks it: {where}")
+
+
+def _number(values: np.ndarray, where: str) -> int:
+    """What a row says of its episode, as a whole number."""
+    (value,) = flat(values, where).tolist()
+    if not -(2**63) <= value < 2**63:  # infinity and NaN too
+        raise CvlctlError(f"{where}: holds {value} where whole numbers are expected")
+    return int(value)
 
 
 def _gaps(path: Path, rows: dict[str, np.ndarray], ends: np.ndarray) -> np.ndarray:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from cvlctl.data.formats.archives import open_npz
-from cvlctl.data.formats.cutting import Bounds, flags
-from cvlctl.data.formats.rows import episodes_of_rows
-from cvlctl.data.formats.sources import Arrays, Column, Facts
+from cvlctl.data.formats.cutting import flags
+from cvlctl.data.formats.making import Maker
+from cvlctl.data.formats.rows import Cuts, episodes_of_rows, judge
+from cvlctl.data.formats.sources import Arrays, Bounds, Column, Facts
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
 
@@ -22,17 +23,16 @@ REQUIRED = ("observations", "next_observations", "actions", "rewards", "dones", 
 
 def read(path: str | Path, *, action_bounds: Bounds | None = None, clip_actions: bool = False) -> Iterator[Episode]:
     """The episodes of a replay buffer, environment by environment; each one's last is cut off by the buffer's end."""
-    path = Path(path)
-    for number in range(_environments(path)):
+    path, cuts = Path(path), Cuts()
+    maker, count = Maker(path, action_bounds, clip_actions), _environments(path)
+    for number in range(count):
         with open_npz(path) as arrays:
             columns = {name: _of(arrays.column(name), number) for name in REQUIRED}
             columns["terminals"] = _terminals(arrays, number)
             del columns["dones"]
-            width = _width(arrays)
-            yield from episodes_of_rows(
-                path, columns, horizon=None, action_bounds=action_bounds, clip_actions=clip_actions,
-                stride=width, offset=number,
-            )  # fmt: skip
+            cuts += yield from episodes_of_rows(maker, columns, horizon=None, stride=count, offset=number)
+    judge(path, cuts, timeouts=True, seams=count)
+    maker.finish()
 
 
 def facts(path: Path) -> Facts:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ MAX_ROW_BYTES = MAX_CHUNK_BYTES = 2**28
 DEFLATE_RATIO = 1100  # deflate cannot do better than 1032:1; a file that promises more lies
 ANY_RATIO = 100_000
 
+Bounds = tuple[float | Sequence[float], float | Sequence[float]]  # (low, high) of actions, or a list of each
+
 
 class Facts(NamedTuple):
     """What a file says of itself before its arrays are read; transitions may be an estimate, for the progress bar."""
@@ -29,6 +31,18 @@ class Facts(NamedTuple):
     horizon: int | None = None
     provenance: dict[str, Any] = {}
     data: Path | None = None  # the file that holds the arrays, where the path is a folder
+    action_bounds: Bounds | None = None  # what its actions lie in; None: [-1, 1], or it does not say
+
+
+def steps_of(value: Any, where: str) -> int:
+    """A horizon that a file names, as a whole number of steps."""
+    try:
+        found = int(value)
+        if found == value and 1 <= found < 2**63:
+            return found
+    except (TypeError, ValueError, OverflowError):  # text, None, infinity
+        pass
+    raise CvlctlError(f"{where}: the horizon {value!r} is no number of steps", "write the file again, with 1 or more")
 
 
 @contextlib.contextmanager
@@ -111,7 +125,7 @@ class Arrays(NamedTuple):
     names: list[str]
     column: Callable[[str], Column]
     text: Callable[[str], list[str]]  # the strings of an array of them
-    attribute: Callable[[str], Any]  # of the file; None where it has none of that name
+    value: Callable[[str], Any]  # a single one of the file: HDF5's attribute, npz's array; None where there is none
 
     def need(self, *names: str) -> None:
         """Raise a CvlctlError that lists what there is, unless the file has all these arrays."""

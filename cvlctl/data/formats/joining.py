@@ -1,0 +1,98 @@
+"""Observations that lie in several arrays of an HDF5 group, side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cvlctl.data.formats.hdf5 import dataset_column, dataset_in, datasets
+from cvlctl.data.formats.sources import same_length
+from cvlctl.errors import CvlctlError
+
+if TYPE_CHECKING:
+    import h5py
+
+CHOOSE = "choose by --observation-key (in Python, observation_keys)"
+
+
+class Observations:
+    """Joins the arrays of one group after the other; which ones, the first group settles, by names and shapes.
+
+    Args:
+        path: the file's, for messages.
+        keys: the arrays to join, in this order; none: all of at most two dimensions, by name, numbers in names as
+            numbers. A single one of more dimensions (an image) is taken as it is.
+
+    Raises:
+        CvlctlError: a name that is not there, or named twice; an image beside others; a group unlike the first one.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+        self._path, self._keys = path, list(keys)
+        self._widths: dict[str, tuple[int, ...]] = {}
+        if twice := [key for key in self._keys if self._keys.count(key) > 1]:
+            raise CvlctlError(f"--observation-key {twice[0]} is given twice", "name each array once")
+
+    def of(self, group: h5py.Group) -> np.ndarray:
+        """(N, sum of sizes) of a group, in a type that holds all of them; (N, ...) of a single array."""
+        columns = {name: dataset_column(self._path, group, name) for name in self._settled(group)}
+        length = same_length(self._path, columns)
+        return _beside([column.rest() for column in columns.values()], length)
+
+    def last(self, group: h5py.Group) -> np.ndarray:
+        """(1, ...): the same of a group's last row alone; (0, ...) where it has none."""
+        return _beside([np.asarray(dataset_in(self._path, group, name)[-1:]) for name in self._settled(group)], 1)
+
+    def columns(self) -> list[str]:
+        """Names of the joined columns, such as "joints[2]"."""
+        named = []
+        for name, shape in self._widths.items():
+            named += [f"{name}[{i}]" for i in range(shape[0])] if shape and shape != (1,) else [name]
+        return named
+
+    def _settled(self, group: h5py.Group) -> list[str]:
+        """Names of the arrays to join."""
+        where = f"{self._path}: {group.name.strip('/')}"
+        there = {name: tuple(dataset.shape or ())[1:] for name, dataset in datasets(self._path, group).items()}
+        shapes = {name: shape or (1,) for name, shape in there.items() if name in self._keys or len(shape) < 2}
+        if self._widths:
+            found = {name: shapes[name] for name in self._keys or shapes if name in shapes}
+            if found != self._widths:
+                raise CvlctlError(f"{where}: {_difference(found, self._widths)}", f"{CHOOSE} what all of them have")
+            return list(self._widths)
+        for name in self._keys:
+            if name not in there:
+                raise CvlctlError(f"{where}: no observation {name!r}", f"it has: {', '.join(sorted(there)[:20])}")
+        chosen = self._keys or sorted(shapes, key=_natural)
+        if not chosen:
+            raise CvlctlError(f"{where}: nothing but images", f"{CHOOSE}: {', '.join(sorted(there)[:20])}")
+        if len(chosen) > 1 and any(len(shapes[name]) > 1 for name in chosen):
+            listed = ", ".join(f"{name} {shapes[name]}" for name in chosen)
+            raise CvlctlError(f"{where}: an image does not join with others: {listed}", CHOOSE)
+        self._widths = {name: shapes[name] for name in chosen}
+        return list(self._widths)
+
+
+def _beside(parts: list[np.ndarray], length: int) -> np.ndarray:
+    if len(parts) == 1 and parts[0].ndim > 1:
+        return parts[0]
+    return np.concatenate([part.reshape(length, -1) for part in parts], axis=1)
+
+
+def _natural(name: str) -> list[str | int]:
+    """joint_2 before joint_10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,18})", name))]
+
+
+def _difference(found: dict[str, tuple[int, ...]], first: dict[str, tuple[int, ...]]) -> str:
+    told = [f"{name} is missing" for name in first if name not in found]
+    told += [f"{name} is new" for name in found if name not in first]
+    told += [
+        f"{name} has rows of shape {found[name]}, not {shape}"
+        for name, shape in first.items() if found.get(name, shape) != shape
+    ]  # fmt: skip
+    return f"is unlike the first: {', '.join(told[:10])}"

@@ -1,0 +1,99 @@
+"""What all readers end in: an episode of what they read, its actions scaled; what float32 merges of it is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cvlctl.data.formats.sources import Bounds, Column
+from cvlctl.data.formats.units import scaled
+from cvlctl.errors import CvlctlError
+from cvlctl.progress import say
+from cvlctl.types import Episode
+
+NOISE = 1e-10  # relative: what varies by less within an episode is the rounding of whatever computed it
+BLOCK_ROWS = 2**14  # what is compared at a time
+
+
+def continuous(column: Column) -> Column:
+    """The column, if its values can be continuous actions.
+
+    Raises:
+        CvlctlError: integers or booleans: the actions of a discrete task.
+    """
+    if column.dtype.kind != "f":
+        what = f"{column.where}: {column.dtype} actions have shape {column.shape}: discrete actions are not supported"
+        raise CvlctlError(what, "cvlctl learns continuous ones, (T, A); if these are such, save them as floats")
+    return column
+
+
+class Maker:
+    """Makes the episodes of one file.
+
+    Args:
+        path: the file's, for what is said at the end.
+        bounds, clip: of its actions; see `units.scaled`.
+        said: the bounds that the file itself says, used where none are given.
+    """
+
+    def __init__(self, path: Path, bounds: Bounds | None, clip: bool, said: Bounds | None = None) -> None:
+        self.path, self._bounds, self._clip = path, said if bounds is None else bounds, clip
+        self._changes = self._merged = np.zeros(0, np.int64)
+        self._allowed = 0.5  # share of the changes that may be lost unsaid: what hardly moves always loses some
+
+    def make(self, where: str, **parts: Any) -> Episode:
+        """An episode; what is wrong with it begins with `where`."""
+        try:
+            parts["actions"] = scaled(parts["actions"], self._bounds, self._clip)
+            self._compare(parts["observations"])
+            return Episode(**parts)
+        except CvlctlError as error:
+            hint = error.hint
+            if "outside [-1, 1]" in error.what:
+                hint = "say in which bounds they lie, --action-bounds LOW HIGH, or cut them off, --clip-actions"
+            raise CvlctlError(f"{where}: {error.what}", hint) from error
+
+    def finish(self, names: Sequence[str] = ()) -> None:
+        """After the last episode: say which columns of the observations lost what they told, if any did.
+
+        Args:
+            names: of the columns, where the file has any.
+        """
+        lost = np.flatnonzero(self._merged > self._allowed * self._changes).tolist()
+        if not lost:
+            return
+        told = [
+            f"{names[i] if i < len(names) else f'column {i}'} ({self._merged[i]:,} of {self._changes[i]:,} changes)"
+            for i in lost[:10]
+        ]
+        more = f" and {len(lost) - 10} more" if len(lost) > 10 else ""
+        say(
+            f"{self.path}: in float32 these observations no longer change where they did: {', '.join(told)}{more}; "
+            "of a clock or a large offset, subtract the first value, or leave it out"
+        )
+
+    def _compare(self, observations: np.ndarray) -> None:
+        """Count, column by column, the changes from one row to the next, and those that are none in float32."""
+        wide = observations.dtype.itemsize > 4 or observations.dtype in (np.int32, np.uint32)
+        if observations.ndim != 2 or len(observations) < 2 or not wide:
+            return
+        changes = np.zeros(observations.shape[1], np.int64)
+        merged = changes.copy()
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are told of with their episode
+            for start in range(0, len(observations) - 1, BLOCK_ROWS):
+                rows = observations[start : start + BLOCK_ROWS + 1]
+                narrow, changed = rows.astype(np.float32), rows[1:] != rows[:-1]
+                changes += changed.sum(axis=0)
+                merged += (changed & (narrow[1:] == narrow[:-1])).sum(axis=0)
+            low, high = observations.min(axis=0).astype(np.float64), observations.max(axis=0).astype(np.float64)
+            noise = high - low <= NOISE * np.maximum(np.abs(low), np.abs(high))
+        changes[noise] = merged[noise] = 0
+        if len(self._changes) != len(changes):  # another width is the writer's to refuse
+            self._changes, self._merged = np.zeros_like(changes), np.zeros_like(changes)
+        self._changes += changes
+        self._merged += merged
+        if observations.dtype.kind in "iu":  # that count, and have no noise
+            self._allowed = 0.0
