@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -10,7 +11,7 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _same_matmul() -> None:
+def _same_matmul() -> Iterator[None]:
     """Training settings are process-wide; leave none behind for the next test."""
     import sys
 
@@ -27,3 +28,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "soak" not in config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+@pytest.fixture(scope="module")
+def no_fsync() -> Iterator[None]:
+    """No power is lost in this process, and fsync is most of the time. Writers in processes of their own do call it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cvlctl.files.sync", lambda _: None)
+        patch.setattr("cvlctl.data.formats.sources.sync", lambda _: None)
+        yield
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 rows, so that every store has several."""
+    monkeypatch.setattr("cvlctl.data.writer.CHUNK_ROWS", 20)

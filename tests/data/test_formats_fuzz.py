@@ -45,7 +45,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 def write_sound(format: str, folder: Path) -> tuple[Path, Path]:
     """A sound file of the format: what is read, and the file whose bytes are changed."""
     import numpy as np
-    from test_formats import WRITTEN, episodes, hdf5, robomimic_file, rows, sb3_arrays
+    from toy_files import WRITTEN, episodes, hdf5, robomimic_file, rows, sb3_arrays
 
     from cvlctl.data import formats
     from cvlctl.data.writer import write_store

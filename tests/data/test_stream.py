@@ -248,7 +248,7 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
         )
     script = """
 import resource, sys
-from cvlctl import samplers
+from cvlctl.data import samplers
 from cvlctl.data.stream import Stream
 from cvlctl.data.recipe import StoreUse
 from cvlctl.data.store import open_store

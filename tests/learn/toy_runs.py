@@ -1,0 +1,62 @@
+"""Tiny runs of every method, on the data of a moving point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvlctl import checkpoints
+from cvlctl.experiments import commands
+from cvlctl.learn.algorithms import ALGORITHMS
+from cvlctl.learn.finetune import finetune
+from cvlctl.learn.pretrain import pretrain
+
+COMMON = "batch_size: 32, compile: false, threads: 1, log_every_steps: 10"
+
+
+CRITIC = "{hidden: [32, 32], latent_dim: 8, gamma: 0.9}"
+
+
+TD = [name for name in ALGORITHMS if name not in ("cvl", "laeo", "bc", "goal_conditioned", "fqe")]  # fqe: test_fqe.py
+
+
+ALL = ["occupancy", "cvl", "cvl-fourier", "laeo", "bc", "goal_conditioned", "goal_conditioned-command", *TD]
+
+
+def load(kind: str, store: Path, out: Path, text: str, *overrides: str) -> Any:
+    path = out.with_name(out.name + ".yaml")
+    path.write_text(f"{{stores: ['{store}'], out: '{out}', {COMMON}, {text}}}")
+    return commands.load(path, list(overrides), kind)
+
+
+def recipe_of(name: str, store: Path, out: Path, *overrides: str) -> Any:
+    if name == "occupancy":
+        return load("pretrain", store, out, f"steps: 100, critic: {CRITIC}", *overrides)
+    algorithm = {name: f"{{name: {name}, hidden: [32]}}" for name in TD} | {
+        "bc": "{name: bc, hidden: [32]}",
+        "goal_conditioned": f"{{name: goal_conditioned, hidden: [32], critic: {CRITIC}}}",
+        "goal_conditioned-command": "{name: goal_conditioned, hidden: [32], "
+        f"critic: {CRITIC[:-1]}, future_columns: [0, 1], command_columns: [2, 3]}}}}",
+        "laeo": f"{{name: laeo, hidden: [32], critic: {CRITIC}}}",
+        "cvl": f"{{name: cvl, hidden: [32], bank_size: 64, num_actions: 2, critic: {CRITIC}}}",
+        "cvl-fourier": "{name: cvl, readout: fourier, num_features: 64, xi_ema_rate: 0.5, hidden: [32], "
+        f"critic: {CRITIC}}}",
+    }
+    examples = f", success_examples: {{from: '{store}'}}" if name == "laeo" else ""
+    return load("finetune", store, out, f"steps: 100, algorithm: {algorithm[name]}{examples}", *overrides)
+
+
+def run(name: str, store: Path, out: Path, *overrides: str) -> dict[str, Any]:
+    return (pretrain if name == "occupancy" else finetune)(recipe_of(name, store, out, *overrides))
+
+
+def state_of(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoints.load(out / "checkpoints" / "last.safetensors")[0]
+
+
+def without(file: Path, *keys: str) -> None:
+    """Take keys out of a checkpoint's metadata."""
+    state, metadata = checkpoints.load(file)
+    checkpoints.save(file, state, {key: value for key, value in metadata.items() if key not in keys})

@@ -1,0 +1,40 @@
+"""What people see of long work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_on_80_columns_count_and_time_left_stay() -> None:
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    code = (
+        "import time; from cvlctl.progress import Progress\n"
+        "with Progress('finetune', 1_000_000, 'steps') as bar:\n"
+        "    for done in range(0, 500_001, 100_000):\n"
+        "        time.sleep(0.1); bar.update(done, 'critic 0.123456  actor 1.234567  accuracy 0.987654  value 2.345')\n"
+    )
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux's word for the end of a terminal
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait(timeout=30) == 0
+    line = next(x for x in re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())) if "500000/" in x)
+    assert re.search(r"\u2501 +500000/1000000 \d+ steps/s \d:\d\d:\d\d critic .*\u2026", line), line
+    assert len(line) <= 80
