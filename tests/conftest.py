@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
         items[:] = [item for item in items if not item.get_closest_marker("soak")]
 
+
 @pytest.fixture(scope="module")
 def no_fsync() -> Iterator[None]:
     """No power is lost in this process, and fsync is most of the time. Writers in processes of their own do call it."""
