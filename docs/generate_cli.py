@@ -6,6 +6,7 @@ python docs/generate_cli.py [--check]
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def section(path: str, command: Any) -> str:
     options = [p for p in command.params if p.param_type_name == "option"]
     lines = [f"## {path}" if path.count(" ") < 2 else f"### {path}"]
     for paragraph in (command.help or "").split("\n\n"):
-        lines += ["", " ".join(paragraph.split())]
+        text = " ".join(paragraph.split())
+        lines += ["", textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)]
     if not hasattr(command, "commands"):
         words = [_usage(p) for p in arguments]
         lines += ["", "```", " ".join([path, *words, "[OPTIONS]" if options else ""]).strip(), "```"]

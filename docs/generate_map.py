@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def rows(folder: Path) -> Iterator[str]:
 
 
 def table(title: str, lines: Iterator[str]) -> str:
+    title = textwrap.fill(title, 120, break_long_words=False, break_on_hyphens=False)
     return "\n".join([f"{title}\n", "| file | what it is |", "|---|---|", *lines]) + "\n\n"
 
 
