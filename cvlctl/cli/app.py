@@ -136,17 +136,12 @@ def run(
 ) -> None:
     """Run an experiment: stages of the four commands, multiplied by a matrix. Finished stages are skipped."""
 
-    def work() -> dict[str, Any]:
-        from cvlctl.experiments.run import run_experiment
-
-        return run_experiment(experiment, overrides or [], force=force, dry_run=dry_run)
-
     def show(result: dict[str, Any]) -> None:
         from cvlctl.experiments.run import render
 
         render(result, console())
 
-    present(work, show, as_json, quiet)
+    _step("run", experiment, overrides, force, as_json, quiet, show, dry_run=dry_run)
 
 
 @register(app, "doctor", LOOK, "cvlctl doctor --parity metaworld/pick-place-v3 gym/Hopper-v5")
@@ -218,14 +213,15 @@ def _step(
     as_json: bool,
     quiet: bool,
     show: Callable[[Any], None] | None = None,
+    **options: bool,
 ) -> Any:
-    """Load the recipe of one of the four commands, run it, and show its result: in one line, if not by `show`."""
+    """Load the recipe of a command, run it, and show its result: in one line, if not by `show`."""
 
     def work() -> Any:
         from cvlctl.experiments import commands
 
         loaded = commands.load(recipe, overrides or [], command)
-        return commands.function(command)(loaded, force=force)
+        return commands.function(command)(loaded, force=force, **options)
 
     return present(work, show or _line, as_json, quiet)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, create_model, model
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ONLINE
 from cvlctl.play import envs
+from cvlctl.recipes.estimates import EPISODE_STEPS, SIMULATED, Work, count, update_seconds, weights
 from cvlctl.recipes.matrix import expand
 from cvlctl.recipes.values import (
     Computed,
@@ -204,6 +205,24 @@ class BuildRecipe(Computed):
         if not prefix and "source" in data and _is_many(data.get("task")):
             return _several(data, source, super().read)
         return super().read(data, source, prefix)
+
+    def work(self, others: Sequence[Any] = ()) -> Work:
+        """How much there is to do."""
+        source = self.source
+        if isinstance(source, OnlineSource):
+            # two critics, their targets, the actor; with the gate V, two classifiers, and three times the critics
+            passes = 5 if getattr(source, "gate", "none") == "none" else 14
+            update = update_seconds(source.batch_size * passes * weights(*source.hidden))
+            seconds = source.steps * (update / source.update_every + 1 / SIMULATED)
+            return Work(f"{source.steps:,} steps of {source.title}", seconds)
+        if isinstance(source, StoresSource):
+            return Work(f"episodes of {count(len(source.stores), 'store')}", 10.0)
+        if source.episodes is None:
+            transitions = source.transitions or 0
+            return Work(count(transitions, "transition"), transitions / SIMULATED)
+        checkpoints = getattr(source, "checkpoints", None)
+        num = source.episodes * (len(checkpoints) if isinstance(checkpoints, tuple) else 1)
+        return Work(count(num, "episode"), num * EPISODE_STEPS / SIMULATED)
 
     def built(self, recorded: Any) -> bool:
         """Whether a resolved recipe found in a store is this one: keys that came later have their defaults.

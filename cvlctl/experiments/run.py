@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments.commands import function, load
+from cvlctl.experiments.commands import function
+from cvlctl.experiments.plan import plan, rough, title
 from cvlctl.experiments.recipe import ExperimentRecipe
 from cvlctl.progress import clock, say
 from cvlctl.recipes.matrix import text_of
 
 if TYPE_CHECKING:
     from rich.console import Console
-from cvlctl.experiments.plan import plan, rough, title
 
 
-def run_experiment(
-    path: str | Path, overrides: Sequence[str] = (), *, force: bool = False, dry_run: bool = False
-) -> dict[str, Any]:
-    """Run every job of the experiment in file `path`, in order.
+def run_experiment(experiment: ExperimentRecipe, *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Run every job of the experiment, in order; with `dry_run` only tell what there is to do.
 
     Returns:
         out, status ("planned", "done" or "finished already"), stages (a dict a job: stage, command, combination, out,
         state, size, estimate_seconds; after a run also result and seconds), and scores: the results of evaluate.
 
     Raises:
-        CvlctlError: what is wrong with the recipe, before anything starts; what went wrong in a stage, naming it.
+        CvlctlError: what went wrong in a stage, naming it.
     """
-    experiment: ExperimentRecipe = load(path, overrides, "run")
     stages = plan(experiment, force=force)
     if dry_run:
         return {"status": "planned", "out": str(experiment.out), "stages": stages, "scores": []}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
@@ -19,6 +19,7 @@ from cvlctl.data.recipe import StoreUse, SuccessExamples
 from cvlctl.learn import labellers
 from cvlctl.learn.algorithms import ALGORITHMS, occupancy
 from cvlctl.learn.labellers import LABELLERS
+from cvlctl.recipes.estimates import Work, count, update_seconds, weights
 from cvlctl.recipes.values import Computed, Count, Name, Out, Place, Rate, Seeds, Steps, Strict, fields_of
 
 
@@ -43,6 +44,11 @@ class _TrainRecipe(Computed):
     def _inputs(self) -> list[Path]:
         return [store.path for store in self.stores]
 
+    def _updates(self, work: float) -> Work:
+        """All updates of all seeds, each of `work` weights times examples a seed."""
+        num = len(self.seeds)
+        return Work(f"{count(self.steps, 'step')} x {count(num, 'seed')}", self.steps * update_seconds(num * work))
+
 
 class PretrainRecipe(_TrainRecipe):
     """`cvlctl pretrain`: a reward-free occupancy critic."""
@@ -51,6 +57,10 @@ class PretrainRecipe(_TrainRecipe):
 
     critic: occupancy.Config = Field(default_factory=occupancy.Config)
     batch_size: Annotated[Count, Field(ge=2)] = 1024
+
+    def work(self, others: Sequence[Any] = ()) -> Work:
+        """How much there is to do."""
+        return self._updates(self.batch_size * 2 * weights(*self.critic.hidden, self.critic.latent_dim))
 
     @model_validator(mode="after")
     def _opens_no_label(self) -> Self:
@@ -119,6 +129,20 @@ class FinetuneRecipe(_TrainRecipe):
         if self.init_from is not None:
             plain["algorithm"].pop("critic", None)  # the pretrained run's counts
         return plain
+
+    def work(self, others: Sequence[Any] = ()) -> Work:
+        """How much there is to do; `others` are the recipes of an experiment, which may pretrain the critic."""
+        name, config = self.algorithm.name, self.algorithm.config
+        critic = getattr(config, "critic", None)
+        for other in others:
+            if other.command == "pretrain" and other.out == self.init_from:
+                critic = other.critic
+        passes = getattr(ALGORITHMS[name], "PASSES", 1) + 6 * getattr(config, "num_actions", 0)  # CQL: two critics, 3 n
+        work: float = self.batch_size * passes * weights(*config.hidden)
+        if critic is not None:  # its update; then the readout: a bank through psi, and actions through phi
+            bank = getattr(config, "bank_size", 0) + getattr(config, "num_examples", 0)
+            work += (bank / 3 + 3 * self.batch_size) * weights(*critic.hidden, critic.latent_dim)
+        return self._updates(work)
 
     def _inputs(self) -> list[Path]:
         examples = self.success_examples

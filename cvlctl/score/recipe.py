@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -11,6 +14,7 @@ from pydantic import (
 )
 
 from cvlctl.data.recipe import SuccessExamples
+from cvlctl.recipes.estimates import EPISODE_STEPS, SIMULATED_WITH_WORKERS, Work, count
 from cvlctl.recipes.values import Count, Device, Name, Out, Pattern, Rate, Seed, Strict, not_bool
 
 # --- evaluate
@@ -55,6 +59,16 @@ class EvaluateRecipe(Strict):
     confidence: Confidence = Confidence()
     baseline: Name | None = None  # of the pairwise differences; None: bc where it is there
     out: Out
+
+    def work(self, others: Sequence[Any] = ()) -> Work:
+        """How much there is to do; `others` are the recipes of an experiment that trains the policies."""
+        places = [(os.path.normpath(other.out), other) for other in others if other.command == "finetune"]
+        patterns = [os.path.normpath(pattern) for pattern in self.runs]
+        seeds = sum(len(other.seeds) for place, other in places if any(fnmatch(place, one) for one in patterns))
+        policies = count(seeds, "policy") if seeds else "policies of earlier runs"
+        more = ", every checkpoint" if self.checkpoints == "all" else ""
+        seconds = max(seeds, 1) * self.episodes * EPISODE_STEPS / SIMULATED_WITH_WORKERS
+        return Work(f"{policies} x {count(self.episodes, 'episode')}{more}", seconds)
 
     @model_validator(mode="after")
     def _what_envpool_can(self) -> Self:

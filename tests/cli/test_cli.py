@@ -226,13 +226,15 @@ def test_evaluate_prints_in_every_format(
 def test_run_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def work(path: Path, overrides: list[str], **options: bool) -> dict[str, Any]:
-        seen.append((path, overrides, options))
+    def work(experiment: Any, **options: bool) -> dict[str, Any]:
+        seen.append((str(experiment.out), experiment.jobs[0].recipe.episodes, options))
         return {}
 
+    path = tmp_path / "e.yaml"
+    path.write_text("out: x\nstages: {a: {command: evaluate, runs: [r], out: '${out}/a'}}\n")
     monkeypatch.setattr(run_command, "run_experiment", work)
-    assert call("run", "e.yaml", "a=1", "b.c=2", "--dry-run", "--force", "--json") == 0
-    assert seen == [(Path("e.yaml"), ["a=1", "b.c=2"], {"force": True, "dry_run": True})]
+    assert call("run", path, "out=y", "stages.a.episodes=2", "--dry-run", "--force", "--json") == 0
+    assert seen == [("y", 2, {"force": True, "dry_run": True})]
 
 
 def test_data_commands(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

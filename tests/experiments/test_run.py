@@ -11,6 +11,7 @@ import pytest
 from cvlctl.cli.console import console
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments import run as module
+from cvlctl.experiments.commands import load
 from cvlctl.experiments.run import run_experiment
 
 TINY = """\
@@ -70,14 +71,18 @@ def experiment(tmp_path: Path) -> Path:
     return path
 
 
+def run(path: Path, *overrides: str, **options: bool) -> dict[str, Any]:
+    return run_experiment(load(path, overrides, "run"), **options)
+
+
 def states(path: Path, *overrides: str) -> list[str]:
-    return [stage["state"] for stage in run_experiment(path, overrides, dry_run=True)["stages"]]
+    return [stage["state"] for stage in run(path, *overrides, dry_run=True)["stages"]]
 
 
 def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert states(experiment) == ["to do"] * 6
     assert not (tmp_path / "e").exists()
-    result = run_experiment(experiment)
+    result = run(experiment)
     assert result["status"] == "done"
     assert [stage["command"] for stage in result["stages"]] == [
         "build-dataset", "pretrain", "finetune", "finetune", "finetune", "evaluate",
@@ -88,7 +93,7 @@ def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pyt
     assert any(line.startswith("6/6 scores: evaluate: done in ") for line in lines)
 
     assert states(experiment) == ["finished"] * 6
-    again = run_experiment(experiment)
+    again = run(experiment)
     assert again["status"] == "finished already"
     assert again["scores"][0]["table"] == result["scores"][0]["table"]
     lines = [line for line in capsys.readouterr().err.splitlines() if "/6 " in line]
@@ -111,7 +116,7 @@ def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pyt
     changed = "stages.cloning.steps=5"
     assert states(experiment, changed) == ["finished"] * 4 + ["another recipe", "finished"]
     with pytest.raises(CvlctlError, match=r"stage cloning: finetune gym/Pendulum-v1: .* holds another run: steps"):
-        run_experiment(experiment, [changed])
+        run(experiment, changed)
     # a stage that was not finished: it and what reads it run
     (tmp_path / "e" / "finetune" / "gym" / "Pendulum-v1" / "bc" / "run.json").unlink()
     assert states(experiment)[4] == "to do"
@@ -133,7 +138,7 @@ def test_stages_run_in_order_with_force_and_stop_at_the_first_fault(
 
     monkeypatch.setattr(module, "function", function)
     with pytest.raises(CvlctlError) as caught:
-        run_experiment(experiment, force=True)
+        run(experiment, force=True)
     assert caught.value.what == "stage finetune: finetune gym/Pendulum-v1 laeo: no step is labelled a success"
     assert caught.value.hint == "take rule: last"
     assert seen == [("build-dataset", True), ("pretrain", True), ("finetune", True), ("finetune", True)]
@@ -141,24 +146,24 @@ def test_stages_run_in_order_with_force_and_stop_at_the_first_fault(
 
 def test_nothing_starts_where_a_later_stage_is_wrong(experiment: Path, tmp_path: Path) -> None:
     with pytest.raises(CvlctlError, match=r"stages\.scores\.episodes"):
-        run_experiment(experiment, ["stages.scores.episodes=none"])
+        run(experiment, "stages.scores.episodes=none")
     assert not (tmp_path / "e").exists()
 
 
 def test_the_plan_has_sizes_and_estimates_that_grow(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = run_experiment(experiment, dry_run=True)
+    small = run(experiment, dry_run=True)
     assert [stage["size"] for stage in small["stages"]] == [
         "2 episodes", "4 steps x 2 seeds", "4 steps x 2 seeds", "4 steps x 2 seeds", "4 steps x 2 seeds",
         "6 policies x 1 episode",
     ]  # fmt: skip
     overrides = ["stages.pretrain.steps=100000", "stages.data.source={name: sac, steps: 500000}"]
-    large = run_experiment(experiment, overrides, dry_run=True)
+    large = run(experiment, *overrides, dry_run=True)
     assert large["stages"][0]["size"] == "500,000 steps of SAC"
     # measured on two cores: about 230 to 290 frames a second end to end
     assert 1000 < large["stages"][0]["estimate_seconds"] < 4000
     assert large["stages"][1]["estimate_seconds"] > 30 > small["stages"][1]["estimate_seconds"]
     wide = [*overrides, "stages.pretrain.critic.hidden=[512,512]", "stages.pretrain.batch_size=1024"]
-    estimate = run_experiment(experiment, wide, dry_run=True)["stages"][1]["estimate_seconds"]
+    estimate = run(experiment, *wide, dry_run=True)["stages"][1]["estimate_seconds"]
     assert estimate > 10 * large["stages"][1]["estimate_seconds"]
     module.render(large, console())
     out = capsys.readouterr().out

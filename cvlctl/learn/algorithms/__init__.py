@@ -3,6 +3,7 @@
 ONLINE lists those that collect a store as they learn, by `draws` and `step` alike.
 
 LEARNS_FROM: "rewards", "examples" (of success) or "actions" alone: what a recipe must bring.
+PASSES: batches through networks of the size `hidden` in an update, for estimates of time; where there is none, 1.
 """
 
 from __future__ import annotations

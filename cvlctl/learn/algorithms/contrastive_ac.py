@@ -27,6 +27,7 @@ from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, va
 from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
+PASSES = 14
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from cvlctl.learn.updates import Metrics
 from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
+PASSES = 8
 
 
 @dataclass(frozen=True)

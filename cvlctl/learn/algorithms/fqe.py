@@ -22,6 +22,7 @@ from cvlctl.learn.updates import Metrics
 from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
+PASSES = 4
 STARTS_FROM = "policy"  # what init_from must hold, and what is taken over
 
 

@@ -17,6 +17,7 @@ from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
+PASSES = 6
 RETURN_RANGE = 1000.0  # rewards are scaled so that returns span this much, as in the authors' code for locomotion
 
 

@@ -26,6 +26,7 @@ from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
+PASSES = 6
 
 
 @dataclass(frozen=True)

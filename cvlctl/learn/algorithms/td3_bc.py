@@ -16,6 +16,7 @@ from cvlctl.learn.updates import Metrics, ema_update
 from cvlctl.types import Spec, TransitionBatch, check_widths
 
 LEARNS_FROM = "rewards"
+PASSES = 6
 
 
 @dataclass(frozen=True)
