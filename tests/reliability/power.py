@@ -100,13 +100,13 @@ class Disk:
         """Something is about to change, or was just synced: lay down what is left if power goes now."""
         self.trace.append(what)
         number = len(self.trace)
-        if number not in self.at:
+        if number not in self.at or not self.keep.name:
             return
         for kind in KINDS:
             laid: dict[int, Path] = {}
             self.lay(self.top, self.keep / f"{number}-{kind}", kind, random.Random(f"{number}"), laid)
             renumber(laid)
-        told = {"saved": self.saved, "episodes": self.episodes}
+        told = {"what": what, "saved": self.saved, "episodes": self.episodes}
         (self.keep / f"{number}.json").write_text(json.dumps(told))
 
     def lay(self, inode: int, path: Path, kind: str, chance: random.Random, laid: dict[int, Path]) -> None:

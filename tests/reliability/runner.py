@@ -138,6 +138,7 @@ def work(request: dict[str, Any]) -> None:
         code = execute(command(), request["args"])
         sys.stdout.flush()
         if request.get("how") == "lose":
+            watch.at.add(len(watch.trace) + 1)
             watch.moment("its end")
     except BaseException:
         traceback.print_exc()

@@ -62,32 +62,28 @@ def faults(
     lay(case, inputs, folder / "whole")
     result = runner(folder / "whole", *args, how="lose", keep="", at=[])
     assert result["code"] == 0, result["err"]
-    trace, expected = result["trace"], described(folder / "whole")
-    every = range(1, len(trace) + 1)
-    at = (
-        list(every)
-        if few is None
-        else [*random.Random(case.args).sample(every[:-1], min(few, len(trace) - 1)), every[-1]]
-    )
+    expected, every = described(folder / "whole"), range(1, len(result["trace"]))
+    at = list(every) if few is None else random.Random(case.args).sample(every, min(few, len(every)))
     (folder / "lost").mkdir()
     lay(case, inputs, folder / "recorded")
-    runner(folder / "recorded", *args, how="lose", keep=str(folder / "lost"), at=at)
+    runner(folder / "recorded", *args, how="lose", keep=str(folder / "lost"), at=at)  # and its end, in any case
     lines, seen = [], set()
-    for number in sorted(at):
+    for number in sorted(int(path.stem) for path in (folder / "lost").glob("*.json")):
+        told = json.loads((folder / "lost" / f"{number}.json").read_text())
         for kind in KINDS:
             state = folder / "lost" / f"{number}-{kind}"
             fingerprint = contents(state)
             if fingerprint in seen:
                 continue
             seen.add(fingerprint)
-            what = broken_promises(state, json.loads((folder / "lost" / f"{number}.json").read_text()))
+            what = broken_promises(state, told)
             again = runner(state, *args)
             if again["code"] != 0:
                 what.append(f"again: exit {again['code']}: {again['err'].strip()[-300:]}")
             elif different := difference(expected, described(state)):
                 what.append(different)
             if what:
-                lines.append("\n".join([f"--- {kind} at {number} of {len(trace)}, {trace[number - 1]}:", *what]))
+                lines.append("\n".join([f"--- {kind} at {number} of {every.stop}, {told['what']}:", *what]))
             shutil.rmtree(state)
     return len(seen), lines
 
