@@ -12,6 +12,7 @@ from reliability.driver import Runner, count, described, difference
 
 FEW = 2  # moments of a case in the default run
 NAMES = list(CASES)
+UNLOCKED = ("examples", "plot")  # one file, made in memory and replaced whole: both may write the same one
 pytestmark = pytest.mark.xfail(strict=False, reason="known: items 9 and 13 of the reliability issue")
 
 
@@ -42,7 +43,7 @@ def faults(
             what.append("neither did it")
         found = ("finished already", "there already")
         done = [r for r in (first, second) if not r["code"] and not any(words in r["out"] for words in found)]
-        if len(done) > 1 and "--force" not in args:
+        if len(done) > 1 and "--force" not in args and args[1] not in UNLOCKED:
             what.append("both did it")
         if different := difference(expected, described(here)):
             what.append(different)
