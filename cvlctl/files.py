@@ -145,6 +145,22 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def read_regular(path: Path, most: int) -> bytes:
+    """The content of a regular file. A device or a pipe, or a link to one, may never come to an end.
+
+    Raises:
+        OSError: it is anything else, is larger than `most` bytes, or cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a pipe, the opening alone would wait
+    with open(handle, "rb") as file:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if about.st_size > most:
+            raise OSError(errno.EINVAL, f"{about.st_size:,} bytes are too many for what it should hold", str(path))
+        return file.read(about.st_size)
+
+
 def lock(file: Path) -> TextIO:
     """Lock `file` for this process alone, until what is returned is closed or the process ends, however it ends.
 

@@ -11,7 +11,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.sync import sync as zarr_sync
 
-from cvlctl.data.chunks import chunks, open_array, read_chunk
+from cvlctl.data.chunks import chunks, hexadecimal, open_array, read_chunk
 
 
 def write_arrays(folder: Path, start: int, rows: dict[str, np.ndarray], chunk_rows: int) -> None:
@@ -42,6 +42,11 @@ def checksum(folder: Path, name: str) -> str:
     for chunk in chunks(folder, name, array):
         total.update(read_chunk(array, chunk).tobytes())
     return total.hexdigest()
+
+
+def trailers(folder: Path, name: str) -> list[str]:
+    """The crc32c at the end of each chunk's file, as `docs/store.md` lists it."""
+    return [hexadecimal(chunk.file.read_bytes()[-4:]) for chunk in chunks(folder, name, open_array(folder, name))]
 
 
 def _zstd(dtype: np.dtype) -> ZstdCodec:

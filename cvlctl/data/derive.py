@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cvlctl.data.store import LABEL_ARRAYS, Column, Store
+from cvlctl.data.attributes import KEYS
+from cvlctl.data.store import DATA, Column, Store
 from cvlctl.data.writer import StoreWriter
 from cvlctl.progress import Progress
 from cvlctl.types import Episode
 
-FORMAT_KEYS = ("format", "version", "task", "tasks", "spec", "counts", "checksums", "provenance")
 # what is true of a store's writing, not of its episodes
 OWN_PROVENANCE = ("versions", "platform", "git_commit", "created", "recipe", "parents", "command")
 
@@ -75,8 +75,7 @@ def episodes(parts: Sequence[Part]) -> Iterator[Episode]:
 
 def label_arrays(store: Store) -> list[str]:
     """Names of the label arrays of a store."""
-    pairs = [(label, array) for label in store.labels for array in LABEL_ARRAYS]
-    return [f"labels/{label}/{array}" for label, array in pairs if store.has_label(label, array)]
+    return [name for label in store.labels for name in store.label_arrays(label)]
 
 
 def copied_labels(parts: Sequence[Part]) -> dict[str, Rows]:
@@ -98,6 +97,7 @@ def derive(outputs: Sequence[Output], command: str, *, force: bool = False) -> l
     """
     writers: list[StoreWriter] = []
     done: list[Store] = []
+    _check_parents(outputs)
     try:
         for output in outputs:
             parents = [part.store for part in output.parts]
@@ -150,6 +150,13 @@ def _fill(writer: StoreWriter, output: Output) -> None:
         writer.add_array(name, rows())
 
 
+def _check_parents(outputs: Sequence[Output]) -> None:
+    """Hold all that is taken along to its sha256: what is copied from here on gets checksums of its own."""
+    for output in outputs:
+        for part in output.parts:
+            part.store.check([*DATA, *(name for name in label_arrays(part.store) if name in output.labels)])
+
+
 def _origin(parents: Sequence[Store], command: str) -> dict[str, Any]:
     """Of each parent: path, digests, and its own provenance in turn."""
     described = [
@@ -170,7 +177,7 @@ def _about(store: Store) -> dict[str, Any]:
 
 
 def _extra(store: Store) -> dict[str, Any]:
-    return {key: value for key, value in store.attributes.items() if key not in FORMAT_KEYS}
+    return {key: value for key, value in store.attributes.items() if key not in KEYS}
 
 
 def _agreed(all_of_them: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -171,13 +171,14 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append((f"returns ({label})", f"mean {_number(q['mean'])}; {' / '.join(QUANTILES)}: {spread}"))
     facts += [(f"successful ({label})", _percent(value)) for label, value in result["success_fraction"].items()]
     facts += [("size", f"{result['size_mb']:.1f} MB"), ("digest", result["digest"][:16])]
-    for name, value in provenance.items():
-        if name == "parents":
-            value = ", ".join(f"{parent['path']} ({parent['digest'][:16]})" for parent in value)
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {item}" for key, item in value.items())
-        facts.append((name, str(value)))
-    return facts
+    return facts + [(name, _in_words(value)) for name, value in provenance.items()]
+
+
+def _in_words(value: Any) -> str:
+    """A piece of provenance, which may be anything: of parents path and digest, of an object its pairs."""
+    if isinstance(value, list) and value and all(isinstance(x, dict) and {"path", "digest"} <= set(x) for x in value):
+        return ", ".join(f"{parent['path']} ({str(parent['digest'])[:16]})" for parent in value)
+    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _starts(store: Store) -> np.ndarray:

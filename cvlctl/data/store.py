@@ -5,7 +5,6 @@ Only these two files import zarr. Pretraining opens `data/` and `meta/` alone; l
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +14,12 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cvlctl.data.chunks import chunks, damaged, open_array, read_array, read_chunk
+from cvlctl.data.attributes import parsed, read_attributes
+from cvlctl.data.chunks import chunks, damaged, listed, open_array, read_array, read_chunk
 from cvlctl.errors import CvlctlError
+from cvlctl.progress import Progress
 from cvlctl.types import Episode, Spec
 
-FORMAT, VERSION = "cvlctl-store", 1
 LABEL_ARRAYS = ("reward", "success")
 META: dict[str, type[np.generic]] = {
     "meta/episode_ends": np.int64,
@@ -41,19 +41,13 @@ class Store:
         self.path = path
         self.attributes = attributes
         self._cache: dict[str, np.ndarray] = {}
-        try:
-            spec = attributes["spec"]
-            shape = tuple(int(n) for n in spec["observation_shape"])
-            self.spec = Spec(shape, int(spec["action_dim"]), int(spec["horizon"]), bool(spec["pixels"]))
-            self.task = str(attributes["task"])
-            self.provenance: dict[str, Any] = dict(attributes["provenance"])
-            self.task_names = [str(name) for name in attributes["tasks"]]
-            counts = (int(attributes["counts"][key]) for key in ("episodes", "transitions", "rows"))
-            self.num_episodes, self.num_transitions, self.num_rows = counts
-            self._checksums = {str(name): str(value) for name, value in attributes["checksums"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"{path / 'zarr.json'}: the store's attributes lack or garble {error}"
-            raise CvlctlError(what, "write the store again") from error
+        self._checked: set[str] = set()  # arrays that were held to their sha256
+        about = parsed(path, attributes)
+        spec, counts = about.spec, about.counts
+        self.spec = Spec(tuple(spec.observation_shape), spec.action_dim, spec.horizon, spec.pixels)
+        self.task, self.task_names, self.provenance = about.task, about.tasks, about.provenance
+        self.num_episodes, self.num_transitions, self.num_rows = counts.episodes, counts.transitions, counts.rows
+        self._checksums, self._crcs = about.checksums, about.chunk_crc32c
 
     def __len__(self) -> int:
         """Number of transitions."""
@@ -109,6 +103,10 @@ class Store:
         """Raise a CvlctlError that lists what there is, unless label `name` has the array."""
         if not self.has_label(name, array):
             raise self._no_label(name, f"a {array} array")
+
+    def label_arrays(self, label: str) -> list[str]:
+        """Names of the arrays that a label has."""
+        return [f"labels/{label}/{array}" for array in LABEL_ARRAYS if self.has_label(label, array)]
 
     def rewards(self, label: str = "given") -> np.ndarray:
         """(rows,) float32: row t of an episode holds the reward of its transition t; 0 in the final row."""
@@ -181,18 +179,44 @@ class Store:
 
     def _array(self, name: str) -> np.ndarray:
         if name not in self._cache:
-            values = self._read(name)
+            array = self._open(name)
+            values = read_array(self.path, name, array, self._listed(name))
             if problem := self._problem(name, values):
                 raise damaged(self.path, f"{name}: {problem}", self.path / name)
+            if name not in self._checked and not listed(array, self._listed(name)):
+                self._compare(name, hashlib.sha256(_bytes_of(values)).hexdigest())
             self._cache[name] = values
         return self._cache[name]
 
-    def _read(self, name: str) -> np.ndarray:
-        return read_array(self.path, name, self._open(name))
+    def _listed(self, name: str) -> Sequence[str]:
+        """What the store lists of an array's chunks: the crc32c of each."""
+        return self._crcs.get(name, ())
+
+    def _compare(self, name: str, checksum: str) -> None:
+        if self._checksums.get(name) != checksum:
+            what = f"{name}: the content is not what the recorded checksum says (each chunk reads well by itself)"
+            raise damaged(self.path, what, self.path / name)
+        self._checked.add(name)
+
+    def check(self, names: Iterable[str] = DATA) -> None:
+        """Hold whole arrays to their sha256, reading them chunk by chunk; those that were before are not read again.
+
+        Raises:
+            CvlctlError: an array, or a chunk of it, is not the one that was written.
+        """
+        for name in names:
+            if name in self._checked:
+                continue
+            array, total = self._open(name), hashlib.sha256()
+            with Progress(f"checking {self.path} {name}", self.num_rows, "rows") as progress:
+                for chunk in chunks(self.path, name, array, self._listed(name)):
+                    total.update(_bytes_of(read_chunk(array, chunk)))
+                    progress.update(chunk.rows.stop)
+            self._compare(name, total.hexdigest())
 
     def _problem(self, name: str, values: np.ndarray) -> str:
         """What is wrong with an array's values, "" if nothing: what would garble training, and costs next to nothing
-        to find. That they are those that were written is for `verify_store` to say."""
+        to find. That they are those that were written is for the checksums to say."""
         if values.dtype == np.float32 and values.size:
             low, high = values.min(), values.max()  # NaN if any is NaN
             if not np.isfinite([low, high]).all():
@@ -221,7 +245,8 @@ class Store:
             shape = (self.num_rows, self.spec.action_dim)
         array = open_array(self.path, name)
         if array.dtype != dtype or array.shape != shape:
-            what = f"{name}: is {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
+            found = f"{array.dtype} {array.shape if array.ndim <= 8 else f'of {array.ndim} axes'}"
+            what = f"{name}: is {found}, expected {np.dtype(dtype)} {shape if len(shape) <= 8 else '...'}"
             raise damaged(self.path, what, self.path / name)
         return array
 
@@ -239,28 +264,6 @@ def open_store(path: str | Path) -> Store:
     return store
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
-    """The root attributes of what must be a finished store that this version can read."""
-    if not path.exists():
-        partial, old = beside(path, ".partial"), beside(path, ".old")
-        if partial.exists():
-            kept = f"; the store that it replaces is {old}" if old.exists() else ""
-            what = f"{path} is not finished: it is still being written, or its writer was stopped"
-            raise CvlctlError(what, f"wait, or run the same command again to resume {partial}{kept}")
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.zarr")], n=1, cutoff=0.0)
-        raise CvlctlError(f"no store at {path}", f"did you mean {path.parent / near[0]}?" if near else "check the path")
-    try:
-        found = dict(json.loads((path / "zarr.json").read_text())["attributes"])
-        version = int(found["version"]) if found["format"] == FORMAT else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        version = 0
-    if version < 1:
-        raise CvlctlError(f"{path} is not a cvlctl store", f"its zarr.json should carry the attribute format: {FORMAT}")
-    if version > VERSION:
-        raise CvlctlError(f"{path} is a store of version {version}; this cvlctl reads {VERSION}", "update cvlctl")
-    return found
-
-
 class Column:
     """One array of a store, read chunk by chunk; the last chunk is kept, so that each is read once in ascending order.
 
@@ -270,7 +273,9 @@ class Column:
 
     def __init__(self, store: Store, name: str) -> None:
         self._store, self._name, self._array = store, name, store._open(name)
-        self._chunks = list(chunks(store.path, name, self._array))
+        if not listed(self._array, store._listed(name)):  # its chunks cannot be told apart from others as they come
+            store.check([name])
+        self._chunks = list(chunks(store.path, name, self._array, store._listed(name)))
         self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -308,8 +313,8 @@ def split(columns: Sequence[Any], table: Iterable[tuple[int, ...]], tasks: Seque
         start = end
 
 
-def beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
+def _bytes_of(values: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
 def json_digest(value: object) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cvlctl.data.chunks import chunks, read_chunk
-from cvlctl.data.store import DATA, LABEL_ARRAYS, Store, read_attributes
+from cvlctl.data.attributes import read_attributes
+from cvlctl.data.chunks import chunks, read_array, read_chunk
+from cvlctl.data.store import DATA, LABEL_ARRAYS, Store
 from cvlctl.errors import CvlctlError
 
 
@@ -21,7 +22,8 @@ def verify_store(path: str | Path) -> list[str]:
     problems = [line for name in names for line in _verify_array(store, name)]
     try:
         for name in ("meta/episode_ends", "meta/task"):
-            if problem := store._problem(name, store._read(name)):
+            values = read_array(store.path, name, store._open(name), store._listed(name))
+            if problem := store._problem(name, values):
                 problems.append(f"{name}: {problem}")
         lengths = store.lengths()
     except CvlctlError:  # said above
@@ -43,7 +45,7 @@ def _verify_array(store: Store, name: str) -> Iterator[str]:
         yield bare(error)
         return
     total, readable = hashlib.sha256(), True
-    for chunk in chunks(store.path, name, array):
+    for chunk in chunks(store.path, name, array, store._listed(name)):
         try:
             rows = read_chunk(array, chunk)
         except CvlctlError as error:

@@ -16,21 +16,11 @@ import zarr
 from cvlctl import files
 from cvlctl.data import tails
 from cvlctl.data.arrays import checksum as _checksum
-from cvlctl.data.arrays import write_arrays
+from cvlctl.data.arrays import trailers, write_arrays
+from cvlctl.data.attributes import FORMAT, VERSION, beside, read_attributes
 from cvlctl.data.chunks import open_array, read_array
 from cvlctl.data.provenance import environment, jsonable
-from cvlctl.data.store import (
-    FORMAT,
-    LABEL_ARRAYS,
-    META,
-    VERSION,
-    Store,
-    beside,
-    json_digest,
-    open_store,
-    read_attributes,
-    split,
-)
+from cvlctl.data.store import LABEL_ARRAYS, META, Store, json_digest, open_store, split
 from cvlctl.data.tails import TAIL, Tail
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
@@ -234,6 +224,7 @@ class StoreWriter:
             self._write(0, meta)
             own = self._attributes()
             own["checksums"] = {name: _checksum(self.partial, name) for name in (*self._pending, *meta)}
+            own["chunk_crc32c"] = {name: trailers(self.partial, name) for name in own["checksums"]}
             if clash := sorted(set(extra) & set(own)):
                 raise CvlctlError(f"the store's own attribute {clash[0]!r} cannot be given to finish()")
             zarr.open_group(self.partial, mode="r+", zarr_format=3).attrs.put({**extra, **own})

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from cvlctl.data.formats import arrays, d4rl, minari, npz, ogbench, robomimic, sb3, units
 from cvlctl.data.formats.fetching import fetch
 from cvlctl.data.formats.sources import Facts
-from cvlctl.data.store import Store
+from cvlctl.data.store import DATA, Store
 from cvlctl.data.writer import write_store
 from cvlctl.errors import CvlctlError
 from cvlctl.files import sha256
@@ -124,7 +124,8 @@ def export_store(format: str, store: Store, out: str | Path, *, label: str = "gi
         force: replace what is at `out`, if it is a file or a Minari dataset.
 
     Raises:
-        CvlctlError: the format is not written, `out` exists, the label is unknown, or the disk refuses.
+        CvlctlError: the format is not written, `out` exists, the label is unknown, the store is not what its
+            checksums say, or the disk refuses.
     """
     write, out = _format(format).write, Path(out)
     if write is None:
@@ -136,6 +137,7 @@ def export_store(format: str, store: Store, out: str | Path, *, label: str = "gi
         raise CvlctlError(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
     if out.is_dir() and not (format == "minari" and minari.is_dataset(out)):
         raise CvlctlError(f"{out} is a directory", "choose another path: nothing in it was touched")
+    store.check([*DATA, *store.label_arrays(label)])
     write(store, out, label)
     units.say_units(store)
     return out
