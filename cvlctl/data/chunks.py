@@ -35,6 +35,16 @@ class Chunk(NamedTuple):
     crc: str | None  # the crc32c that the store lists for it, 8 hexadecimal digits; None: it lists none
 
 
+class Foreign(CvlctlError):
+    """A chunk that is sound by itself, but not the one that was written; `rows` are what it holds."""
+
+    def __init__(self, chunk: Chunk, crc: str, rows: np.ndarray) -> None:
+        what = f"{chunk.name}: {chunk.file} is sound by itself, but not the chunk that was written there: its crc32c is"
+        error = damaged(chunk.store, f"{what} {crc}, the store lists {(chunk.crc or '')[:8]}", chunk.file)
+        super().__init__(error.what, error.hint)
+        self.rows = rows
+
+
 def open_array(path: Path, name: str) -> zarr.Array:
     """Array `name` of the store, finished or partial, at `path`.
 
@@ -138,12 +148,6 @@ def _unpack(array: zarr.Array, chunk: Chunk, out: np.ndarray) -> bool:
     packed = np.frombuffer(content, np.uint8)[:-4]
     if google_crc32c.value(packed) != int.from_bytes(content[-4:], "little"):
         return False
-    if chunk.crc is not None and chunk.crc != hexadecimal(content[-4:]):
-        what = (
-            f"{chunk.name}: {chunk.file} is sound by itself, but not the chunk that was written there: its crc32c is "
-            f"{hexadecimal(content[-4:])}, the store lists {chunk.crc[:8]}"
-        )
-        raise damaged(chunk.store, what, chunk.file)
     if _unpacked_bytes(content) != _bytes(array.chunks, array.dtype):  # too short would leave memory as it was found
         return False
     padded = len(out) != array.chunks[0]  # the last chunk is
@@ -151,6 +155,9 @@ def _unpack(array: zarr.Array, chunk: Chunk, out: np.ndarray) -> bool:
     Zstd().decode(packed, whole)
     if padded:
         out[...] = whole[: len(out)]
+    crc = hexadecimal(content[-4:])
+    if chunk.crc is not None and chunk.crc != crc:
+        raise Foreign(chunk, crc, out)
     return True
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import zarr
 
 from cvlctl.data.attributes import parsed, read_attributes
-from cvlctl.data.chunks import chunks, damaged, listed, open_array, read_array, read_chunk
+from cvlctl.data.chunks import Chunk, Foreign, chunks, damaged, listed, open_array, read_array, read_chunk
 from cvlctl.errors import CvlctlError
 from cvlctl.progress import Progress
 from cvlctl.types import Episode, Spec
@@ -180,13 +180,31 @@ class Store:
     def _array(self, name: str) -> np.ndarray:
         if name not in self._cache:
             array = self._open(name)
-            values = read_array(self.path, name, array, self._listed(name))
-            if problem := self._problem(name, values):
-                raise damaged(self.path, f"{name}: {problem}", self.path / name)
+            try:
+                values = read_array(self.path, name, array, self._listed(name))
+            except Foreign as error:
+                self._check_values(name, name, error.rows)
+                raise
+            self._check_values(name, name, values)
             if name not in self._checked and not listed(array, self._listed(name)):
                 self._compare(name, hashlib.sha256(_bytes_of(values)).hexdigest())
             self._cache[name] = values
         return self._cache[name]
+
+    def _rows_of(self, name: str, array: zarr.Array, chunk: Chunk) -> np.ndarray:
+        try:
+            values = read_chunk(array, chunk)
+        except Foreign as error:
+            self._check_values(name, chunk.name, error.rows)
+            raise
+        self._check_values(name, chunk.name, values)
+        return values
+
+    def _check_values(self, name: str, where: str, values: np.ndarray) -> None:
+        """Values of an array, or of a chunk of it. Of a foreign chunk, what is wrong with its values tells more."""
+        judged = values.dtype == np.float32 or len(values) == self.num_episodes  # a table is, as a whole
+        if judged and (problem := self._problem(name, values)):
+            raise damaged(self.path, f"{where}: {problem}", self.path / name)
 
     def _listed(self, name: str) -> Sequence[str]:
         """What the store lists of an array's chunks: the crc32c of each."""
@@ -210,7 +228,7 @@ class Store:
             array, total = self._open(name), hashlib.sha256()
             with Progress(f"checking {self.path} {name}", self.num_rows, "rows") as progress:
                 for chunk in chunks(self.path, name, array, self._listed(name)):
-                    total.update(_bytes_of(read_chunk(array, chunk)))
+                    total.update(_bytes_of(self._rows_of(name, array, chunk)))
                     progress.update(chunk.rows.stop)
             self._compare(name, total.hexdigest())
 
@@ -293,11 +311,7 @@ class Column:
 
     def _chunk(self, i: int) -> np.ndarray:
         if self._held[0] != i:
-            values = read_chunk(self._array, self._chunks[i])
-            if problem := self._store._problem(self._name, values):
-                what = f"{self._store.path}: {self._chunks[i].name}: {problem}"
-                raise CvlctlError(what, f"`cvlctl data verify {self._store.path}` lists all that is damaged")
-            self._held = (i, values)
+            self._held = (i, self._store._rows_of(self._name, self._array, self._chunks[i]))
         return self._held[1]
 
 

@@ -304,7 +304,7 @@ def test_json_nested_deep_is_one_damaged_store_among_the_others(
     assert "Traceback" not in capsys.readouterr().err
 
 
-WRONG: tuple[Any, ...] = (None, 5, -1, 1.5, True, "x", "\ud800", [], [[]], {}, {"x": 1}, 2**70, float("inf"), [None])
+WRONG: tuple[Any, ...] = (None, 5, -1, 1.5, True, "x", [], [[]], {}, {"x": 1}, 2**70, float("inf"), [None])
 KEYS = (
     "version", "task", "tasks", "spec", "spec.observation_shape", "spec.action_dim", "spec.horizon", "spec.pixels",
     "counts", "counts.episodes", "counts.transitions", "counts.rows", "checksums", "checksums.data/action",
