@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,44 @@ def test_a_frame_that_is_no_jpeg_is_not_opened(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(CvlctlError, match=r"episode_0/observations\[0\]: is no JPEG"):
             import_into(tmp_path, "minari", folder)
     assert not marker.exists()
+
+
+def plain_arrays(count: int = 40) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {"observations": rng.normal(size=(count + 1, 3)), "actions": np.zeros((count, 1)),
+            "episode_ends": np.array([count])}  # fmt: skip
+
+
+def test_an_archive_that_numpy_did_not_pack_is_not_unpacked(tmp_path: Path) -> None:
+    """LZMA's header asks for as much memory as it likes."""
+    np.savez(tmp_path / "a.npz", **plain_arrays())
+    for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(tmp_path / "a.npz") as source, zipfile.ZipFile(tmp_path / "b.npz", "w", method) as packed:
+            for name in source.namelist():
+                packed.writestr(name, source.read(name))
+        with pytest.raises(CvlctlError, match=r"b\.npz: .*: is packed in another way than numpy packs"):
+            import_into(tmp_path, "npz", tmp_path / "b.npz")
+
+
+def test_an_array_in_columns_that_is_damaged_is_an_error_that_names_it(tmp_path: Path) -> None:
+    arrays = plain_arrays()
+    arrays["observations"] = np.asfortranarray(arrays["observations"])
+    np.savez(tmp_path / "a.npz", **arrays)
+    store = import_into(tmp_path, "npz", tmp_path / "a.npz")
+    np.testing.assert_array_equal(store.observations(), arrays["observations"].astype(np.float32))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[content.index(arrays["observations"].tobytes(order="F")[:64]) + 5] ^= 255
+    (tmp_path / "b.npz").write_bytes(content)
+    with pytest.raises(CvlctlError, match=r"b\.npz: observations.*: cannot be read"):
+        import_into(tmp_path, "npz", tmp_path / "b.npz", force=True)
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_a_pipe_or_a_device_is_no_file(tmp_path: Path, format: str) -> None:
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever, and /dev/zero has no end
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(CvlctlError, match=r"is a device or a pipe; expected|is not a Minari dataset"):
+            import_into(tmp_path, format, path)
 
 
 # --------------------------------------------------------------------------------------------------- numbers and texts

@@ -198,6 +198,20 @@ def test_dimensions_without_finite_bounds_are_taken_as_they_are_and_said(
     assert known.actions()[0].tolist() == [1.0, 0.125] and capsys.readouterr().err == ""
 
 
+def test_imports_of_earlier_versions_have_their_bounds_elsewhere(tmp_path: Path) -> None:
+    for i, source in enumerate(
+        ({"options": {"action_bounds": [-2, 2]}}, {"options": {}, "action_bounds": [[-2.0], 2]})
+    ):
+        store = write_store(
+            tmp_path / f"{i}.zarr", some(1), task="x", provenance={"source": {"format": "d4rl", **source}}
+        )
+        assert units.bounds_of(store) == ([-2.0], [2.0])
+    for i, wrong in enumerate(([1, 0], "x", 5, [[-1, -1], [1, 1]], {"low": 0})):
+        store = store_with(tmp_path / f"wrong-{i}.zarr", wrong)
+        with pytest.raises(CvlctlError, match=rf"wrong-{i}\.zarr: provenance: action_bounds .* are no"):
+            formats.export_store("npz", store, tmp_path / "a.npz")
+
+
 @pytest.mark.parametrize("bounds", ['"x"', "[1, 0]", "[0, NaN]", "[[-1, -1, -1, -2], 1]", "[-1]", "[[[-1]], 1]"])
 def test_bounds_in_a_file_that_are_none(tmp_path: Path, bounds: str) -> None:
     store = store_with(tmp_path / "a.zarr", ODD)

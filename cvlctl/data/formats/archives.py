@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from cvlctl.data.formats.hdf5 import open_hdf5
-from cvlctl.data.formats.sources import DEFLATE_RATIO, Arrays, Column, kind_in_words, num_bytes, reading
+from cvlctl.data.formats.sources import DEFLATE_RATIO, Arrays, Column, kind_in_words, num_bytes, reading, regular
 from cvlctl.errors import CvlctlError
 
 
@@ -19,8 +19,7 @@ from cvlctl.errors import CvlctlError
 def open_arrays(path: Path) -> Iterator[Arrays]:
     """An HDF5 or npz file, whichever it is."""
     with reading(str(path)):
-        if path.is_dir():
-            raise CvlctlError(f"{path} is a directory; expected an HDF5 or npz file")
+        regular(path, "an HDF5 or npz file")
         with open(path, "rb") as file:
             magic = file.read(4)
     with open_npz(path) if magic.startswith(b"PK") else open_hdf5(path) as arrays:
@@ -31,12 +30,16 @@ def open_arrays(path: Path) -> Iterator[Arrays]:
 def open_npz(path: Path) -> Iterator[Arrays]:
     """The arrays of an npz file, read as streams: compressed ones too are never unpacked whole."""
     with reading(str(path), "expected an npz file, whole: it may be cut short, or of another kind"):
+        regular(path, "an npz file")
         archive = zipfile.ZipFile(path)
     with archive, contextlib.ExitStack() as streams:
         members = {i.filename.removesuffix(".npy"): i for i in archive.infolist() if i.filename.endswith(".npy")}
 
         def header(name: str) -> tuple[IO[bytes], tuple[int, ...], bool, np.dtype]:
             with reading(f"{path}: {name}"):
+                if members[name].compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    what = f"{path}: {name}: is packed in another way than numpy packs"
+                    raise CvlctlError(what, "save it by np.savez or np.savez_compressed")
                 stream = streams.enter_context(archive.open(members[name]))
                 version = np.lib.format.read_magic(stream)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -60,7 +63,8 @@ def open_npz(path: Path) -> Iterator[Arrays]:
                 return np.frombuffer(stream.read(count * row), dtype).reshape(-1, *shape[1:])
 
             if fortran and len(shape) > 1:  # its rows do not lie together
-                whole = np.frombuffer(stream.read(), dtype).reshape(shape, order="F")
+                with reading(f"{path}: {name}"):
+                    whole = np.frombuffer(stream.read(num_bytes(shape, dtype)), dtype).reshape(shape, order="F")
                 return Column(f"{path}: {name}", shape, dtype, lambda start, count: whole[start : start + count])
             return Column(f"{path}: {name}", shape, dtype, fetch)
 

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cvlctl.data.formats.sources import ANY_RATIO, DEFLATE_RATIO, MAX_CHUNK_BYTES, Arrays, Column, num_bytes, reading
+from cvlctl.data.formats.sources import (
+    ANY_RATIO,
+    DEFLATE_RATIO,
+    MAX_CHUNK_BYTES,
+    Arrays,
+    Column,
+    num_bytes,
+    reading,
+    regular,
+)
 from cvlctl.errors import CvlctlError
 
 if TYPE_CHECKING:
@@ -40,8 +49,7 @@ def hdf5_file(path: Path) -> Iterator[h5py.File]:
     import h5py
 
     with reading(str(path), "expected an HDF5 file, whole: it may be cut short, or of another kind"):
-        if path.is_dir():
-            raise CvlctlError(f"{path} is a directory; expected an HDF5 file")
+        regular(path, "an HDF5 file")
         file = h5py.File(path, "r", locking="best-effort")
     try:
         yield file

@@ -57,6 +57,14 @@ def reading(where: str, hint: str = "the file may be cut short or damaged: fetch
         raise CvlctlError(f"{where}: cannot be read: {said}", hint) from error
 
 
+def regular(path: Path, wanted: str) -> None:
+    """Raise a CvlctlError where a directory, a device or a pipe is in a file's place: some are read for ever."""
+    if path.is_dir():
+        raise CvlctlError(f"{path} is a directory; expected {wanted}")
+    if path.exists() and not path.is_file():
+        raise CvlctlError(f"{path} is a device or a pipe; expected {wanted}", "write its content into a file first")
+
+
 class Column:
     """One array of a file, taken from its first row to its last; memory holds one block of it.
 

@@ -84,14 +84,14 @@ def bounds_of(store: Store) -> Bounds | None:
     A store that says nothing, and was not imported, holds what an environment was given: then gymnasium tells, if it
     has that environment.
     """
-    if KEY in store.provenance:
-        try:
-            low, high = _limits(store.provenance[KEY], (store.spec.action_dim,))
-        except CvlctlError as error:
-            raise CvlctlError(f"{store.path}: provenance: {error.what}", "write the store again") from error
-        shape = (store.spec.action_dim,)
-        return np.broadcast_to(low, shape).tolist(), np.broadcast_to(high, shape).tolist()
-    return None if _imported(store.provenance) else _environment(store.task, store.spec.action_dim)
+    recorded, shape = _recorded(store.provenance), (store.spec.action_dim,)
+    if recorded is None:
+        return None if _imported(store.provenance) else _environment(store.task, *shape)
+    try:
+        low, high = _limits(recorded, shape)
+    except CvlctlError as error:
+        raise CvlctlError(f"{store.path}: provenance: {error.what}", "write the store again") from error
+    return np.broadcast_to(low, shape).tolist(), np.broadcast_to(high, shape).tolist()
 
 
 def say_units(store: Store) -> None:
@@ -112,6 +112,15 @@ def _limits(bounds: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray
         what = f"action_bounds {bounds} are no (low, high) for actions of shape {shape}"
         raise CvlctlError(what, "give two numbers, or two lists of one number a dimension") from error
     return low, high
+
+
+def _recorded(provenance: Mapping[str, Any]) -> Any:
+    """The bounds in a store's provenance; imports of earlier versions have them among what they say of their file."""
+    source = provenance.get("source")
+    said = source if isinstance(source, dict) else {}
+    options = said.get("options")
+    given = options.get(KEY) if isinstance(options, dict) else None
+    return next((found for found in (provenance.get(KEY), given, said.get(KEY)) if found is not None), None)
 
 
 def _imported(provenance: Mapping[str, Any]) -> bool:
