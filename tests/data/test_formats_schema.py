@@ -102,6 +102,15 @@ def test_what_is_joined_is_settled_by_the_first_episode(tmp_path: Path, format: 
     assert [episode.observations[0].tolist() for episode in flat] == [[1], [2]]
 
 
+def test_one_array_is_not_several_that_are_as_wide(tmp_path: Path) -> None:
+    several, one = {"observations/a": full(1, 0, 7), "observations/b": full(2, 0, 7)}, {"observations": full(3, 0, 7)}
+    for i, (first, second, what) in enumerate(((several, one, "one array"), (one, several, "several arrays"))):
+        with pytest.raises(CvlctlError, match=f"episode_1/observations: is {what}, unlike the first"):
+            list(formats.FORMATS["minari"].read(minari(tmp_path / f"{i}", first, second)))
+    with pytest.raises(CvlctlError, match="episode_0/observations: is one array, not several to choose from"):
+        list(formats.FORMATS["minari"].read(minari(tmp_path / "keys", one), observation_keys=["a"]))
+
+
 @pytest.mark.parametrize("format", ["robomimic", "minari"])
 def test_numbers_in_names_are_ordered_as_numbers(tmp_path: Path, format: str) -> None:
     values = {f"_index_{i}": full(1, i) for i in range(12)} | {"joint_10/x2": full(1, 13), "joint_9/x10": full(1, 12)}

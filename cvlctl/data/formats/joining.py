@@ -34,8 +34,19 @@ class Observations:
     def __init__(self, path: Path, keys: Sequence[str]) -> None:
         self._path, self._keys = path, list(keys)
         self._widths: dict[str, tuple[int, ...]] = {}
+        self._several: bool | None = None
         if twice := [key for key in self._keys if self._keys.count(key) > 1]:
             raise CvlctlError(f"--observation-key {twice[0]} is given twice", "name each array once")
+
+    def several(self, found: bool, where: str) -> bool:
+        """`found`: whether observations are a group here; raises a CvlctlError where that is unlike the first time, or
+        keys are given, and it is not one."""
+        if self._keys and not found:
+            raise CvlctlError(f"{where}: is one array, not several to choose from", "leave out --observation-key")
+        if found != (self._several if self._several is not None else found):
+            raise CvlctlError(f"{where}: is {'several arrays' if found else 'one array'}, unlike the first")
+        self._several = found
+        return found
 
     def of(self, group: h5py.Group) -> np.ndarray:
         """(N, sum of sizes) of a group, in a type that holds all of them; (N, ...) of a single array."""

@@ -75,30 +75,38 @@ def read(
                 group = member(file_path, file, f"episode_{number}")
                 if group is None:
                     raise CvlctlError(f"{where}: the episode is missing", "fetch or write the dataset again")
-                task = attribute(group, "task")
-                about = {"seed": int(attribute(group, "seed") or 0), "task": "" if task is None else task}
-                collected_at = int(steps if (kept := attribute(group, "collected_at")) is None else kept)
-            columns = {name: dataset_column(file_path, group, name) for name in ("actions", "rewards", "terminations")}
-            continuous(columns["actions"])
-            arrays = {name: column.rest() for name, column in columns.items()}
-            with reading(where):
-                solved = None
-                if ours and member(file_path, group, "infos/success") is not None:
-                    solved = dataset_column(file_path, group, "infos/success").rest()[1:]
+                about = {"collected_at": steps, **_about(group)}
+            arrays = _arrays(file_path, group, where)
             with reading(f"{where}/observations"):
                 observations = _observations(file_path, group, joined, images)
-            ended = flags(arrays["terminations"], f"{where}/terminations")
-            if not len(arrays["actions"]) == len(arrays["rewards"]) == len(ended):
-                what = ", ".join(f"{name} {len(values)}" for name, values in arrays.items())
-                raise CvlctlError(f"{where}: the arrays differ in their number of steps: {what}")
+            solved = None
+            if ours and member(file_path, group, "infos/success") is not None:
+                solved = dataset_column(file_path, group, "infos/success").rest()[1:]
             yield maker.make(
                 where,
-                observations=observations, actions=arrays["actions"],
-                rewards=flat(arrays["rewards"], f"{where}/rewards") if rewarded else None, successes=solved,
-                terminated=bool(ended[-1:].any()), collected_at=collected_at, **about,
+                observations=observations, actions=arrays["actions"], rewards=arrays["rewards"] if rewarded else None,
+                successes=solved, terminated=bool(arrays["terminations"][-1:].any()), **about,
             )  # fmt: skip
-            steps += len(ended)
+            steps += len(arrays["terminations"])
         maker.finish(joined.columns())
+
+
+def _about(group: h5py.Group) -> dict[str, Any]:
+    """What an episode's group says of it, by the names that `Episode` has for it."""
+    said = {name: attribute(group, name) for name in ("seed", "task", "collected_at")}
+    return {name: value if name == "task" else int(value) for name, value in said.items() if value is not None}
+
+
+def _arrays(path: Path, group: h5py.Group, where: str) -> dict[str, np.ndarray]:
+    """Actions, rewards and terminations (as bool), as many of each."""
+    columns = {name: dataset_column(path, group, name) for name in ("actions", "rewards", "terminations")}
+    continuous(columns["actions"])
+    arrays = {name: column.rest() for name, column in columns.items()}
+    arrays["terminations"] = flags(arrays["terminations"], f"{where}/terminations")
+    if len({len(values) for values in arrays.values()}) > 1:
+        what = ", ".join(f"{name} {len(values)}" for name, values in arrays.items())
+        raise CvlctlError(f"{where}: the arrays differ in their number of steps: {what}")
+    return arrays | {"rewards": flat(arrays["rewards"], f"{where}/rewards")}
 
 
 def facts(path: Path) -> Facts:
@@ -162,7 +170,7 @@ def _observations(path: Path, group: h5py.Group, joined: Observations, images: b
     import h5py
 
     found = member(path, group, "observations")
-    if isinstance(found, h5py.Group):
+    if joined.several(isinstance(found, h5py.Group), f"{path}: {group.name.strip('/')}/observations"):
         return joined.of(found)
     dataset = dataset_in(path, group, "observations")
     if images and dataset.ndim < 3:
