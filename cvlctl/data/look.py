@@ -18,6 +18,7 @@ from cvlctl.errors import CvlctlError
 BINS = 10
 QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 BAR = 24  # characters of the longest bar of a histogram
+TASKS = 50  # names that are written out; `--json` has all
 
 
 def ls(root: Path) -> list[dict[str, Any]]:
@@ -159,7 +160,7 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     spec, lengths, provenance = result["spec"], result["lengths"], result["provenance"]
     shape = "x".join(str(n) for n in spec["observation_shape"])
     facts = [
-        ("task", ", ".join(dict.fromkeys([result["task"], *result["tasks"]]))),
+        ("task", _listed(list(dict.fromkeys([result["task"], *result["tasks"]])))),
         ("observation, action", f"{shape}{' pixels' if spec['pixels'] else ''}, {spec['action_dim']}"),
         ("episodes", f"{result['episodes']:,}"),
         ("transitions", f"{result['transitions']:,}"),
@@ -172,6 +173,11 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     facts += [(f"successful ({label})", _percent(value)) for label, value in result["success_fraction"].items()]
     facts += [("size", f"{result['size_mb']:.1f} MB"), ("digest", result["digest"][:16])]
     return facts + [(name, _in_words(value)) for name, value in provenance.items()]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - TASKS:,} more" if len(names) > TASKS else ""
+    return ", ".join(names[:TASKS]) + more
 
 
 def _in_words(value: Any) -> str:

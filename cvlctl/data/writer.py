@@ -105,7 +105,7 @@ class StoreWriter:
         self._refuse_existing()
         self._pending: dict[str, list[np.ndarray]] = {}  # rows of each row array that no chunk holds yet
         self._table: list[tuple[int, ...]] = []  # one row of store.META an episode
-        self._tasks: list[str] = []
+        self._tasks: dict[str, int] = {}  # number of each name, in order of first appearance
         self._chunk_rows, self._written = CHUNK_ROWS, 0  # rows of a chunk; rows that lie in full chunks
         self._lock: TextIO | None = files.lock(self.partial / "lock")
         try:
@@ -154,14 +154,14 @@ class StoreWriter:
                 hint = "the episodes of a store are alike: write others to a store of their own"
                 raise CvlctlError(f"{where} has {here}; those before it have {before}", hint)
         task, end = episode.task or self._task, self._num_rows + len(episode) + 1
-        tasks = self._tasks if task in self._tasks else [*self._tasks, task]
+        number = self._tasks.get(task, len(self._tasks))
         try:
-            entry = np.array([end, episode.terminated, tasks.index(task), episode.collected_at, episode.seed], np.int64)
+            entry = np.array([end, episode.terminated, number, episode.collected_at, episode.seed], np.int64)
         except (TypeError, ValueError, OverflowError) as error:
             raise CvlctlError(f"{where}: collected_at or seed is no 64-bit integer: {error}") from error
         if not self._table:
             self._chunk_rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // max(1, rows["data/observation"][0].nbytes)))
-        self._tasks = tasks
+        self._tasks[task] = number
         self._table.append(tuple(entry.tolist()))
         for name, value in rows.items():
             self._pending.setdefault(name, []).append(value)
@@ -194,7 +194,7 @@ class StoreWriter:
         with files.disk(self.partial):
             self._write_full_chunks()
             self._sync()
-            state = Tail(self._identity, self._table, self._tasks, self._chunk_rows, self._written, self._rest())
+            state = Tail(self._identity, self._table, list(self._tasks), self._chunk_rows, self._written, self._rest())
             tails.save(self.partial, state)
 
     def episodes(self) -> Iterator[Episode]:
@@ -207,7 +207,7 @@ class StoreWriter:
                 written = read_array(self.partial, name, open_array(self.partial, name))
                 rows[name] = np.concatenate([written[: self._written], tail])
         columns = [rows.get(name) for name in ("data/observation", "data/action", *self._label_arrays)]
-        yield from split(columns, self._table, self._tasks)
+        yield from split(columns, self._table, list(self._tasks))
 
     def finish(self, **extra_attributes: Any) -> Store:
         """Write what is left, checksums and attributes (yours too), and put the store in place by one rename."""
@@ -291,7 +291,7 @@ class StoreWriter:
             what = f"{self.partial} holds {len(tail.table)} episodes of an unfinished store"
             what += f" with another {', '.join(other)}" if other else ""
             raise CvlctlError(what, tails.discard_hint(self.partial))
-        self._table, self._tasks = tail.table, tail.tasks
+        self._table, self._tasks = tail.table, {task: number for number, task in enumerate(tail.tasks)}
         self._pending = {name: [rows] for name, rows in tail.rest.items()}
         self._chunk_rows, self._written = tail.chunk_rows, tail.written
         flushed = {str(i) for i in range(tail.written // tail.chunk_rows)}
@@ -327,7 +327,7 @@ class StoreWriter:
         spec = {"observation_shape": list(observation.shape[1:]), "action_dim": action.shape[1]}
         spec |= {"horizon": self._horizon or longest, "pixels": observation.dtype == np.uint8}
         counts = {"episodes": self.num_episodes, "transitions": self.num_transitions, "rows": self._num_rows}
-        described = {"task": self._task, "tasks": self._tasks, "spec": spec, "counts": counts}
+        described = {"task": self._task, "tasks": list(self._tasks), "spec": spec, "counts": counts}
         return {"format": FORMAT, "version": VERSION, **described, "provenance": self._provenance}
 
 
