@@ -177,37 +177,34 @@ def file_of(format: str, path: Path, observations: np.ndarray, actions: np.ndarr
 ALL = list(formats.FORMATS)
 
 
+def episode_of(format: str, path: Path, **options: Any) -> Episode:
+    (found,) = formats.FORMATS[format].read(path, **options)
+    return found
+
+
 @pytest.mark.parametrize("format", ALL)
 def test_actions_of_a_discrete_task_are_refused(tmp_path: Path, format: str) -> None:
     observations = np.zeros((STEPS + 1, 2), np.float32)
-    kinds = [
-        np.zeros((STEPS, 1), np.int64),
-        np.ones(STEPS, np.int32),
-        np.zeros((STEPS, 2), bool),
-        np.zeros(STEPS, "u1"),
-    ]
+    kinds = (np.zeros((STEPS, 1), int), np.ones(STEPS, np.int32), np.zeros((STEPS, 2), bool), np.zeros(STEPS, np.uint8))
     for i, actions in enumerate(kinds):
         path = file_of(format, tmp_path / f"{i}.file", observations, actions)
         with pytest.raises(CvlctlError, match=rf"{i}\.file.*actions: .*discrete actions are not supported"):
-            formats.import_store(format, path, tmp_path / "a.zarr", task="toy", clip_actions=True)
+            episode_of(format, path, clip_actions=True)
     path = file_of(format, tmp_path / "floats.file", observations, np.ones((STEPS, 1), np.float64))
-    assert formats.import_store(format, path, tmp_path / "a.zarr", task="toy").num_transitions == STEPS
+    assert len(episode_of(format, path)) == STEPS
 
 
 @pytest.mark.parametrize("format", ALL)
 def test_bytes_in_a_row_are_numbers_and_in_a_picture_pixels(tmp_path: Path, format: str) -> None:
     values = np.arange((STEPS + 1) * 3, dtype=np.uint8).reshape(-1, 3) + 200
     actions = np.zeros((STEPS, 1), np.float32)
-    store = formats.import_store(
-        format, file_of(format, tmp_path / "a.file", values, actions), tmp_path / "a.zarr", task="toy"
-    )
-    assert store.spec.pixels is False and store.observations().dtype == np.float32
-    assert store.observations().tolist() == values.tolist()
+    row = episode_of(format, file_of(format, tmp_path / "a.file", values, actions)).observations
+    assert row.dtype == np.float32 and row.tolist() == values.tolist()
     pictures = np.arange((STEPS + 1) * 12, dtype=np.uint8).reshape(-1, 2, 2, 3)
     path = file_of(format, tmp_path / "b.file", pictures, actions)
     chosen = {"observation_keys": ["x"]} if format == "robomimic" else {}
-    store = formats.import_store(format, path, tmp_path / "b.zarr", task="toy", **chosen)
-    assert store.spec.pixels and store.observations().tolist() == pictures.tolist()
+    found = episode_of(format, path, **chosen).observations
+    assert found.dtype == np.uint8 and found.tolist() == pictures.tolist()
     assert Episode(values[:3], np.zeros((2, 1))).observations.dtype == np.float32
 
 
@@ -221,8 +218,7 @@ def test_a_clock_that_float32_stops_is_said(
     values[:, 1] = 1.7e9 + np.arange(steps + 1)
     actions = np.zeros((steps, 1), np.float32)
     path = file_of(format, tmp_path / "a.file", values.astype(kind), actions)
-    store = formats.import_store(format, path, tmp_path / "a.zarr", task="toy")
-    assert len(np.unique(store.observations()[:, 1])) <= 3
+    assert len(np.unique(episode_of(format, path).observations[:, 1])) <= 3
     name = r"x\[1\]" if format == "robomimic" else "column 1"
     said = capsys.readouterr().err
     assert re.search(rf"no longer change where they did: {name} \(\d+ of 200 changes\); of a clock", said)
@@ -234,16 +230,14 @@ def test_columns_that_hardly_move_or_that_float32_holds_are_not_said(
 ) -> None:
     rng, steps = np.random.default_rng(0), 200
     t = np.arange(steps + 1)
-    values = np.stack(
-        [0.8 + 1e-13 * rng.normal(size=steps + 1), 0.01 * t, 1e6 + t, np.where(t < 60, 0.3 + 1e-9 * t, t)]
-    )
+    at_rest, then_moves = 0.8 + 1e-13 * rng.normal(size=steps + 1), np.where(t < 60, 0.3 + 1e-9 * t, t)
+    values = np.stack([at_rest, 0.01 * t, 1e6 + t, then_moves])
     actions = np.zeros((steps, 1), np.float32)
     for format in ("d4rl", "npz"):
-        path = file_of(format, tmp_path / format, values.T, actions)
-        formats.import_store(format, path, tmp_path / f"{format}.zarr", task="toy")
+        episode_of(format, file_of(format, tmp_path / format, values.T, actions))
         assert capsys.readouterr().err == ""
     counts = np.stack([t, 2**24 - 100 + t]).T  # of whole numbers, each one that is lost is said
-    formats.import_store("d4rl", file_of("d4rl", tmp_path / "i", counts, actions), tmp_path / "i.zarr", task="toy")
+    episode_of("d4rl", file_of("d4rl", tmp_path / "i", counts, actions))
     assert "column 1 (50 of 200 changes)" in capsys.readouterr().err
 
 
@@ -253,25 +247,22 @@ def test_columns_that_hardly_move_or_that_float32_holds_are_not_said(
 @pytest.mark.parametrize("format", ["npz", "ogbench"])
 def test_the_horizon_is_one_value_of_whatever_shape(tmp_path: Path, format: str) -> None:
     observations, actions = np.zeros((STEPS + 1, 2), np.float32), np.zeros((STEPS, 1), np.float32)
-    for i, horizon in enumerate((50, np.array([50]), np.array(50.0), np.uint8(50))):
+    for horizon in (50, np.array([50]), np.array(50.0), np.uint8(50)):
         path = file_of(format, tmp_path / "a.npz", observations, actions, horizon=horizon)
-        assert formats.import_store(format, path, tmp_path / f"{i}.zarr", task="toy").spec.horizon == 50
-    for wrong, message in (
-        ([5, 6], r"horizon: has shape \(2,\)"),
-        (0, "no number"),
-        (np.nan, "no number"),
-        ("x", "no"),
-    ):
+        assert formats.FORMATS[format].facts(path).horizon == 50
+    assert formats.import_store(format, path, tmp_path / "a.zarr", task="toy").spec.horizon == 50
+    no_steps = [(wrong, "is no number of steps") for wrong in (0, np.nan, "x")]
+    for wrong, message in (([5, 6], r"horizon: has shape \(2,\)"), *no_steps):
         path = file_of(format, tmp_path / "a.npz", observations, actions, horizon=wrong)
         with pytest.raises(CvlctlError, match=f"a.npz.*{message}"):
-            formats.import_store(format, path, tmp_path / "a.zarr", task="toy")
+            formats.FORMATS[format].facts(path)
 
 
 def test_one_number_a_step_is_to_be_a_row_of_one(tmp_path: Path) -> None:
     for format in ("d4rl", "npz", "minari"):
         path = file_of(format, tmp_path / format, np.zeros(STEPS + 1), np.zeros((STEPS, 1)))
         with pytest.raises(CvlctlError, match=r"observations have shape \(7,\)") as caught:
-            formats.import_store(format, path, tmp_path / "a.zarr", task="toy")
+            episode_of(format, path)
         assert caught.value.hint == "give a single number a step as a row of one: (7, 1)"
     with pytest.raises(CvlctlError, match=r"observations of shape \(6,\) for 6 actions") as caught:
         Episode(np.zeros(STEPS), np.zeros((STEPS, 1)))

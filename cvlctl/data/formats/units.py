@@ -103,7 +103,8 @@ def say_units(store: Store) -> None:
 def _limits(bounds: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     try:
         low, high = (np.asarray(bound, np.float64) for bound in bounds)
-        np.broadcast_shapes(low.shape, high.shape, shape)
+        if np.broadcast_shapes(low.shape, high.shape, shape) != shape and shape:  # more bounds than dimensions
+            raise ValueError
         if not (np.isfinite(low).all() and np.isfinite(high).all() and (low < high).all()):
             raise ValueError
         if low.ndim > 1 or high.ndim > 1:
