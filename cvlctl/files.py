@@ -9,11 +9,12 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, Self, TextIO
 
 from cvlctl.errors import CvlctlError
 
@@ -64,6 +65,27 @@ def make_folder(path: Path) -> None:
             sync(folder.parent)
 
 
+def sync_all(folder: Path) -> None:
+    """`sync` a folder and all that is in it."""
+    for root, _, names in os.walk(folder):
+        for name in [*names, "."]:
+            sync(Path(root) / name)
+
+
+def real(path: Path) -> Path:
+    """What a link leads to, be it there or not; any other path is itself.
+
+    Raises:
+        CvlctlError: a link that leads in a circle.
+    """
+    if not path.is_symlink():
+        return path
+    found = Path(os.path.realpath(path))
+    if found.is_symlink():
+        raise CvlctlError(f"{path} is a symbolic link that leads in a circle", "remove it, or choose another path")
+    return found
+
+
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Replace `path` by `data`, durably: a reader sees the old file or the new one, whole. Makes the folder it needs.
 
@@ -82,6 +104,27 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
                 sync(path.parent)
             finally:
                 temporary.unlink(missing_ok=True)
+
+
+def write_result(path: Path, data: bytes | memoryview, *, force: bool) -> str:
+    """Write what a command makes, a file that fits in memory. Returns "written", or "finished already" where it is
+    there, byte for byte.
+
+    Args:
+        force: replace another file; where a link leads to one, that one.
+
+    Raises:
+        CvlctlError: something else is there, or the disk refuses.
+    """
+    place = real(path)
+    sweep(place.parent, place.name)
+    if place.is_file() and not force and place.stat().st_size == len(data) and place.read_bytes() == data:
+        return "finished already"
+    if place.exists() and not (force and place.is_file()):
+        hint = "choose another path" + "; --force (in Python, force=True) replaces it" * place.is_file()
+        raise CvlctlError(f"{path} exists", hint)
+    write_atomically(place, data)
+    return "written"
 
 
 def _taken(temporary: Path) -> IO[bytes]:
@@ -125,7 +168,7 @@ def _remove_if_abandoned(temporary: Path) -> None:
             except BlockingIOError:
                 return  # somebody is writing it
             except OSError:  # a file system without locks
-                if Path(f"/proc/{temporary.name.split('.')[-2]}").exists():
+                if is_running(int(temporary.name.split(".")[-2])):
                     return
             if os.path.samestat(os.fstat(file.fileno()), temporary.lstat()):  # else replaced meanwhile
                 temporary.unlink()
@@ -161,21 +204,86 @@ def read_regular(path: Path, most: int) -> bytes:
         return file.read(about.st_size)
 
 
-def lock(file: Path) -> TextIO:
-    """Lock `file` for this process alone, until what is returned is closed or the process ends, however it ends.
+class Lock:
+    """A file that this process has alone, until `close` or its end, however it ends."""
+
+    def __init__(self, handle: TextIO, *, noted: bool) -> None:
+        self._handle, self._noted = handle, noted
+
+    def close(self) -> None:
+        if self._noted and not self._handle.closed:
+            with contextlib.suppress(OSError):
+                self._handle.truncate(0)
+        self._handle.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def lock(file: Path) -> Lock:
+    """Lock `file` for this process alone. Its folder is made where there is none.
+
+    Where the file system has no locks, a line in the file says who has it. Two processes that begin at the same
+    instant are then not told apart, nor is whether a process of another machine still runs.
 
     Raises:
         CvlctlError: another process has it, or the file cannot be made.
     """
     with disk(file.parent):
         make_folder(file.parent)
-        handle = open(file, "a")  # noqa: SIM115 (held until closed)
-    with contextlib.suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(handle.fileno()), os.stat(file)):
-            return handle  # else its last owner finished in between and took the file along
-    handle.close()
-    raise CvlctlError(f"another process is writing {file.parent}", "wait until it is done, or choose another path")
+        handle = open(file, "a+")  # noqa: SIM115 (held until closed)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            noted = False
+        except BlockingIOError:
+            raise _busy(file) from None
+        except OSError:  # ENOSYS, ENOLCK, EOPNOTSUPP: there are none
+            with disk(file.parent):
+                noted = _note(handle, file)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(handle.fileno()), os.stat(file)):
+                return Lock(handle, noted=noted)
+        raise _busy(file)  # its last owner finished in between and took the file along
+    except BaseException:
+        handle.close()
+        raise
+
+
+def _busy(file: Path) -> CvlctlError:
+    return CvlctlError(f"another process is writing {file.parent}", "wait until it is done, or choose another path")
+
+
+def _note(handle: TextIO, file: Path) -> bool:
+    """Write host and number of this process into a lock's file, unless there are those of one that may be running."""
+    handle.seek(0)
+    host, _, number = handle.read(300).strip().rpartition(" ")
+    if number.isdecimal():
+        if host != platform.node():
+            what = f"process {number} on {host} is writing {file.parent}, or was: this file system has no locks"
+            raise CvlctlError(what, f"wait until it is done; where it is none any more, delete {file}")
+        if is_running(int(number)):
+            raise CvlctlError(
+                f"another process is writing {file.parent}", f"wait until {number} is done; {file} names it"
+            )
+    handle.truncate(0)
+    handle.write(f"{platform.node()} {os.getpid()}")
+    handle.flush()
+    return True
+
+
+def is_running(process: int) -> bool:
+    """Whether a process of this machine is running."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def checkpoint_file(path: Path, checkpoint: str | int = "last") -> Path:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
 from cvlctl.errors import CvlctlError
-from cvlctl.files import entries, lock, write_atomically, write_json
+from cvlctl.files import Lock, entries, lock, write_atomically, write_json
 from cvlctl.version import versions
 
 LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
@@ -41,7 +41,7 @@ class Run:
     ) -> None:
         self.out, self.recipe, self.inputs, self._refill = out, recipe, inputs, refill
         self.checkpoints = out / "checkpoints"
-        self._lock: TextIO | None = None
+        self._lock: Lock | None = None
 
     @property
     def last(self) -> Path:

@@ -35,7 +35,6 @@ def no_fsync() -> Iterator[None]:
     """No power is lost in this process, and fsync is most of the time. Writers in processes of their own do call it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cvlctl.files.sync", lambda _: None)
-        patch.setattr("cvlctl.data.formats.sources.sync", lambda _: None)
         yield
 
 

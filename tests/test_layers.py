@@ -22,7 +22,7 @@ ROOMS = [
     ["data"],
     ["play"],
     ["recipes"],
-    ["runs"],
+    ["runs", "folders"],
     ["checkpoints", "figures", "interrupts", "progress"],
     ["files", "paths", "types"],
     ["machine", "version", "errors"],

@@ -25,8 +25,8 @@ def _show(work: Callable[[], dict[str, Any]], as_json: bool, quiet: bool) -> Non
 
     try:
         present(work, lambda result: print(in_words(result)), as_json, quiet)
-    except KeyboardInterrupt:
-        say("nothing was written: the same command starts over")
+    except KeyboardInterrupt as stop:
+        say(str(stop) or "nothing was written: the same command starts over")
         raise
 
 
@@ -302,7 +302,8 @@ def export(
     from cvlctl.data import exchange
 
     def line(result: dict[str, Any]) -> None:
-        print(f"{result['path']}: {result['episodes']:,} episodes as {result['format']}")
+        status = "" if result["status"] == "written" else f"{result['status']}: "
+        print(f"{status}{result['path']}: {result['episodes']:,} episodes as {result['format']}")
 
     present(lambda: exchange.export(store, format, out, label=label, force=force), line, as_json, quiet)
 

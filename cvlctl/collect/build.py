@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 
 from cvlctl.collect import online
-from cvlctl.collect.recipe import (
-    BuildRecipe,
-    OnlineSource,
-)
+from cvlctl.collect.recipe import BuildRecipe, OnlineSource
 from cvlctl.collect.sources import roll_out
 from cvlctl.data.formats import units
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
+from cvlctl.folders import put_right
 from cvlctl.play import envpool, envs
 from cvlctl.play.rollout import outcome
 from cvlctl.progress import Progress, say
@@ -39,7 +37,8 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
             whatever the sources find wrong.
     """
     begin, plain = time.monotonic(), recipe.resolved()
-    if recipe.out.exists() and not force:
+    tidied = put_right(recipe.out)  # by a build that was killed when all was done, perhaps this one
+    if recipe.out.exists() and (not force or (tidied and _is_of(recipe, open_store(recipe.out)))):
         return finished(recipe)
     env = envs.make(recipe.task, recipe.seed, recipe.horizon)
     try:
@@ -69,13 +68,18 @@ def finished(recipe: BuildRecipe) -> dict[str, Any]:
     Raises:
         CvlctlError: it is another recipe's.
     """
+    put_right(recipe.out)
     store = open_store(recipe.out)
-    if not recipe.built(store.provenance.get("recipe")):
+    if not _is_of(recipe, store):
         what = f"{recipe.out} holds a store of another recipe"
         raise CvlctlError(what, "choose another out, or --force to replace it")
     if isinstance(recipe.source, OnlineSource):
         online.finish_run(recipe, recipe.source)
     return _summary(store, "finished already", 0.0)
+
+
+def _is_of(recipe: BuildRecipe, store: Store) -> bool:
+    return recipe.built(store.provenance.get("recipe"))
 
 
 def _summary(store: Store, status: str, seconds: float) -> dict[str, Any]:

@@ -58,16 +58,16 @@ def collect(
     force: bool,
     progress: type[Progress] = Progress,
 ) -> Store:
-    """Collect the store of `recipe`, or resume it. `open_writer` takes `force` and `resume`, as StoreWriter does."""
+    """Collect the store of `recipe`, or resume it."""
     run = _run(recipe)
     _take(run, force)
     try:
         writer = open_writer()
         saved = _saved(run, writer.num_episodes) if writer.num_episodes else None
         if writer.num_episodes and saved is None:
-            writer.close()
+            writer.close(discard=True)
             say(f"{writer.partial}: the learner's state for it is lost; starting over")
-            writer = open_writer(force=True, resume=False)
+            writer = open_writer()
         with writer:
             collector = _Collector(recipe, source, env, run, writer, saved)
             collector.collect(progress)

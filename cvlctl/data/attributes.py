@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cvlctl import files
 from cvlctl.errors import CvlctlError
+from cvlctl.folders import partial_of, put_aside
 
 FORMAT, VERSION = "cvlctl-store", 1
 # the format's own root attributes; any other is free
@@ -50,9 +51,9 @@ class Attributes(_Strict):
 def read_attributes(path: Path) -> dict[str, Any]:
     """The root attributes of what must be a finished store that this version can read."""
     if not path.exists():
-        partial, old = beside(path, ".partial"), beside(path, ".old")
+        partial, old = partial_of(path), put_aside(path)
         if partial.exists():
-            kept = f"; the store that it replaces is {old}" if old.exists() else ""
+            kept = f"; the store that it replaces is {old}" if old else ""
             what = f"{path} is not finished: it is still being written, or its writer was stopped"
             raise CvlctlError(what, f"wait, or run the same command again to resume {partial}{kept}")
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.zarr")], n=1, cutoff=0.0)
@@ -83,7 +84,3 @@ def parsed(path: Path, attributes: dict[str, Any]) -> Attributes:
         place = f" ({'.'.join(map(str, inside))})" if inside else ""
         what = f"{path / 'zarr.json'}: the store's attributes lack or garble {name!r}{place}: {first['msg']}"
         raise CvlctlError(what, "restore that file from a copy, or write the store again") from None
-
-
-def beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)

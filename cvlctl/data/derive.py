@@ -6,21 +6,23 @@ Memory stays flat: one chunk of each array of a parent, and what the writer hold
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cvlctl import files
 from cvlctl.data.attributes import KEYS
-from cvlctl.data.store import DATA, Column, Store
+from cvlctl.data.store import DATA, Column, Store, open_store
 from cvlctl.data.writer import StoreWriter
+from cvlctl.errors import CvlctlError
+from cvlctl.folders import put_in_place, put_right
 from cvlctl.progress import Progress
 from cvlctl.types import Episode
 
 # what is true of a store's writing, not of its episodes
-OWN_PROVENANCE = ("versions", "platform", "git_commit", "created", "recipe", "parents", "command")
+OWN_PROVENANCE = ("versions", "platform", "git_commit", "created", "recipe", "parents", "command", "inputs")
 
 Rows = Callable[[], Iterator[np.ndarray]]  # (T+1,) rows of every episode, in order, the final row included
 
@@ -84,11 +86,14 @@ def copied_labels(parts: Sequence[Part]) -> dict[str, Rows]:
     return {name: lambda name=name: column_rows(parts, name) for name in common}  # type: ignore[misc]
 
 
-def derive(outputs: Sequence[Output], command: str, *, force: bool = False) -> list[Store]:
+def derive(
+    outputs: Sequence[Output], command: str, *, force: bool = False, inputs: Mapping[str, str] | None = None
+) -> list[Store]:
     """Write stores, all of them or none: whatever goes wrong, nothing half-written stays, and old stores stay.
 
     Args:
         command: the command line that does this, for the provenance.
+        inputs: digest by name of whatever else than stores it read.
         force: replace stores that are there already, once the new ones are complete.
 
     Raises:
@@ -96,27 +101,76 @@ def derive(outputs: Sequence[Output], command: str, *, force: bool = False) -> l
             disk refuses.
     """
     writers: list[StoreWriter] = []
-    done: list[Store] = []
     _check_parents(outputs)
     try:
         for output in outputs:
             parents = [part.store for part in output.parts]
             horizon = max(store.spec.horizon for store in parents)
             origin = {**_agreed([_about(store) for store in parents]), **_origin(parents, command)}
+            if inputs:
+                origin["inputs"] = dict(inputs)
             writer = StoreWriter(
-                output.path, task=output.task, horizon=horizon, provenance=origin, force=force, resume=False
-            )
+                output.path, task=output.task, horizon=horizon, provenance=origin, force=force, resume=False,
+                in_place=False,
+            )  # fmt: skip
             writers.append(writer)
             _fill(writer, output)
         for writer, output in zip(writers, outputs, strict=True):
-            done.append(writer.finish(**_agreed([_extra(part.store) for part in output.parts])))
+            writer.finish(**_agreed([_extra(part.store) for part in output.parts]))
+        put_in_place([writer.folder for writer in writers])
     except BaseException:
         for writer in writers:
             writer.close(discard=True)
-        for store in done:  # one half of a split is worse than none
-            shutil.rmtree(store.path, ignore_errors=True)
         raise
-    return done
+    return [open_store(output.path) for output in outputs]
+
+
+def finished_already(
+    command: str,
+    outs: Sequence[Path],
+    parents: Sequence[Path],
+    *,
+    force: bool = False,
+    inputs: Callable[[], Mapping[str, str]] = dict,
+) -> list[Store]:
+    """The stores at `outs`, where this very command wrote all of them, from what it would read now; else none.
+
+    With `force` it is none either: but for a command that was killed when all was done, and could not tidy up. It might
+    have replaced what it read, and must not do the same to its own result.
+
+    Args:
+        outs: what killed commands left there is put right first: a parent may be among it.
+        inputs: makes what `derive` was given; called where the rest is the same.
+    """
+    tidied = [put_right(out) for out in outs]  # all of them
+    if not all(out.exists() for out in outs) or (force and not any(tidied)):
+        return []
+    try:
+        found = [open_store(out) for out in outs]
+    except CvlctlError:  # who writes there will say what it is
+        return []
+    if any(store.provenance.get("command") != command for store in found):
+        return []
+    places = [files.real(out) for out in outs]
+    known = [None if any(tidied) and files.real(path) in places else _content(open_store(path)) for path in parents]
+    made = inputs()
+    return found if all(_same(store.provenance, known, dict(made)) for store in found) else []
+
+
+def _content(store: Store) -> list[Any]:
+    return [store.digest(), {label: store.label_digest(label) for label in store.labels}]
+
+
+def _same(provenance: dict[str, Any], parents: list[Any], inputs: dict[str, str]) -> bool:
+    """Whether a store is of these parents (None: of whichever) and inputs."""
+    written, then = provenance.get("parents"), provenance.get("inputs", {})
+    if not isinstance(written, list) or len(written) != len(parents) or then != inputs:
+        return False
+    pairs = zip(written, parents, strict=True)
+    return all(
+        now is None or (isinstance(before, dict) and [before.get("digest"), before.get("labels")] == now)
+        for before, now in pairs
+    )
 
 
 def command_line(name: str, *words: object, **options: Any) -> str:
@@ -132,10 +186,10 @@ def command_line(name: str, *words: object, **options: Any) -> str:
     return shlex.join(line)
 
 
-def summary(store: Store) -> dict[str, Any]:
-    """What is said of a store that was just written."""
+def summary(store: Store, status: str = "written") -> dict[str, Any]:
+    """What is said of a store that was just written, or was "finished already"."""
     return {
-        "status": "written", "path": str(store.path), "episodes": store.num_episodes,
+        "status": status, "path": str(store.path), "episodes": store.num_episodes,
         "transitions": store.num_transitions, "labels": store.labels, "digest": store.digest(),
     }  # fmt: skip
 

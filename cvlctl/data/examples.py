@@ -99,11 +99,9 @@ def examples(
         rule: "successes" or "last" (`k` states an episode), at most `num` of them: what a recipe would take.
         picks: instead of a rule: frames as "episode:step"; step 0 is the first observation, -1 the final one.
     """
-    store = open_store(path)
-    if Path(out).suffix not in (".npy", ".npz"):
+    store, out = open_store(path), Path(out)
+    if out.suffix not in (".npy", ".npz"):
         raise CvlctlError(f"{out}: success examples are kept in a .npy or a .npz", "name the file so")
-    if Path(out).exists() and not (force and Path(out).is_file()):
-        raise CvlctlError(f"{out} exists", "choose another file" + "; --force replaces it" * Path(out).is_file())
     if picks:
         found = _picked(store, picks)
         command = command_line("examples", path, out=out, pick=picks)
@@ -112,13 +110,13 @@ def examples(
         found = success_examples(SuccessExamples.model_validate(source), store.spec)
         command = command_line("examples", path, out=out, rule=rule, num=num, k=k, label=label)
     data = io.BytesIO()
-    if Path(out).suffix == ".npy":
+    if out.suffix == ".npy":
         np.save(data, found, allow_pickle=False)
     else:
         origin = {"parents": [{"path": str(path), "digest": store.digest()}], "command": command}
         np.savez(data, allow_pickle=False, observations=found, provenance=np.array(json.dumps(origin)))
-    files.write_atomically(Path(out), data.getbuffer())
-    return {"status": "written", "path": str(out), "examples": len(found), "shape": list(found.shape)}
+    status = files.write_result(out, data.getbuffer(), force=force)
+    return {"status": status, "path": str(out), "examples": len(found), "shape": list(found.shape)}
 
 
 def _picked(store: Store, picks: Sequence[str]) -> np.ndarray:

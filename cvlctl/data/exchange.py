@@ -37,7 +37,7 @@ def import_file(
     """Write a file's episodes to a new store; arguments are those of `formats.import_store`, `keys` as OURS=THEIRS.
 
     Returns:
-        status, path, episodes, transitions, labels, digest.
+        status ("written", or "finished already" by the very same command), path, episodes, transitions, labels, digest.
     """
     named = {"action_bounds": action_bounds, "clip_actions": clip_actions, "observation_keys": list(observation_keys)}
     options: dict[str, Any] = {key: value for key, value in named.items() if value}
@@ -58,16 +58,20 @@ def import_file(
     )  # fmt: skip
     if action_bounds:
         command += f" --action-bounds {action_bounds[0]:g} {action_bounds[1]:g}"
+    if done := formats.imported_already(format, path, Path(out), command, horizon=horizon, force=force, **options):
+        return summary(done, "finished already")
     about: dict[str, Any] = {"task": task, "horizon": horizon, "label": label, "force": force, "command": command}
     return summary(formats.import_store(format, path, out, **about, **options))
 
 
 def export(path: Path, format: str, out: Path, *, label: str = "given", force: bool = False) -> dict[str, Any]:
-    """Write a store as a file of another project: status, path, format, episodes, transitions."""
-    store = open_store(path)
-    written = formats.export_store(format, store, out, label=label, force=force)
+    """Write a store as a file of another project, or find it written: status, path, format, episodes, transitions."""
+    store, status = open_store(path), "finished already"
+    if force or not formats.exported_already(format, store, Path(out), label):
+        formats.export_store(format, store, out, label=label, force=force)
+        status = "written"
     counts = {"episodes": store.num_episodes, "transitions": store.num_transitions}
-    return {"status": "written", "path": str(written), "format": format, **counts}
+    return {"status": status, "path": str(out), "format": format, **counts}
 
 
 def fetch(name: str, out: Path, *, mirror: str = "", sha256: str = "", force: bool = False) -> dict[str, Any]:

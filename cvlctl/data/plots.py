@@ -11,7 +11,6 @@ import numpy as np
 from cvlctl import files
 from cvlctl.data.derive import Part, bounds, column_rows
 from cvlctl.data.store import Column, Store, open_store
-from cvlctl.errors import CvlctlError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,15 +28,12 @@ def plot(path: Path, out: Path | None = None, *, label: str = "given", force: bo
         of variance that the two axes of the coverage panel hold.
 
     Raises:
-        CvlctlError: the file exists (and no `force`), the store cannot be read, or it has other labels only.
+        CvlctlError: another file is there (and no `force`), the store cannot be read, or it has other labels only.
     """
     from matplotlib.figure import Figure
 
     store = open_store(path)
     target = Path(out) if out is not None else Path(path).with_suffix(".png")
-    if target.exists() and not (force and target.is_file()):
-        hint = "choose another --out" + "; --force replaces it" * target.is_file()
-        raise CvlctlError(f"{target} exists", hint)
     if store.labels or label != "given":
         store.require_label(label)
     names = [*(["returns"] if store.has_label(label) else []), "coverage", "lengths"]
@@ -54,8 +50,8 @@ def plot(path: Path, out: Path | None = None, *, label: str = "given", force: bo
     _lengths(axes["lengths"], store)
     data = io.BytesIO()
     figure.savefig(data, dpi=150, format="png")
-    files.write_atomically(target, data.getbuffer())
-    return {"status": "written", "path": str(target), "panels": names, "explained_variance": explained}
+    status = files.write_result(target, data.getbuffer(), force=force)
+    return {"status": status, "path": str(target), "panels": names, "explained_variance": explained}
 
 
 def plane(observations: np.ndarray) -> tuple[np.ndarray, list[float]]:

@@ -11,8 +11,9 @@ import numpy as np
 
 from cvlctl import files
 from cvlctl.errors import CvlctlError
+from cvlctl.folders import TAIL
 
-TAIL = "tail.npz"
+__all__ = ["TAIL", "Tail", "discard_hint", "load", "save"]
 
 
 class Tail(NamedTuple):

@@ -1,6 +1,7 @@
 """`cvlctl data merge | split | filter | subsample | drop-rewards`: stores made of stores.
 
-Every function returns what it wrote as plain data (`--json` prints it) and refuses to overwrite unless forced.
+Every function returns what it wrote as plain data (`--json` prints it). It finds what it wrote earlier from the same
+stores ("finished already"), and refuses to overwrite anything else unless forced.
 """
 
 from __future__ import annotations
@@ -12,9 +13,21 @@ from typing import Any
 import numpy as np
 
 from cvlctl.data.criteria import Criteria, meets, no_label, ranges
-from cvlctl.data.derive import Output, Part, command_line, copied_labels, derive, label_arrays, summary, whole
+from cvlctl.data.derive import (
+    Output,
+    Part,
+    command_line,
+    copied_labels,
+    derive,
+    finished_already,
+    label_arrays,
+    summary,
+    whole,
+)
 from cvlctl.data.store import Store, open_store
 from cvlctl.errors import CvlctlError
+
+FINISHED = "finished already"
 
 
 def merge(paths: Sequence[Path], out: Path, *, task: str | None = None, force: bool = False) -> dict[str, Any]:
@@ -25,6 +38,9 @@ def merge(paths: Sequence[Path], out: Path, *, task: str | None = None, force: b
     """
     if len(paths) < 2:
         raise CvlctlError("merge needs two stores or more", "cvlctl data merge A B --out C")
+    command = command_line("merge", *paths, out=out, task=task)
+    if done := finished_already(command, [Path(out)], paths, force=force):
+        return summary(done[0], FINISHED)
     stores = [open_store(path) for path in paths]
     for path, store in zip(paths, stores, strict=True):
         if _shape(store) != _shape(stores[0]):
@@ -34,7 +50,6 @@ def merge(paths: Sequence[Path], out: Path, *, task: str | None = None, force: b
     labels = copied_labels(parts)
     left_out = sorted({name for store in stores for name in label_arrays(store)} - set(labels))
     name = task or " + ".join(dict.fromkeys(store.task for store in stores))
-    command = command_line("merge", *paths, out=out, task=task)
     (store,) = derive([Output(Path(out), parts, labels, name)], command, force=force)
     return {**summary(store), "labels_left_out": left_out}
 
@@ -48,6 +63,11 @@ def split(
         train: share of the episodes, in (0, 1); both stores get at least one.
         out: default: the store's own path without its suffix.
     """
+    stem = Path(out) if out is not None else Path(path).with_suffix("")
+    outs = [stem.with_name(f"{stem.name}-{name}.zarr") for name in ("train", "validation")]
+    command = command_line("split", path, train=train, seed=seed, out=out)
+    if done := finished_already(command, outs, [path], force=force):
+        return dict(zip(("train", "validation"), (summary(store, FINISHED) for store in done), strict=True))
     store = open_store(path)
     if not 0.0 < train < 1.0:
         raise CvlctlError(
@@ -57,12 +77,9 @@ def split(
         raise CvlctlError(f"{path} has one episode: it cannot be split", "collect more episodes")
     order = _generator(seed).permutation(store.num_episodes)
     count = min(max(round(train * store.num_episodes), 1), store.num_episodes - 1)
-    stem = Path(out) if out is not None else Path(path).with_suffix("")
-    outputs = []
-    for name, numbers in (("train", order[:count]), ("validation", order[count:])):
-        part = Part(store, np.sort(numbers))
-        outputs.append(Output(stem.with_name(f"{stem.name}-{name}.zarr"), [part], copied_labels([part]), store.task))
-    written = derive(outputs, command_line("split", path, train=train, seed=seed, out=out), force=force)
+    parts = [Part(store, np.sort(numbers)) for numbers in (order[:count], order[count:])]
+    outputs = [Output(to, [part], copied_labels([part]), store.task) for to, part in zip(outs, parts, strict=True)]
+    written = derive(outputs, command, force=force)
     return dict(zip(("train", "validation"), map(summary, written), strict=True))
 
 
@@ -72,17 +89,20 @@ def filter_episodes(path: Path, out: Path, criteria: Criteria, *, force: bool = 
     Raises:
         CvlctlError: no criterion, a label that the store lacks, an unknown task, or no episode that meets them.
     """
-    store = open_store(path)
-    numbers = np.flatnonzero(meets(store, criteria))
-    if len(numbers) == 0:
-        raise CvlctlError(f"{path}: none of {store.num_episodes} episodes passes", ranges(store, criteria.label))
     options = {
         "min_return": criteria.min_return, "max_return": criteria.max_return, "success": criteria.success,
         "min_length": criteria.min_length, "max_length": criteria.max_length, "task": criteria.tasks,
         "collected_from": criteria.collected_from, "collected_to": criteria.collected_to,
         "label": criteria.label if criteria.label != "given" else None,
     }  # fmt: skip
-    return _some(Part(store, numbers), out, command_line("filter", path, out=out, **options), force)
+    command = command_line("filter", path, out=out, **options)
+    if done := finished_already(command, [Path(out)], [path], force=force):
+        return summary(done[0], FINISHED)
+    store = open_store(path)
+    numbers = np.flatnonzero(meets(store, criteria))
+    if len(numbers) == 0:
+        raise CvlctlError(f"{path}: none of {store.num_episodes} episodes passes", ranges(store, criteria.label))
+    return _some(Part(store, numbers), out, command, force)
 
 
 def subsample(
@@ -95,6 +115,9 @@ def subsample(
     force: bool = False,
 ) -> dict[str, Any]:
     """Keep a seeded choice of episodes, by number or by fraction, in their order."""
+    command = command_line("subsample", path, out=out, episodes=episodes, fraction=fraction, seed=seed)
+    if done := finished_already(command, [Path(out)], [path], force=force):
+        return summary(done[0], FINISHED)
     store = open_store(path)
     if (episodes is None) == (fraction is None):
         raise CvlctlError("subsample needs one of --episodes and --fraction", "such as --fraction 0.1")
@@ -104,12 +127,14 @@ def subsample(
         raise CvlctlError(f"--episodes {episodes}: {path} has {store.num_episodes} episodes", "choose 1 to that many")
     count = episodes or max(1, round((fraction or 0.0) * store.num_episodes))
     numbers = np.sort(_generator(seed).permutation(store.num_episodes)[:count])
-    command = command_line("subsample", path, out=out, episodes=episodes, fraction=fraction, seed=seed)
     return _some(Part(store, numbers), out, command, force)
 
 
 def drop_rewards(path: Path, out: Path, *, labels: Sequence[str] = (), force: bool = False) -> dict[str, Any]:
     """Leave labels out, rewards and successes both: all of them, or those named. The digest stays the same."""
+    command = command_line("drop-rewards", path, out=out, label=labels)
+    if done := finished_already(command, [Path(out)], [path], force=force):
+        return summary(done[0], FINISHED)
     store = open_store(path)
     for label in labels:
         if label not in store.labels:
@@ -117,7 +142,6 @@ def drop_rewards(path: Path, out: Path, *, labels: Sequence[str] = (), force: bo
     part = whole(store)
     names = tuple(f"labels/{label}/" for label in labels or store.labels)
     kept = {name: rows for name, rows in copied_labels([part]).items() if not name.startswith(names)}
-    command = command_line("drop-rewards", path, out=out, label=labels)
     (written,) = derive([Output(Path(out), [part], kept, store.task)], command, force=force)
     return summary(written)
 
@@ -126,10 +150,11 @@ def in_words(result: dict[str, Any]) -> str:
     """The result of any of these as one line, two for `split`."""
     if "status" not in result:
         return "\n".join(in_words(one) for one in result.values())
+    place = f"{result['status']}: {result['path']}" if result["status"] == FINISHED else result["path"]
     if "examples" in result:
-        return f"{result['path']}: {result['examples']:,} success examples"
+        return f"{place}: {result['examples']:,} success examples"
     of = f" of {result['of_episodes']:,}" if "of_episodes" in result else ""
-    line = f"{result['path']}: {result['episodes']:,}{of} episodes, {result['transitions']:,} transitions, "
+    line = f"{place}: {result['episodes']:,}{of} episodes, {result['transitions']:,} transitions, "
     line += f"labels: {', '.join(result['labels']) or 'none'}"
     if result.get("labels_left_out"):
         line += f"\nleft out, since not every store has them: {', '.join(result['labels_left_out'])}"

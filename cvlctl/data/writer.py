@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import numpy as np
 import zarr
 
-from cvlctl import files
+from cvlctl import files, folders
 from cvlctl.data import tails
 from cvlctl.data.arrays import checksum as _checksum
 from cvlctl.data.arrays import trailers, write_arrays
-from cvlctl.data.attributes import FORMAT, VERSION, beside, read_attributes
+from cvlctl.data.attributes import FORMAT, VERSION, read_attributes
 from cvlctl.data.chunks import open_array, read_array
 from cvlctl.data.provenance import environment, jsonable
 from cvlctl.data.store import LABEL_ARRAYS, META, Store, json_digest, open_store, split
 from cvlctl.data.tails import TAIL, Tail
 from cvlctl.errors import CvlctlError
+from cvlctl.folders import Folder, put_in_place
 from cvlctl.types import Episode
 
 CHUNK_ROWS = 100_000  # 500k rows load in tens of ms; chunks of 1k rows take ten times as long
@@ -75,9 +75,15 @@ class StoreWriter:
     A kill at any instant loses only what was appended after the last `flush`. As a context manager it lets go of the
     partial store on leaving; only `finish` puts the store in place.
 
+    Args:
+        resume: another writer may go on with what this one flushes, and this one with what an earlier one did. Without,
+            a kill leaves what the next command at `path` discards.
+        in_place: False: `finish` leaves the complete store in `partial`, for `folders.put_in_place` with others.
+
     Raises:
-        CvlctlError: the store exists (and no `force`), another writer is at work, or the partial store is of another
-            task, horizon, label or recipe (`provenance["recipe"]`; `force` discards it).
+        CvlctlError: the store exists (and no `force`), another writer is at work, or what may be resumed there is not
+            to be (no `resume`), or of another task, horizon, label or recipe (`provenance["recipe"]`); `force` discards
+            it.
     """
 
     def __init__(
@@ -90,9 +96,10 @@ class StoreWriter:
         label: str = "given",
         force: bool = False,
         resume: bool = True,
+        in_place: bool = True,
     ) -> None:
-        self.path, self.partial = Path(path), beside(Path(path), ".partial")
-        self._task, self._horizon, self._force = task, horizon, force
+        self.path = Path(path)
+        self._task, self._horizon, self._force, self._resume, self._in_place = task, horizon, force, resume, in_place
         self._label_arrays = [f"labels/{label}/{array}" for array in LABEL_ARRAYS]
         check_label(label)
         if not isinstance(task, str) or not task.strip():
@@ -102,17 +109,20 @@ class StoreWriter:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         self._provenance = {**environment(), "created": created, **given}
         self._identity = {"task": task, "horizon": horizon, "label": label, "recipe": recipe}
+        folders.put_right(self.path)
         self._refuse_existing()
         self._pending: dict[str, list[np.ndarray]] = {}  # rows of each row array that no chunk holds yet
         self._table: list[tuple[int, ...]] = []  # one row of store.META an episode
         self._tasks: dict[str, int] = {}  # number of each name, in order of first appearance
         self._chunk_rows, self._written = CHUNK_ROWS, 0  # rows of a chunk; rows that lie in full chunks
-        self._lock: TextIO | None = files.lock(self.partial / "lock")
+        self.folder = Folder(self.path)
+        self.partial = self.folder.partial
         try:
             with files.disk(self.partial):
-                self._restore(resume)
+                self._restore()
+                self.folder.mark(resumes=resume)
         except BaseException:
-            self.close()
+            self.folder.close(discard=not (self.partial / TAIL).exists())  # else it is somebody's work
             raise
 
     @property
@@ -193,7 +203,7 @@ class StoreWriter:
         self._require_open()
         with files.disk(self.partial):
             self._write_full_chunks()
-            self._sync()
+            files.sync_all(self.partial)
             state = Tail(self._identity, self._table, list(self._tasks), self._chunk_rows, self._written, self._rest())
             tails.save(self.partial, state)
 
@@ -228,27 +238,16 @@ class StoreWriter:
             if clash := sorted(set(extra) & set(own)):
                 raise CvlctlError(f"the store's own attribute {clash[0]!r} cannot be given to finish()")
             zarr.open_group(self.partial, mode="r+", zarr_format=3).attrs.put({**extra, **own})
-            self._sync()
-            old = beside(self.path, ".old")
-            if self.path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.rename(self.path, old)
-            os.rename(self.partial, self.path)
-            files.sync(self.path.parent)
-            shutil.rmtree(old, ignore_errors=True)
-            for name in (TAIL, "lock"):  # only now: until the rename they were what a resume needs
-                (self.path / name).unlink(missing_ok=True)
-        self.close()
+            files.sync_all(self.partial)
+        if not self._in_place:
+            return open_store(self.partial)
+        put_in_place([self.folder])
         return open_store(self.path)
 
     def close(self, discard: bool = False) -> None:
         """Let go of the partial store. What was flushed stays, to be resumed (unless `discard`)."""
-        if self._lock is None:
-            return
-        if discard or not (self.partial / TAIL).exists():  # nothing was ever flushed
-            shutil.rmtree(self.partial, ignore_errors=True)
-        self._lock.close()
-        self._lock = None
+        kept = self._resume and not discard and (self.partial / TAIL).exists()
+        self.folder.close(discard=not kept)
 
     def __enter__(self) -> Self:
         return self
@@ -257,7 +256,7 @@ class StoreWriter:
         self.close()
 
     def _require_open(self) -> None:
-        if self._lock is None:
+        if not self.folder.is_open:
             raise CvlctlError(f"the writer of {self.path} is closed", "open another StoreWriter")
 
     def _refuse_existing(self) -> None:
@@ -267,27 +266,24 @@ class StoreWriter:
                 raise CvlctlError(f"{self.path} exists", hint)
             read_attributes(self.path)  # --force replaces stores, never a folder of something else
 
-    def _restore(self, resume: bool) -> None:
+    def _restore(self) -> None:
         """Take up what was flushed, and remove what was not."""
-        for cut_off in self.partial.glob(".*.tmp"):
-            cut_off.unlink()
+        for cut_off in [*self.partial.glob(".*.tmp"), *self.partial.rglob("*.partial")]:  # ours, and zarr's
+            if cut_off.is_file():
+                cut_off.unlink()
         if (self.partial / TAIL).exists():
             try:
-                self._read_tail(resume)
+                self._read_tail()
                 return
             except CvlctlError:
                 if not self._force:
                     raise
-        for entry in self.partial.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != "lock":
-                entry.unlink()
+        self.folder.empty()
 
-    def _read_tail(self, resume: bool) -> None:
+    def _read_tail(self) -> None:
         tail = tails.load(self.partial)
         other = [key for key, value in self._identity.items() if tail.identity.get(key) != value]
-        if other or not resume:
+        if other or not self._resume:
             what = f"{self.partial} holds {len(tail.table)} episodes of an unfinished store"
             what += f" with another {', '.join(other)}" if other else ""
             raise CvlctlError(what, tails.discard_hint(self.partial))
@@ -304,11 +300,6 @@ class StoreWriter:
 
     def _rest(self) -> dict[str, np.ndarray]:
         return {name: np.concatenate(parts) for name, parts in self._pending.items()}
-
-    def _sync(self) -> None:
-        for root, _, names in os.walk(self.partial):
-            for name in [*names, "."]:
-                files.sync(Path(root) / name)
 
     def _write_full_chunks(self) -> None:
         full = (self._num_rows - self._written) // self._chunk_rows * self._chunk_rows

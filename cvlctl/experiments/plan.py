@@ -8,6 +8,7 @@ from typing import Any
 
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.recipe import ExperimentRecipe, Job
+from cvlctl.folders import partial_of
 from cvlctl.runs import read_run
 
 
@@ -39,7 +40,7 @@ def _state(job: Job) -> str:
             from cvlctl.data.store import open_store
 
             if not out.exists():
-                return "partial" if out.with_name(out.name + ".partial").exists() else "to do"
+                return "partial" if partial_of(out).exists() else "to do"
             same = job.recipe.built(open_store(out).provenance.get("recipe"))
             return "finished" if same else "another recipe"
         if job.command == "evaluate":

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cvlctl.data.derive import Output, Part, bounds, column_rows, command_line, copied_labels, derive, summary, whole
+from cvlctl.data.derive import (
+    Output,
+    Part,
+    bounds,
+    column_rows,
+    command_line,
+    copied_labels,
+    derive,
+    finished_already,
+    summary,
+    whole,
+)
 from cvlctl.data.examples import success_examples
 from cvlctl.data.recipe import SuccessExamples
 from cvlctl.data.store import Store, open_store
@@ -40,25 +52,29 @@ def label_store(
     Raises:
         CvlctlError: the label is there already, its name is not plain, or the rewards are not to be had.
     """
+    options = {"label": label if label != "given" else None, "examples": examples, "seed": seed or None}
+    command = command_line("label", path, name, out=out, rewards=rewards, **options)
+    read: dict[str, np.ndarray] = {}  # what else than the store is read
+
+    def digests() -> dict[str, str]:
+        if not read:
+            read.update(_inputs(rewards, open_store(path), examples, seed))
+        return {what: hashlib.sha256(np.ascontiguousarray(values).data).hexdigest() for what, values in read.items()}
+
+    if done := finished_already(command, [Path(out)], [path], force=force, inputs=digests):
+        return summary(done[0], "finished already")
     store = open_store(path)
     if name in store.labels:
         raise CvlctlError(f"{path} has a label {name!r} already", "choose another name, or drop that one first")
     check_label(name)
-    part = whole(store)
-    file: np.ndarray | None = None  # of rewards, one a transition or one a row
+    part, inputs = whole(store), digests()
+    file = read.get("rewards")  # one a transition or one a row
     if rewards == "successes":
         store.require_label(label, "success")
-    elif rewards.endswith(".npy"):
-        file = _reward_file(Path(rewards), store)
-    elif rewards != "zeros":
-        from cvlctl.learn.labellers import LABELLERS  # and with it torch, which the others do without
-
-        if rewards in LABELLERS:
-            file = _learn(rewards, store, examples, seed)
-        elif (Path(rewards) / LABELS_FILE).is_file():
-            file = _learned_in(Path(rewards) / LABELS_FILE, store, seed)
-        else:
-            store.require_label(rewards)
+    elif "examples" in read:
+        file = _learn(rewards, store, read["examples"], seed)
+    elif file is None and rewards != "zeros":
+        store.require_label(rewards)
 
     def rows() -> Iterator[np.ndarray]:
         if file is not None:
@@ -71,10 +87,26 @@ def label_store(
             yield from column_rows([part], f"labels/{rewards}/reward")
 
     labels = {**copied_labels([part]), f"labels/{name}/reward": rows}
-    options = {"label": label if label != "given" else None, "examples": examples, "seed": seed or None}
-    command = command_line("label", path, name, out=out, rewards=rewards, **options)
-    (written,) = derive([Output(Path(out), [part], labels, store.task)], command, force=force)
+    (written,) = derive([Output(Path(out), [part], labels, store.task)], command, force=force, inputs=inputs)
     return summary(written)
+
+
+def _inputs(rewards: str, store: Store, examples: Path | None, seed: int) -> dict[str, np.ndarray]:
+    """What is read beside the store: "rewards" (transitions,) or (rows,), or "examples" (X, O) to learn them from."""
+    if rewards.endswith(".npy"):
+        return {"rewards": _reward_file(Path(rewards), store)}
+    if rewards in ("successes", "zeros"):
+        return {}
+    from cvlctl.learn.labellers import LABELLERS  # and with it torch, which the others do without
+
+    if rewards in LABELLERS:
+        if examples is None:
+            raise CvlctlError(f"--rewards {rewards} is learned from success examples", "give --examples FILE.npy")
+        source = SuccessExamples.model_validate({"file": examples, "num": 10**9})
+        return {"examples": success_examples(source, store.spec, "--examples")}
+    if (Path(rewards) / LABELS_FILE).is_file():
+        return {"rewards": _learned_in(Path(rewards) / LABELS_FILE, store, seed)}
+    return {}
 
 
 def _reward_file(path: Path, store: Store) -> np.ndarray:
@@ -92,16 +124,13 @@ def _reward_file(path: Path, store: Store) -> np.ndarray:
     return found
 
 
-def _learn(labeller: str, store: Store, examples: Path | None, seed: int) -> np.ndarray:
-    """(rows,) rewards by a labeller of default settings, in the store's own order."""
+def _learn(labeller: str, store: Store, examples: np.ndarray, seed: int) -> np.ndarray:
+    """(rows,) rewards by a labeller of default settings, in the store's own order; examples (X, O)."""
     import torch
 
     from cvlctl.learn import labellers
 
-    if examples is None:
-        raise CvlctlError(f"--rewards {labeller} is learned from success examples", "give --examples FILE.npy")
-    shown = success_examples(SuccessExamples.model_validate({"file": examples, "num": 10**9}), store.spec, "--examples")
-    seen, given = torch.from_numpy(store.observations()), torch.from_numpy(shown)
+    seen, given = torch.from_numpy(store.observations()), torch.from_numpy(examples)
     learned = labellers.learn(labeller, labellers.Config(), seen, given, [seed], "cpu")
     return _as_stored(learned[0].numpy())
 

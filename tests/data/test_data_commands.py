@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -244,16 +245,26 @@ COMMANDS = [
 def test_every_command_writes_says_so_as_json_and_overwrites_by_force_alone(
     many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
-    place = {"A": str(many), **{f"O{end}": f"{tmp_path}/o{end}" for end in ("", ".npy", ".npz", ".png")}}
-    args = ["data", *(place.get(word, word) for word in words)]
+    paths = {"A": str(many), **{f"O{end}": f"{tmp_path}/o{end}" for end in ("", ".npy", ".npz", ".png")}}
+    args = ["data", *(paths.get(word, word) for word in words)]
     assert call(*args, "--json") == 0
     out = capsys.readouterr().out
     result = json.loads(out)
     for written in result.values() if words[0] == "split" else [result]:
         assert written["status"] == "written" and Path(written["path"]).exists()
+    assert call(*args, "--json") == 0
+    again = json.loads(capsys.readouterr().out)
+    for found in again.values() if words[0] == "split" else [again]:
+        assert found["status"] == "finished already"
+    places = [Path(made["path"]) for made in (result.values() if words[0] == "split" else [result])]
+    for place in places:
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        place.write_text("of another command")
     assert call(*args, "--json") == 2
     assert "exists" in json.loads(capsys.readouterr().out)["error"]
-    assert call(*args, "--force") == 0
+    for place in places:
+        place.unlink()
+    assert call(*args) == 0 and call(*args, "--force") == 0
     line = capsys.readouterr().out
     assert str(tmp_path / "o") in line and not line.startswith("{")
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".*.tmp"))
@@ -275,7 +286,11 @@ def test_export_and_import_give_the_same_store(
     assert json.loads(capsys.readouterr().out)["digest"] == after.digest() == before.digest()
     assert after.label_digest() == before.label_digest()
     assert after.provenance["command"].startswith(f"cvlctl data import {form} ")
-    assert call("data", "import", form, tmp_path / name, "--task", "gym/Toy-v0", "--out", back) == 2
+    assert call("data", "import", form, tmp_path / name, "--task", "gym/Toy-v0", "--out", back, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "finished already"
+    assert call("data", "import", form, tmp_path / name, "--task", "gym/Another-v0", "--out", back) == 2
+    assert call("data", "export", many, form, "--out", tmp_path / name, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "finished already"
 
 
 def test_import_passes_its_options_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

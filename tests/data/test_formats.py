@@ -179,7 +179,7 @@ def test_an_export_that_fails_leaves_what_was_there(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sources, "sync", full)
+    monkeypatch.setattr("cvlctl.files.sync", full)
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     with pytest.raises(CvlctlError, match="No space left"):
         formats.export_store(format, store, out, force=True)

@@ -75,7 +75,7 @@ def die_there(original, after):
         return original(*args, **kwargs)
     return wrapped
 def write(path, spot, after):
-    module = {"fsync": w.os, "replace": w.os, "rename": w.os, "create_array": w.zarr, "_checksum": w}[spot]
+    module = {"fsync": os, "replace": os, "rename": os, "create_array": w.zarr, "_checksum": w}[spot]
     flushed = open(os.path.dirname(path) + ".flushed", "w")
     writer = w.StoreWriter(path, task="toy", force=True)
     setattr(module, spot, die_there(getattr(module, spot), after))

@@ -15,14 +15,18 @@ from typing import Any, NamedTuple
 from cvlctl.data.formats import arrays, d4rl, minari, npz, ogbench, robomimic, sb3, units
 from cvlctl.data.formats.fetching import fetch
 from cvlctl.data.formats.sources import Facts
-from cvlctl.data.store import DATA, Store
+from cvlctl.data.provenance import jsonable
+from cvlctl.data.store import DATA, Store, open_store
 from cvlctl.data.writer import write_store
 from cvlctl.errors import CvlctlError
 from cvlctl.files import sha256
+from cvlctl.folders import put_right
 from cvlctl.progress import Progress
 from cvlctl.types import Episode, check_text
 
-__all__ = ["FORMATS", "Format", "export_store", "fetch", "import_store", "options_of"]
+__all__ = [
+    "FORMATS", "Format", "export_store", "exported_already", "fetch", "import_store", "imported_already", "options_of",
+]  # fmt: skip
 
 
 class Format(NamedTuple):
@@ -94,6 +98,7 @@ def import_store(
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
         raise CvlctlError(f"nothing at {path}", f"did you mean {path.parent / near[0]}?" if near else "check the path")
+    put_right(Path(out))
     if Path(out).exists() and not force:  # said before the file is read
         raise CvlctlError(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
     facts = chosen.facts(path)
@@ -101,9 +106,7 @@ def import_store(
     if not (task or facts.task):
         raise CvlctlError(f"{path} does not say which task it is of", "give the name of the task")
     given = options | ({"horizon": horizon} if "horizon" in legal else {})
-    source: dict[str, Any] = {"format": format, "file": str(path), **facts.provenance}
-    data = facts.data or path
-    source |= {"bytes": data.stat().st_size, "sha256": sha256(data), "options": _plain(given)}
+    source = _source(format, path, facts, given)
     provenance = {"source": source} | ({"command": command} if command else {})
     bounds = facts.action_bounds if options.get("action_bounds") is None else options["action_bounds"]
     if bounds is not None:
@@ -128,6 +131,7 @@ def export_store(format: str, store: Store, out: str | Path, *, label: str = "gi
             checksums say, or the disk refuses.
     """
     write, out = _format(format).write, Path(out)
+    put_right(out)
     if write is None:
         able = ", ".join(name for name, entry in FORMATS.items() if entry.write)
         raise CvlctlError(f"stores are not written as {format}", f"they are as: {able}")
@@ -141,6 +145,43 @@ def export_store(format: str, store: Store, out: str | Path, *, label: str = "gi
     write(store, out, label)
     units.say_units(store)
     return out
+
+
+def imported_already(
+    format: str, path: Path, out: Path, command: str, *, horizon: int | None, force: bool, **options: Any
+) -> Store | None:
+    """The store at `out`, where this very command wrote it, from a file of the same content; see `import_store`.
+
+    With `force` it is none, but for a command that was killed when all was done, and could not tidy up.
+    """
+    tidied = put_right(out)
+    if not out.exists() or (force and not tidied):
+        return None
+    try:
+        store, chosen = open_store(out), _format(format)
+        if store.provenance.get("command") != command:
+            return None
+        given = options | ({"horizon": horizon} if "horizon" in options_of(format) else {})
+        return store if store.provenance.get("source") == _source(format, path, chosen.facts(path), given) else None
+    except (CvlctlError, OSError):  # `import_store` will say what it is
+        return None
+
+
+def exported_already(format: str, store: Store, out: Path, label: str) -> bool:
+    """Whether what is at `out` was exported from this content, in this format."""
+    put_right(out)
+    try:
+        return out.exists() and _format(format).facts(out).exported == units.export_digest(format, store, label)
+    except CvlctlError:  # it is something else
+        return False
+
+
+def _source(format: str, path: Path, facts: Facts, given: dict[str, Any]) -> dict[str, Any]:
+    """Which content is imported how, as JSON has it."""
+    source: dict[str, Any] = {"format": format, "file": str(path), **facts.provenance}
+    data = facts.data or path
+    source |= {"bytes": data.stat().st_size, "sha256": sha256(data), "options": _plain(given)}
+    return jsonable("provenance", source)
 
 
 def _format(name: str) -> Format:

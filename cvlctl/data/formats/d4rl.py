@@ -18,10 +18,11 @@ from cvlctl.data.formats.hdf5 import fixed_text, open_hdf5
 from cvlctl.data.formats.hdf5_out import new_hdf5
 from cvlctl.data.formats.making import Maker
 from cvlctl.data.formats.rows import episodes_of_rows, judge
-from cvlctl.data.formats.sources import Arrays, Bounds, Facts, replacing, steps_of
-from cvlctl.data.formats.units import KEY, bounds_of, physical, plain
+from cvlctl.data.formats.sources import Arrays, Bounds, Facts, steps_of
+from cvlctl.data.formats.units import KEY, bounds_of, export_digest, physical, plain
 from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
+from cvlctl.folders import replacing
 from cvlctl.types import Episode
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
@@ -62,7 +63,7 @@ def facts(path: Path) -> Facts:
         ours = _ours(arrays)
         return Facts(
             len(arrays.column("actions")), ours.get("task", ""), ours.get("horizon"),
-            action_bounds=ours.get(KEY),
+            action_bounds=ours.get(KEY), exported=ours.get("exported", ""),
         )  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def _ours(arrays: Arrays) -> dict[str, Any]:
         tasks = [str(task) for task in found["tasks"]]
         horizon, bounds = steps_of(found["horizon"], where), plain(found.get(KEY), where)
         return {"task": str(found["task"]), "tasks": tasks, "horizon": horizon, "rewards": bool(found["rewards"]),
-                KEY: bounds}  # fmt: skip
+                KEY: bounds, "exported": str(found.get("exported", ""))}  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"{arrays.path}: the attribute {ATTRIBUTE!r} is damaged: {error}"
         raise CvlctlError(what, "write the file again") from error
@@ -109,7 +110,7 @@ def write(store: Store, path: Path, label: str) -> None:
             wide = np.repeat(values, store.lengths())
             _write(file, OURS[name], len(row), lambda at, wide=wide: wide[at], check)
         about = {"task": store.task, "tasks": store.task_names, "horizon": store.spec.horizon, "rewards": has_rewards,
-                 KEY: plain(bounds)}  # fmt: skip
+                 KEY: plain(bounds), "exported": export_digest("d4rl", store, label)}  # fmt: skip
         file.attrs[ATTRIBUTE] = fixed_text(json.dumps(about))
 
 

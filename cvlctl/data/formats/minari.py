@@ -29,10 +29,11 @@ from cvlctl.data.formats.hdf5 import attribute, dataset_column, dataset_in, fixe
 from cvlctl.data.formats.hdf5_out import new_hdf5
 from cvlctl.data.formats.joining import Observations
 from cvlctl.data.formats.making import Maker, continuous
-from cvlctl.data.formats.sources import MAX_ROW_BYTES, Bounds, Facts, reading, replacing, steps_of
-from cvlctl.data.formats.units import bounds_of, finite, physical
+from cvlctl.data.formats.sources import MAX_ROW_BYTES, Bounds, Facts, reading, steps_of
+from cvlctl.data.formats.units import bounds_of, export_digest, finite, physical
 from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
+from cvlctl.folders import replacing
 from cvlctl.progress import say
 from cvlctl.types import Episode
 
@@ -121,7 +122,8 @@ def facts(path: Path) -> Facts:
             kept["action_bounds"] = bounds
         where = str(folder / METADATA)
         if ours:
-            return Facts(steps, str(ours["task"]), steps_of(ours["horizon"], where), kept, folder / DATA, bounds)
+            known = (str(ours["task"]), steps_of(ours["horizon"], where), kept, folder / DATA, bounds)
+            return Facts(steps, *known, exported=str(ours.get("exported", "")))
         env = json.loads(metadata.get("env_spec") or "{}")
         task = f"gym/{env['id']}" if env.get("id") else str(metadata.get("dataset_id", ""))
         limit = env.get("max_episode_steps")
@@ -205,8 +207,8 @@ def write(store: Store, path: Path, label: str) -> None:
     image = "uint8" if spec.pixels else "float32"
     rewarded, solvable = store.has_label(label), store.has_label(label, "success")
     named = label if rewarded or solvable else "given"
-    with replacing(path) as temporary:
-        (temporary / "data").mkdir(parents=True)
+    with replacing(path, folder=True) as temporary:
+        (temporary / "data").mkdir()
         with new_hdf5(temporary / "data" / DATA, track_order=True) as (file, check):
             for number, episode in enumerate(store.episodes(named)):
                 _write_episode(file.create_group(f"episode_{number}"), episode, number, bounds)
@@ -220,7 +222,8 @@ def write(store: Store, path: Path, label: str) -> None:
             "minari_version": "0.5.4" if spec.pixels else "0.5.0", "jpeg_encoding": False,
             "observation_space": _box(spec.observation_shape, low, high, image),
             "action_space": _box((spec.action_dim,), *(bounds or (-1.0, 1.0)), "float32"),
-            "cvlctl": {"task": store.task, "horizon": spec.horizon, "rewards": rewarded},
+            "cvlctl": {"task": store.task, "horizon": spec.horizon, "rewards": rewarded,
+                       "exported": export_digest("minari", store, label)},
         }  # fmt: skip
         (temporary / "data" / METADATA).write_text(json.dumps(metadata | _environment(store.task)))
 

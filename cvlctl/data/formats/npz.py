@@ -17,13 +17,15 @@ import numpy as np
 from cvlctl.data.formats.archives import open_npz
 from cvlctl.data.formats.cutting import flags, flat
 from cvlctl.data.formats.making import Maker, continuous
-from cvlctl.data.formats.sources import Arrays, Bounds, Column, Facts, replacing, same_length, steps_of
-from cvlctl.data.formats.units import KEY, bounds_of, physical, plain
+from cvlctl.data.formats.sources import Arrays, Bounds, Column, Facts, same_length, steps_of
+from cvlctl.data.formats.units import KEY, bounds_of, export_digest, physical, plain
 from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
+from cvlctl.folders import replacing
 from cvlctl.types import Episode
 
 TABLE = ("terminated", "collected_at", "seeds")  # one value an episode
+EXPORTED = "cvlctl_exported"  # `units.export_digest`
 
 
 def read(path: str | Path, *, action_bounds: Bounds | None = None, clip_actions: bool = False) -> Iterator[Episode]:
@@ -72,7 +74,9 @@ def said_facts(arrays: Arrays) -> Facts:
         raise CvlctlError(f"{arrays.path}: task: has {len(task)} values, and should be a single one")
     horizon = arrays.value("horizon")
     limit = None if horizon is None else steps_of(horizon, str(arrays.path))
-    return Facts(len(arrays.column("actions")), task[0], limit, action_bounds=said_bounds(arrays))
+    exported = "".join(arrays.text(EXPORTED)) if EXPORTED in arrays.names else ""
+    known = (task[0], limit)
+    return Facts(len(arrays.column("actions")), *known, action_bounds=said_bounds(arrays), exported=exported)
 
 
 def said_bounds(arrays: Arrays) -> Bounds | None:
@@ -105,13 +109,13 @@ def _integers(column: Column) -> list[int]:
     return [int(value) for value in values.tolist()]
 
 
-def table_arrays(store: Store, bounds: Bounds | None) -> dict[str, np.ndarray]:
-    """The arrays of a store that have one value an episode, and its task, horizon and action bounds."""
+def table_arrays(store: Store, bounds: Bounds | None, exported: str) -> dict[str, np.ndarray]:
+    """The arrays of a store that have one value an episode, and its task, horizon, action bounds and digest."""
     said = {} if bounds is None else {KEY: np.array(plain(bounds), np.float64)}
     return said | {
         "terminated": store.terminated(), "collected_at": store.collected_at(), "seeds": store.seeds(),
         "tasks": np.array(store.episode_tasks()), "task": np.array(store.task),
-        "horizon": np.array([store.spec.horizon]),
+        "horizon": np.array([store.spec.horizon]), EXPORTED: np.array(exported),
     }  # fmt: skip
 
 
@@ -120,7 +124,8 @@ def write(store: Store, path: Path, label: str) -> None:
     row = np.delete(np.arange(len(store.observations())), store.episode_ends() - 1)
     bounds = bounds_of(store)
     arrays = {"observations": store.observations(), "actions": physical(store.actions()[row], bounds),
-              "episode_ends": np.cumsum(store.lengths()), **table_arrays(store, bounds)}  # fmt: skip
+              "episode_ends": np.cumsum(store.lengths()),
+              **table_arrays(store, bounds, export_digest("npz", store, label))}  # fmt: skip
     if store.has_label(label):
         arrays["rewards"] = store.rewards(label)[row]
     if store.has_label(label, "success"):

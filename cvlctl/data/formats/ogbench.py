@@ -18,7 +18,7 @@ from cvlctl.data.formats.cutting import BATCH_ROWS, Rows, cut, flags, flat
 from cvlctl.data.formats.making import Maker, continuous
 from cvlctl.data.formats.npz import TABLE, read_table, said_bounds, said_facts, save, table_arrays
 from cvlctl.data.formats.sources import Bounds, Column, Facts, same_length
-from cvlctl.data.formats.units import bounds_of, physical
+from cvlctl.data.formats.units import bounds_of, export_digest, physical
 from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
@@ -82,4 +82,4 @@ def write(store: Store, path: Path, label: str) -> None:
         arrays["rewards"] = store.rewards(label)
     if store.has_label(label, "success"):
         arrays["successes"] = store.successes(label)
-    save(path, arrays | table_arrays(store, bounds))
+    save(path, arrays | table_arrays(store, bounds, export_digest("ogbench", store, label)))

@@ -1,11 +1,9 @@
-"""What readers and writers share: arrays of a file, block by block; its faults in words; files replaced whole."""
+"""What readers of files share: arrays, block by block, and faults in words."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cvlctl.errors import CvlctlError
-from cvlctl.files import disk, sync
 
 BLOCK_BYTES = 2**23  # what a column keeps in memory
 MAX_ROW_BYTES = MAX_CHUNK_BYTES = 2**28
@@ -32,6 +29,7 @@ class Facts(NamedTuple):
     provenance: dict[str, Any] = {}
     data: Path | None = None  # the file that holds the arrays, where the path is a folder
     action_bounds: Bounds | None = None  # what its actions lie in; None: [-1, 1], or it does not say
+    exported: str = ""  # `units.export_digest` of what we wrote it from
 
 
 def steps_of(value: Any, where: str) -> int:
@@ -159,28 +157,3 @@ def same_length(path: Path, columns: dict[str, Column]) -> int:
         what = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise CvlctlError(f"{path}: the arrays differ in their number of rows: {what}")
     return next(iter(lengths.values()))
-
-
-@contextlib.contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A path beside `out` for a file or folder, which takes the place of `out` at the end, or leaves no trace."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    with disk(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            for file in [temporary, *temporary.rglob("*")]:
-                sync(file)
-            if out.is_dir():
-                old = out.with_name(f".{out.name}.{os.getpid()}.old")
-                os.replace(out, old)
-                os.replace(temporary, out)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, out)
-            sync(out.parent)
-        finally:
-            if temporary.is_dir():
-                shutil.rmtree(temporary, ignore_errors=True)
-            else:
-                temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cvlctl.data.formats.sources import Bounds
-from cvlctl.data.store import Store
+from cvlctl.data.store import Store, json_digest
 from cvlctl.errors import CvlctlError
 from cvlctl.progress import say
 
@@ -92,6 +92,12 @@ def bounds_of(store: Store) -> Bounds | None:
     except CvlctlError as error:
         raise CvlctlError(f"{store.path}: provenance: {error.what}", "write the store again") from error
     return np.broadcast_to(low, shape).tolist(), np.broadcast_to(high, shape).tolist()
+
+
+def export_digest(format: str, store: Store, label: str) -> str:
+    """By which a file that we wrote is known again: the same for the same format, content, label and units."""
+    labels = store.label_digest(label) if label in store.labels else ""
+    return json_digest([format, store.digest(), label, labels, plain(bounds_of(store))])
 
 
 def say_units(store: Store) -> None:
