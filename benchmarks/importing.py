@@ -125,7 +125,7 @@ before = peak()
 formats.import_store("d4rl", sys.argv[1], sys.argv[2], task="toy", force=True)
 print((peak() - before) // 1024)
 """
-    command = [sys.executable, "-c", program, str(source), str(out)]
+    command = [sys.executable, "-P", "-c", program, str(source), str(out)]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 from common import finish, machine, parser, versus
 
 LIMIT, AIM = 0.5, 0.3  # seconds
-COMMAND = [sys.executable, "-c", "from cvlctl.cli.app import main; main()", "--help"]  # what the script `cvlctl` does
+SCRIPT = "from cvlctl.__main__ import main; main()"  # what the script `cvlctl` does
+COMMAND = [sys.executable, "-P", "-c", SCRIPT, "--help"]
 
 
 def benchmark(runs: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def train(folder: Path, store: Path, name: str, memory_gb: float | str, updates:
     }  # fmt: skip
     recipe = folder / f"{name}.yaml"
     recipe.write_text(json.dumps(plain))
-    child = subprocess.run([sys.executable, "-c", CHILD, str(recipe)], capture_output=True, text=True)
+    child = subprocess.run([sys.executable, "-P", "-c", CHILD, str(recipe)], capture_output=True, text=True)
     if child.returncode:
         raise RuntimeError(child.stderr)
     return dict(json.loads(child.stdout))

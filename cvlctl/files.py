@@ -23,6 +23,8 @@ CHECKPOINT_KEY = "cvlctl"  # of the JSON in a safetensors header
 _TEMPORARY = re.compile(r"\.(.+)\.(\d{1,10})\.tmp")  # .NAME.PID.tmp: what `write_atomically` writes before it replaces
 _SPACE = "free some space and run the same command again: nothing that was flushed is lost"
 _PERMISSION = "choose another place, or change its permissions"
+SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO)  # whatever is made of them, it is them
+_FILES = "raise the limit of open files (ulimit -n 4096), or use fewer workers or processes"
 HINTS = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
@@ -34,6 +36,10 @@ HINTS = {
     errno.EISDIR: "a directory is where a file should be: choose another path",
     errno.EEXIST: "something else is there already: choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "symbolic links lead in a circle: choose another path, or remove the link",
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.EIO: "the device reports a fault: look at the disk (dmesg), or choose another place",
 }
 
 

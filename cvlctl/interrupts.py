@@ -1,32 +1,95 @@
-"""Ctrl-C and SIGTERM as a flag, so that what is under way comes to a good end before they are obeyed."""
+"""Ctrl-C, SIGTERM and a terminal that is gone: nothing is left half done, and no signal is swallowed.
+
+Who watches gets a KeyboardInterrupt at once, wherever the main thread is; but inside `held` it waits for the end. A
+second signal stops at once there too. Should something on the way swallow the exception (a bare `except` of a library,
+a destructor), `check` raises it again.
+"""
 
 from __future__ import annotations
 
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+AGAIN_SECONDS = 0.5  # shells and launchers pass on what the terminal has sent: two so close together are one
+
+_came = 0.0  # when the first one came; 0: none has
+_held = 0
+
+
+def _handler(number: int, frame: FrameType | None) -> None:
+    global _came
+    now = time.monotonic()
+    first = _came == 0.0
+    _came = _came or now
+    waits = _held > 0 if first else now - _came < AGAIN_SECONDS
+    if not waits:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Let Ctrl-C, SIGTERM and SIGHUP (unless it is ignored, as under nohup) raise KeyboardInterrupt.
+
+    In other threads than the main one nothing changes: whoever runs us deals with signals.
+    """
+    global _came
+    if not _is_main() or signal.getsignal(signal.SIGINT) is _handler:  # an outer one watches
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    _came = 0.0
+    try:
+        for number in before:
+            signal.signal(number, _handler)
+        yield
+    finally:
+        for number, old in before.items():
+            if signal.getsignal(number) is _handler:  # else released
+                signal.signal(number, signal.SIG_DFL if old is None else old)
+        _came = 0.0
+
+
+def release() -> None:
+    """From here on signals end the process as it is: nothing is left to lose, and nobody to catch an exception."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let what is inside come to its end before the first signal raises KeyboardInterrupt."""
+    global _held
+    if not _is_main():
+        yield
+        return
+    _held += 1
+    try:
+        yield
+    finally:
+        _held -= 1
+    check()
+
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a flag, so that no update is left half done. A second Ctrl-C stops at once."""
-    seen = False
+    """For a loop that looks whether a signal came, between two updates that must not be cut; held, and watched."""
+    main = _is_main()
+    with watched(), held():
+        yield lambda: main and _came > 0.0
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        if seen:
-            raise KeyboardInterrupt
-        seen = True
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        before = [signal.signal(number, handler) for number in signals]
-    except ValueError:  # not the main thread: whoever runs us deals with signals
-        yield lambda: False
-        return
-    try:
-        yield lambda: seen
-    finally:
-        for number, old in zip(signals, before, strict=True):
-            signal.signal(number, old)
+def check() -> None:
+    """Raise KeyboardInterrupt if a signal came since the watch began, and is not waiting in an outer `held`."""
+    if _came and not _held and _is_main():
+        raise KeyboardInterrupt
+
+
+def _is_main() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -1,34 +1,92 @@
-"""What this process may use of the machine."""
+"""What this process may use of the machine: also inside a container, and where it lies in a group of a group."""
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+_LIMITS = {2: ("memory.max", "memory.current", "inactive_file"),
+           1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}  # fmt: skip
 
-def num_cpus() -> int:
-    """How many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+def num_cpus(root: Path = Path("/")) -> int:
+    """How many CPUs this process may use: those that it may run on, or fewer where its groups have a quota.
+
+    Args:
+        root: where /proc and /sys are.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = (_quota(version, group) for version, group in _groups(root, "cpu"))
+    return max(1, min([cpus, *(math.ceil(quota) for quota in quotas if quota is not None)]))
 
 
 def cpu_name() -> str:
     """What the processor calls itself."""
-    found = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
+    found = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take, by what the system and its container tell; 8 GiB where they do not."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read("/proc/meminfo"), re.MULTILINE)
-    free = int(found[1]) * 1024 if found else 2**33
-    limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    return min(free, int(limit) - int(used)) if limit.isdigit() and used.isdigit() else free
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process may still take, by what the system and its groups tell; 8 GiB where they do not.
+
+    Args:
+        root: where /proc and /sys are.
+    """
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
+    free = [int(found[1]) * 1024 if found else 2**33]
+    for version, group in _groups(root, "memory"):
+        limit_file, used_file, cache = _LIMITS[version]
+        limit, used = _number(group / limit_file), _number(group / used_file)
+        if limit is not None and used is not None:
+            given_back = re.search(rf"^{cache} (\d+)$", _read(group / "memory.stat"), re.MULTILINE)  # as needed
+            free.append(max(0, limit - used + (int(given_back[1]) if given_back else 0)))
+    return min(free)
 
 
-def _read(path: str) -> str:
+def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
+    """(1 or 2, folder) of the control groups that this process is in, and of all that hold them: each may limit it.
+
+    /proc/self/cgroup says which group it is, /proc/self/mountinfo where groups of which kind are seen, and from which
+    group on: inside a container both may begin at its own.
+    """
+    own: dict[str, str] = {}
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, names, group = line.split(":", 2)
+        own |= dict.fromkeys(names.split(","), group)  # version 2 has no names: ""
+    for line in _read(root / "proc/self/mountinfo").splitlines():
+        fields, _, rest = line.partition(" - ")
+        kind, *_, options = rest.split(" ")
+        name = "" if kind == "cgroup2" else controller
+        if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
+            begin, place = fields.split(" ")[3:5]
+            top = root / place.lstrip("/")
+            ours = Path(own.get(name, begin))
+            seen = ours.is_relative_to(begin) and ".." not in ours.parts  # else it lies outside of what we see
+            inside = ours.relative_to(begin) if seen else Path()
+            for part in (inside, *inside.parents):
+                yield (2 if kind == "cgroup2" else 1), top / part
+
+
+def _quota(version: int, group: Path) -> float | None:
+    """CPUs that a group may use, on the average over a period; None: no limit."""
+    if version == 2:
+        quota, period, *_ = [*_read(group / "cpu.max").split(), "", ""]
+    else:
+        quota, period = _read(group / "cpu.cfs_quota_us").strip(), _read(group / "cpu.cfs_period_us").strip()
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _read(path: Path) -> str:
     try:
-        return Path(path).read_text()
-    except OSError:
+        return path.read_text()
+    except (OSError, ValueError):
         return ""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from types import TracebackType
 from typing import Any
 
+from cvlctl import streams
+
 PLAIN_LINE_SECONDS = 10.0
 
 
 def say(line: str) -> None:
-    """One plain line for people, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """One plain line for people, on stderr; none where that is closed or full: the work matters more."""
+    streams.tell(line)
 
 
 class Progress:
@@ -31,7 +32,7 @@ class Progress:
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        if streams.is_terminal(sys.stderr):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress

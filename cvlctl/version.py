@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-
 __version__ = "0.1.0"
 
 
 def versions() -> dict[str, str]:
     """Versions of python and of the installed packages that decide what is computed, found without importing them."""
+    import platform
     from importlib import metadata  # 20 ms that `cvlctl --help` need not wait for
 
     found = {"python": platform.python_version()}

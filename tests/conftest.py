@@ -7,7 +7,14 @@ from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
+
+TRAPS = (
+    "json", "importlib", "queue", "typing", "re", "ctypes", "threading", "subprocess", "signal", "numpy", "torch",
+    "zarr", "gymnasium", "mujoco", "yaml", "pydantic", "rich", "cvlctl", "sitecustomize", "usercustomize",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -42,3 +49,17 @@ def no_fsync() -> Iterator[None]:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 rows, so that every store has several."""
     monkeypatch.setattr("cvlctl.data.writer.CHUNK_ROWS", 20)
+
+
+@pytest.fixture
+def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory, as of a download, whose modules none of our processes may import: they write `sprung`."""
+    import sys
+
+    folder = tmp_path / "hostile"
+    folder.mkdir()
+    for name in TRAPS:
+        (folder / f"{name}.py").write_text(f"open({str(folder / 'sprung')!r}, 'a').write('{name} ')\n")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", ["", *sys.path, "."])  # as in an interactive session
+    return folder

@@ -23,9 +23,9 @@ ROOMS = [
     ["play"],
     ["recipes"],
     ["runs", "folders"],
-    ["checkpoints", "figures", "interrupts", "progress"],
+    ["checkpoints", "children", "figures", "interrupts", "progress"],
     ["files", "paths", "types"],
-    ["machine", "version", "errors"],
+    ["machine", "streams", "version", "errors"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 LIGHT = {"torch", "numpy", "cvlctl", "math", "dataclasses", "typing", "collections", "__future__", "types"}

@@ -27,7 +27,7 @@ def test_on_80_columns_count_and_time_left_stay() -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=theirs, env=environment)
+    process = subprocess.Popen([sys.executable, "-P", "-c", code], stderr=theirs, env=environment)
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # Linux's word for the end of a terminal

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from cvlctl.cli import data
-from cvlctl.cli.console import console, execute, present
+from cvlctl.cli.console import console, present
 from cvlctl.cli.options import Json, Quiet, register
 from cvlctl.errors import CvlctlError
 from cvlctl.version import __version__
@@ -231,11 +229,3 @@ def _line(result: dict[str, Any]) -> None:
     plain = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
     facts = ", ".join(f"{key} {value}" for key, value in plain.items() if key not in ("status", "out", "path"))
     print(f"{result['status']}: {place} ({facts})")
-
-
-def main() -> NoReturn:
-    """The console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it was closed
-            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? for what it lacks
-    sys.exit(execute(app, sys.argv[1:]))

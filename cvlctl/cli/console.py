@@ -16,8 +16,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cvlctl import interrupts, streams
 from cvlctl.errors import CvlctlError
-from cvlctl.files import HINTS
+from cvlctl.files import HINTS, SHORTAGES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +34,7 @@ def present(work: Callable[[], Any], show: Callable[[Any], None], as_json: bool,
             stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
         stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         result = work()
+        interrupts.check()
     if as_json:
         print(json.dumps(result, indent=1, default=str))
     else:
@@ -62,14 +64,13 @@ def execute(app: Callable[..., Any], args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail(args, *INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it exits
+        streams.let_go(sys.stdout)
         return 1
-    except OSError as error:
-        if error.errno not in HINTS:
-            return _bug(args, error)
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(args, f"{place}{error.strerror}", HINTS[error.errno])
     except Exception as error:
+        fault = _of_the_system(error)
+        if fault is not None:
+            place = f"{fault.filename}: " if fault.filename else ""
+            return _fail(args, f"{place}{fault.strerror}", HINTS[fault.errno or 0])
         # usage errors of Typer's: of which class they are depends on its version
         if type(error).__name__ == "Abort":
             return _fail(args, *INTERRUPTED)
@@ -82,6 +83,16 @@ def execute(app: Callable[..., Any], args: Sequence[str]) -> int:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "cvlctl"
         return _fail(args, error.format_message(), f"see {path} --help")
+
+
+def _of_the_system(error: BaseException | None) -> OSError | None:
+    """What the operating system refused; also where an error in between (of an import, a library) hides a shortage."""
+    hidden = False
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (SHORTAGES if hidden else HINTS):
+            return error
+        error, hidden = error.__cause__ or error.__context__, True
+    return None
 
 
 def _is_memory(error: Exception) -> bool:
@@ -100,7 +111,7 @@ def _bug(args: Sequence[str], error: Exception) -> int:
 
 def _fail(args: Sequence[str], what: str, hint: str, code: int = 2) -> int:
     as_json = "--json" in args or "--format=json" in args or ("--format", "json") in itertools.pairwise(args)
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):  # nobody is there to be told: the exit code is
         if as_json:
             print(json.dumps({"error": what, "hint": hint}), flush=True)
         else:

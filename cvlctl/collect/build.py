@@ -16,11 +16,13 @@ from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import put_right
+from cvlctl.interrupts import watched
 from cvlctl.play import envpool, envs
 from cvlctl.play.rollout import outcome
-from cvlctl.progress import Progress, say
+from cvlctl.progress import Progress
 
 
+@watched()
 def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] = Progress) -> dict[str, Any]:
     """Collect the store of `recipe`, resume it, or find it finished.
 
@@ -33,6 +35,7 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
         success_rate: the share of episodes with a successful step, None where the task has no notion of it.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once all episodes that were over are saved.
         CvlctlError: where another recipe's store lies at `out` (`force` replaces it once the new one is complete), and
             whatever the sources find wrong.
     """
@@ -54,9 +57,6 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
                 facts = roll_out(recipe, env, writer, progress)
                 reference = envs.references(recipe.task, recipe.horizon)
                 store = writer.finish(collector={**plain["source"], **facts}, reference=reference)
-    except KeyboardInterrupt:
-        say(f"{recipe.out}: stopped; the same command goes on from the last checkpoint")
-        raise
     finally:
         env.close()
     return _summary(store, "built", time.monotonic() - begin)

@@ -3,8 +3,8 @@
 Each process is a plain interpreter that builds one store as the command alone would, so that a killed build resumes,
 and a task that fails, whatever way, leaves the others alone. It says how far it is in JSON lines on its standard
 output; what it has to say to people goes to standard error and is passed on, under the task's name. It lives in a
-process group of its own (Ctrl-C reaches the parent alone, which ends it), and ends with its standard input, so also
-where the parent was killed.
+process group of its own: Ctrl-C reaches the parent alone, which sends SIGTERM, and waits until each has saved what it
+has; it ends with its standard input too, so also where the parent was killed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
+from cvlctl import children, streams
 from cvlctl.collect.build import build, finished
 from cvlctl.collect.recipe import BuildManyRecipe, BuildRecipe
 from cvlctl.errors import CvlctlError
+from cvlctl.interrupts import interruptible, watched
 from cvlctl.machine import num_cpus
 from cvlctl.progress import PLAIN_LINE_SECONDS, Progress, clock, say
 
@@ -32,11 +34,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_COMMAND = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from cvlctl.collect import build_many as b; b.serve()"
-)
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_COMMAND = "from cvlctl.collect import build_many as b; b.serve()"
 _REPORT_SECONDS = 0.5
+_STOP_SECONDS = 60.0  # that workers have to save what they have: a compiler or a slow disk may be in between
 
 Event = tuple["_Job", str, Any]  # "message" with a JSON object, "line" with text, "closed" as a stream ends
 
@@ -82,11 +82,14 @@ def build_many(recipe: BuildManyRecipe, *, force: bool = False) -> list[dict[str
     count = recipe.processes if recipe.processes != "auto" else num_cpus()
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     try:
-        with _Screen(jobs) as screen:
+        with interruptible() as interrupted, _Screen(jobs) as screen:
             for job in jobs:
                 if not force and job.recipe.out.exists():  # no process is needed to see that it is finished
                     _settle(job)
             while any(job.result is None for job in jobs):
+                if interrupted():
+                    _stop([job for job in jobs if job.running], events, screen)
+                    raise KeyboardInterrupt
                 running = [job for job in jobs if job.running]
                 for job in [job for job in jobs if job.process is None and job.result is None][: count - len(running)]:
                     _start(job, force, events)
@@ -97,9 +100,9 @@ def build_many(recipe: BuildManyRecipe, *, force: bool = False) -> list[dict[str
         say("stopped; the same command goes on where each task was saved last")
         raise
     finally:
-        for job in jobs:
-            if job.process is not None:
-                _end(job.process)
+        begun = [job.process for job in jobs if job.process is not None]
+        children.end(begun)
+        children.close(begun)
     return [{"task": job.task} | (job.result or {}) for job in jobs]
 
 
@@ -111,11 +114,7 @@ def _settle(job: _Job) -> None:
 
 
 def _start(job: _Job, force: bool, events: queue.SimpleQueue[Event]) -> None:
-    # one thread each, unless the recipe says otherwise: the parallelism is between processes
-    environment = os.environ | dict.fromkeys(_THREADS, "1")
-    command = [sys.executable, "-c", _COMMAND, json.dumps(sys.path)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    job.process = subprocess.Popen(command, env=environment, process_group=0, text=True, errors="replace", **pipes)
+    job.process = children.begin(_COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace")
     job.begin = time.monotonic()
     assert job.process.stdin and job.process.stdout and job.process.stderr
     for stream, kind in ((job.process.stdout, "message"), (job.process.stderr, "line")):
@@ -164,12 +163,22 @@ def _message(line: str) -> dict[str, Any]:
     return {}
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        with suppress(OSError, ValueError):
-            pipe.close()  # type: ignore[union-attr]
+def _stop(running: Sequence[_Job], events: queue.SimpleQueue[Event], screen: _Screen) -> None:
+    """Let the workers save what they have, and pass on what they say of it."""
+    screen.say(f"stopping: {len(running)} tasks save what they have (once more stops them at once)")
+    processes = [job.process for job in running if job.process is not None]
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + _STOP_SECONDS
+    while time.monotonic() < until:
+        try:
+            job, kind, content = events.get(timeout=_REPORT_SECONDS)
+        except queue.Empty:
+            if all(process.poll() is not None for process in processes):
+                return
+            continue
+        if kind == "line":
+            screen.say(f"{job.task}: {content}")
 
 
 # --- what people see
@@ -184,7 +193,7 @@ class _Screen:
         self._told: set[str] = set()
 
     def __enter__(self) -> _Screen:
-        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        if streams.is_terminal(sys.stderr):
             from rich.console import Console
             from rich.live import Live
 
@@ -319,13 +328,15 @@ _answers: IO[str] = sys.stdout
 def serve() -> None:
     """A worker's life: one recipe on standard input, then its progress and its result on what was standard output."""
     global _answers
-    _answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not end up among the messages
+    _answers = children.take_stdout()
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     recipe = BuildRecipe.model_validate(request["recipe"])
     try:
-        result = build(recipe, force=request["force"], progress=_Reported)
+        with watched():
+            result = build(recipe, force=request["force"], progress=_Reported)
+    except KeyboardInterrupt:  # SIGTERM of the parent's, by now everything is saved
+        sys.exit(130)
     except CvlctlError as error:
         _tell({"error": [error.what, error.hint]})
     except OSError as error:

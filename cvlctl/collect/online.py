@@ -4,7 +4,8 @@ Beside the store lies a run directory (data/x.zarr: data/x.policies/): policies 
 collection resumes from. The rule that keeps the two together: at an episode's end the learner's state is written first,
 under the number of episodes that it has seen; then the store is flushed; then the older state goes. At whatever instant
 a kill comes, the state that belongs to the episodes in the store is there, and the resumed collection goes on as the
-uninterrupted one would have.
+uninterrupted one would have. Ctrl-C is obeyed amid an episode, which may take a minute: what is saved is then the
+learner as it was when the episode began.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvlctl import checkpoints
+from cvlctl import checkpoints, interrupts
 from cvlctl.collect import replay
 from cvlctl.collect.recipe import BuildRecipe, ContrastiveSource, OnlineSource, SacSource
 from cvlctl.data.store import Store
@@ -191,6 +192,7 @@ class _Collector:
             )  # fmt: skip
         configure(self.settings)
         self.state = {name: value.to(self.settings.device) for name, value in state.items()}
+        self._remember_state()
         self.metadata = {
             "algorithm": source.name, "task": recipe.task, "spec": asdict(env.spec), "seeds": [recipe.seed],
             "recipe": run.recipe, "settings": self.settings.as_dict(),
@@ -204,15 +206,27 @@ class _Collector:
         if self.settings.compile:
             say(f"{what}: compiling the training step (10-40 s, once)")
         with report(what, source.steps, "frames", self.frame) as progress:
-            while self.frame < source.steps:
-                self._episode(act, programs, every, progress)
-                done = self.frame == source.steps
-                if done or time.monotonic() - saved_at >= self.recipe.checkpoint_seconds:
+            try:
+                while self.frame < source.steps:
+                    episode, metrics = self._episode(act, programs, every, progress)
+                    with interrupts.held():
+                        self._keep(episode, metrics)
+                        due = time.monotonic() - saved_at >= self.recipe.checkpoint_seconds
+                        if due or self.frame == source.steps:
+                            self._checkpoint()
+                            saved_at = time.monotonic()
+            except KeyboardInterrupt:
+                self.frame, self.state = self.safe  # the episode under way begins anew, and goes as it would have
+                if self.writer.num_episodes:
                     self._checkpoint()
-                    saved_at = time.monotonic()
+                    done = f"{self.frame} of {source.steps} frames"
+                    say(f"{self.recipe.out}: stopped after {done}; the same command goes on from there")
+                raise
 
-    def _episode(self, act: Act, programs: list[Program], every: int, progress: Progress) -> None:
-        """Collect one episode and learn from it."""
+    def _episode(
+        self, act: Act, programs: list[Program], every: int, progress: Progress
+    ) -> tuple[Episode, dict[str, float]]:
+        """Collect one episode and learn from it; returns the metrics of its last updates too."""
         source, env, number = self.source, self.env, self.writer.num_episodes
         begin, terminated, over = self.frame, False, False
         metrics: Metrics = {}
@@ -248,14 +262,22 @@ class _Collector:
             np.stack(observations), np.stack(actions), np.array(rewards, dtype=np.float32), flags, terminated,
             task=self.recipe.task, collected_at=begin, seed=self.recipe.seed,
         )  # fmt: skip
+        return episode, {name: float(value) for name, value in metrics.items()}
+
+    def _keep(self, episode: Episode, metrics: dict[str, float]) -> None:
+        """Take an episode that is over, and remember the learner as it is now: where a stop goes back to."""
+        number = self.writer.num_episodes
         self.writer.append(episode)
         total, succeeded = outcome(episode)
         self.latest = [*self.latest[-9:], (total, succeeded)]
-        values = {name: float(value) for name, value in metrics.items()}
-        if not np.isfinite(list(values.values())).all():
-            raise CvlctlError(f"{source.title} diverged at frame {self.frame}: {values}", "lower learning_rate")
+        if not np.isfinite(list(metrics.values())).all():
+            raise CvlctlError(f"{self.source.title} diverged at frame {self.frame}: {metrics}", "lower learning_rate")
         row = {"episode": number, "episode_return": total, "length": len(episode), "success": succeeded}
-        self.run.log(self.frame, row | values)
+        self.run.log(self.frame, row | metrics)
+        self._remember_state()
+
+    def _remember_state(self) -> None:
+        self.safe = self.frame, {name: value.clone() for name, value in self.state.items()}
 
     def _draws(self) -> tuple[replay.Draws, int]:
         """The draws of this frame's block, and its place there."""

@@ -25,6 +25,7 @@ from cvlctl.collect.recipe import (
 from cvlctl.data.store import DATA, Store, open_store
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
+from cvlctl.interrupts import held
 from cvlctl.play import envpool, envs
 from cvlctl.play.policies import RandomPolicy, load_policy
 from cvlctl.play.rollout import Outcome, PolicyAct, check_fit, collect_episode, in_words, outcome
@@ -55,13 +56,21 @@ def roll_out(recipe: BuildRecipe, env: envs.Env, writer: StoreWriter, progress: 
     latest: list[Outcome] = []
     count = "num_" + plan.unit
     with progress(f"{source.name} on {recipe.task}", plan.total, plan.unit, getattr(writer, count)) as bar:
-        for episode in plan.episodes:
-            writer.append(episode)
-            if time.monotonic() - saved_at >= recipe.checkpoint_seconds:
+        try:
+            for episode in plan.episodes:
+                with held():
+                    writer.append(episode)
+                    if time.monotonic() - saved_at >= recipe.checkpoint_seconds:
+                        writer.flush()
+                        saved_at = time.monotonic()
+                latest = [*latest[-9:], outcome(episode)]
+                bar.update(min(getattr(writer, count), plan.total), in_words(latest))
+        except KeyboardInterrupt:
+            if writer.num_episodes:
                 writer.flush()
-                saved_at = time.monotonic()
-            latest = [*latest[-9:], outcome(episode)]
-            bar.update(min(getattr(writer, count), plan.total), in_words(latest))
+                done = f"{getattr(writer, count)} of {plan.total} {plan.unit}"
+                say(f"{recipe.out}: stopped after {done}; the same command goes on from there")
+            raise
     return plan.facts
 
 

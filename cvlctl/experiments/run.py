@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from cvlctl import interrupts
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import function
 from cvlctl.experiments.plan import plan, rough, title
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+@interrupts.watched()
 def run_experiment(experiment: ExperimentRecipe, *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
     """Run every job of the experiment, in order; with `dry_run` only tell what there is to do.
 
@@ -31,6 +33,7 @@ def run_experiment(experiment: ExperimentRecipe, *, force: bool = False, dry_run
     if dry_run:
         return {"status": "planned", "out": str(experiment.out), "stages": stages, "scores": []}
     for number, (job, stage) in enumerate(zip(experiment.jobs, stages, strict=True), start=1):
+        interrupts.check()  # should the stage before have swallowed it
         if stage["state"] != "finished":
             say(f"{number}/{len(stages)} {title(job)}")
         begin = time.monotonic()

@@ -164,7 +164,7 @@ def _save_along(
             if due or interrupted() or done == recipe.steps:
                 checkpoints.save(run.last, state, {**metadata, "step": done})
                 saved_at = time.monotonic()
-                if interrupted() and done < recipe.steps:
+                if interrupted():
                     say(f"{run.out}: stopped at step {done}; the same command goes on from there")
                     raise KeyboardInterrupt
     return time.monotonic() - begin

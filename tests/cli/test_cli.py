@@ -43,11 +43,13 @@ def replace(monkeypatch: pytest.MonkeyPatch, behaviour: Any) -> None:
 
 def test_help_is_fast_and_imports_nothing_heavy() -> None:
     code = f"import sys, cvlctl.cli.app; sys.exit(', '.join(m for m in {HEAVY} if m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
+    assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True).stderr.strip() == ""
     seconds = []
     for _ in range(3):  # CPU time: the machine may be busy with other things
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, "-m", "cvlctl", "--help"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "cvlctl", "--help"], capture_output=True, text=True, check=True
+        )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
         assert "build-dataset" in done.stdout
@@ -184,7 +186,7 @@ def test_results_fit_any_terminal(tmp_path: Path) -> None:
     (tmp_path / "\u00e9.yaml").write_text("runs: [x]\nout: y\n", encoding="utf-8")
     for columns in ("abc", "0", "40"):
         done = subprocess.run(
-            [sys.executable, "-m", "cvlctl", "recipes", "ls", str(tmp_path)],
+            [sys.executable, "-P", "-m", "cvlctl", "recipes", "ls", str(tmp_path)],
             capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": columns},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -193,7 +195,7 @@ def test_results_fit_any_terminal(tmp_path: Path) -> None:
 
 def test_a_broken_pipe_is_silent() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "cvlctl", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-m", "cvlctl", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout
     assert process.stderr
@@ -273,7 +275,7 @@ def test_recipes_ls_and_validate(recipe: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_python_m() -> None:
-    done = subprocess.run([sys.executable, "-m", "cvlctl", "data", "info", "no"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-m", "cvlctl", "data", "info", "no"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: no store at no")

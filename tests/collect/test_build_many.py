@@ -82,8 +82,7 @@ def test_what_is_wrong_with_it(tasks: Any, more: dict[str, Any], words: str, tmp
 
 # tells of every frame, and stops amid its work, however fast the machine
 HELD = """
-import json, sys, time
-sys.path[:] = json.loads(sys.argv[1])
+import time
 from cvlctl.collect import build_many
 build_many._REPORT_SECONDS = 0
 update = build_many._Reported.update
@@ -203,7 +202,7 @@ def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     request = json.dumps({"recipe": {}, "force": False})
     code = "from cvlctl.collect import build_many as b\nb.threading.Thread(target=b._end_with_parent).start()\n"
     script = code + "print('up', flush=True)\nimport time; time.sleep(60)"
-    begin = [sys.executable, "-c", script]
+    begin = [sys.executable, "-P", "-c", script]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(begin, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes) as process:
         assert process.stdin and process.stdout

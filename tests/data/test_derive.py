@@ -190,7 +190,11 @@ def test_a_second_writer_is_refused_and_harms_nothing(a: Path, tmp_path: Path) -
         transform.drop_rewards(Path({str(a)!r}), Path({str(out)!r}))
     """)
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as first:
         assert first.stdout is not None and first.stdout.readline() == "half way\n"
         for force in (False, True):

@@ -281,7 +281,7 @@ def test_a_full_disk_is_one_error_whatever_the_format(tmp_path: Path) -> None:
     store = store_at(tmp_path / "a.zarr", count=6, length=300)
     (tmp_path / "full").mkdir()
     names = [word for pair in WRITTEN.items() for word in pair]
-    command = [sys.executable, "-c", FULL, str(store.path), str(tmp_path), *names]
+    command = [sys.executable, "-P", "-c", FULL, str(store.path), str(tmp_path), *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     told = done.stdout.splitlines()

@@ -169,7 +169,7 @@ def test_reading_data_touches_no_file_under_labels(written: Path) -> None:
         store.rewards()
         print(len(quiet), sum("labels" in args for _, args in quiet), sum("labels" in args for _, args in seen))
     """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     opened, forbidden, with_rewards = map(int, done.stdout.split())
     assert opened > 10 and forbidden == 0 and with_rewards > 0  # last: the hook does see labels

@@ -263,6 +263,6 @@ stream.close()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
     rows = 5e6 / stream.row_bytes(store)
-    command = [sys.executable, "-c", script, str(store.path), str(rows)]
+    command = [sys.executable, "-P", "-c", script, str(store.path), str(rows)]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert grown < 27e6

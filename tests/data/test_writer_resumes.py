@@ -102,7 +102,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Pa
     for folder in folders.values():
         write_store(folder / "a.zarr", old, task="old")
     cases = json.dumps([(str(folder / "a.zarr"), *spot) for spot, folder in folders.items()])
-    done = subprocess.run([sys.executable, "-c", KILLED, cases], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-P", "-c", KILLED, cases], capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == [str(-signal.SIGKILL)] * len(SPOTS), done.stdout + done.stderr
     return folders
 
@@ -143,7 +143,7 @@ def test_second_writer_is_refused_and_the_lock_dies_with_its_process(tmp_path: P
         sys.stdin.read()
     """)
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "ready\n"
         with pytest.raises(CvlctlError, match="another process is writing"):

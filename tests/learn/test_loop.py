@@ -62,7 +62,7 @@ def test_killed_from_outside(end: signal.Signals, store: Path, tmp_path: Path) -
     settings = ["steps=3000", "checkpoint_seconds=0.05"]
     run("occupancy", store, tmp_path / "whole", *settings)
     recipe_of("occupancy", store, tmp_path / "cut", *settings)
-    command = [sys.executable, "-m", "cvlctl", "pretrain", str(tmp_path / "cut.yaml"), *settings]
+    command = [sys.executable, "-P", "-m", "cvlctl", "pretrain", str(tmp_path / "cut.yaml"), *settings]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ})
     last = tmp_path / "cut" / "checkpoints" / "last.safetensors"
     deadline = time.monotonic() + 120

@@ -193,7 +193,7 @@ def test_laeos_fixed_goals_are_commanded_and_judged(task: str, goal: tuple[float
 
 def test_making_a_fetch_environment_says_nothing() -> None:
     code = "from cvlctl.play.envs import make; make('gym/FetchReach-v4', 0).reset(0)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
 
 
@@ -274,7 +274,9 @@ def test_every_metaworld_task_and_locomotion_have_references() -> None:
 def test_importing_envs_loads_no_simulator() -> None:
     heavy = ("gymnasium", "mujoco", "metaworld", "torch")
     code = f"import sys, cvlctl.play.envs; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    )
 
 
 @pytest.mark.parametrize("task", [task for task in list_tasks() if "Fetch" in task])

@@ -211,7 +211,10 @@ def test_policies_run_without_torch() -> None:
     import sys
 
     code = "import sys, cvlctl.play.policies; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )
 
 
 def test_a_policy_can_be_built_by_hand() -> None:

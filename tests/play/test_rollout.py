@@ -109,7 +109,7 @@ def test_workers_never_import_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(run_episodes(jobs_of(path), episodes=2, workers=2)) == 4
     assert not trace.exists()
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch"
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False)
     assert trace.exists()  # the trap works
 
 
@@ -173,7 +173,7 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> N
     )
     # unguarded top-level code: what multiprocessing's spawn would trip over
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    parent = subprocess.Popen([sys.executable, "-c", script], process_group=0, **pipes)
+    parent = subprocess.Popen([sys.executable, "-P", "-c", script], process_group=0, **pipes)
     assert parent.stdout
     assert parent.stdout.readline() == "1\n"
     lists = Path(f"/proc/{parent.pid}/task").glob("*/children")

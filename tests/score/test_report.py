@@ -216,7 +216,7 @@ def test_metrics_picture(tmp_path: Path) -> None:
 
 def test_tables_need_no_matplotlib() -> None:
     code = "import sys, cvlctl.score.render; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
