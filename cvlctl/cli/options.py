@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from cvlctl.errors import CvlctlError
 from cvlctl.paths import expanded
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -63,7 +64,7 @@ def register(app: typer.Typer, name: str, panel: str | None, example: str) -> Ca
     def made(function: Command) -> Command:
         @functools.wraps(function)
         def command(**given: Any) -> Any:
-            return function(**{key: _expanded(value) for key, value in given.items()})
+            return function(**{key: _sound(key, value) for key, value in given.items()})
 
         app.command(name, rich_help_panel=panel, epilog=f"Example: {example}")(command)
         return function
@@ -71,7 +72,10 @@ def register(app: typer.Typer, name: str, panel: str | None, example: str) -> Ca
     return made
 
 
-def _expanded(value: Any) -> Any:
+def _sound(name: str, value: Any) -> Any:
+    """An argument with its paths expanded."""
     if isinstance(value, list):
-        return [_expanded(one) for one in value]
+        return [_sound(name, one) for one in value]
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise CvlctlError(f"--{name} is too large a number")
     return Path(expanded(str(value))) if isinstance(value, Path) else value

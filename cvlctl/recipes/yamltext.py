@@ -147,9 +147,13 @@ def _core(node: _Node, key: Key) -> Any:
         if len(text) > 100 or abs(int(text, base)) >= 2**63:
             raise Fault(node.line, key, f"{cut(text)} is too large a number")
         return int(text, base)
-    if _NOT_FINITE.fullmatch(text) or (_FLOAT.fullmatch(text) and not math.isfinite(float(text))):
-        raise Fault(node.line, key, f"{cut(text)} is not a finite number")
-    return float(text) if _FLOAT.fullmatch(text) else text
+    if not _FLOAT.fullmatch(text) and not _NOT_FINITE.fullmatch(text):
+        return text
+    value = float(text) if _FLOAT.fullmatch(text) else math.inf
+    if abs(value) > 1e38:  # float32 ends soon after, and some of a step's numbers are cast to it
+        what = "too large a number" if math.isfinite(value) else "not a finite number"
+        raise Fault(node.line, key, f"{cut(text)} is {what}")
+    return value
 
 
 def _built(node: _Node, key: Key, lines: dict[Key, int], count: Iterator[int]) -> Any:

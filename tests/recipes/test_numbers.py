@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from cvlctl.cli.console import _is_memory
+from cvlctl.cli.app import app
+from cvlctl.cli.console import _is_memory, execute
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import load
 from cvlctl.learn import labellers
@@ -47,9 +48,11 @@ ABSURD = [
     (PRETRAIN, "seeds=[" + "1" * 5_000 + "]", "seeds.0: 111"),
     (PRETRAIN, "seeds=['" + "1" * 5_000 + "']", "seeds.0: expected a whole number, given '111"),
     (PRETRAIN, "seeds=[2147483648]", "seeds.0: expected a number below 2147483648"),
-    (PRETRAIN, "batch_size=1e300", "batch_size: expected a whole number, given 1e+300"),
+    (PRETRAIN, "batch_size=1e30", "batch_size: expected a whole number, given 1e+30"),
+    (PRETRAIN, "checkpoint_seconds=1e300", "checkpoint_seconds: 1e300 is too large a number"),
+    (FINETUNE, "algorithm={name: td3_bc, noise_clip: -1e39}", "algorithm.noise_clip: -1e39 is too large a number"),
     (PRETRAIN, "batch_size=1e999", "batch_size: 1e999 is not a finite number"),
-    (PRETRAIN, "critic.latent_dim=1e300", "critic.latent_dim: expected a whole number"),
+    (PRETRAIN, "critic.latent_dim=1e30", "critic.latent_dim: expected a whole number"),
     (PRETRAIN, "critic.latent_dim=" + "9" * 30, "critic.latent_dim: 999999999999999999999999999999 is too large"),
     (PRETRAIN, "critic.future_columns=[" + "9" * 30 + "]", "is too large a number"),
 ]
@@ -63,6 +66,12 @@ def test_an_absurd_number_is_named(text: str, override: str, what: str, tmp_path
         load(path, [override])
     assert what in caught.value.what
     assert len(caught.value.what) < 300
+
+
+def test_an_absurd_number_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for args in (["examples", "a.zarr", "--out", "y.npy", "--num"], ["split", "a.zarr", "--seed"]):
+        assert execute(app, ["data", *args, "9" * 30]) == 2
+        assert "is too large a number" in capsys.readouterr().err
 
 
 def test_an_experiment_of_endless_jobs_is_refused_at_once(tmp_path: Path) -> None:
