@@ -63,7 +63,8 @@ def render_validate(result: list[dict[str, Any]], console: Console) -> None:
 def _row(path: Path) -> dict[str, Any]:
     try:
         command = kind_of(read(path)[1])
-        first = re.split(r"\.\s+(?=[A-Z])", path.read_text().lstrip().splitlines()[0])[0].rstrip(".")
+        line = path.read_text(encoding="utf-8-sig").lstrip().splitlines()[0]
+        first = re.split(r"\.\s+(?=[A-Z])", line)[0].rstrip(".")
     except CvlctlError as error:
         return {"path": str(path), "command": None, "about": error.what}
     return {"path": str(path), "command": command, "about": first.lstrip("# ") if first.startswith("#") else ""}
