@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import fcntl
 import hashlib
@@ -18,8 +17,6 @@ from typing import IO, Any, Self, TextIO
 
 from cvlctl.errors import CvlctlError
 
-CHECKPOINT_FORMAT = 1
-CHECKPOINT_KEY = "cvlctl"  # of the JSON in a safetensors header
 _TEMPORARY = re.compile(r"\.(.+)\.(\d{1,10})\.tmp")  # .NAME.PID.tmp: what `write_atomically` writes before it replaces
 _SPACE = "free some space and run the same command again: nothing that was flushed is lost"
 _PERMISSION = "choose another place, or change its permissions"
@@ -92,7 +89,7 @@ def real(path: Path) -> Path:
     return found
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
+def write_atomically(path: Path, *data: bytes | memoryview) -> None:
     """Replace `path` by `data`, durably: a reader sees the old file or the new one, whole. Makes the folder it needs.
 
     Raises:
@@ -103,7 +100,7 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         make_folder(path.parent)
         with _taken(temporary) as file:
             try:
-                file.write(data)
+                file.writelines(data)
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)
@@ -152,15 +149,15 @@ def temporary_of(name: str) -> str | None:
     return found and found[1]
 
 
-def sweep(folder: Path, name: str | None = None) -> None:
+def sweep(folder: Path, *names: str) -> None:
     """Remove the temporary files in `folder` of processes that are dead, and nothing else.
 
     Args:
-        name: of the file that was being written. None: whatever it was; for folders that are ours.
+        names: of the files that were being written. None given: whatever they were; for folders that are ours.
     """
     with contextlib.suppress(OSError):  # what cannot be read or removed stays
         for found in entries(folder):
-            if temporary_of(found) and name in (None, temporary_of(found)):
+            if (name := temporary_of(found)) and (not names or name in names):
                 _remove_if_abandoned(folder / found)
 
 
@@ -290,28 +287,6 @@ def is_running(process: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
-
-
-def checkpoint_file(path: Path, checkpoint: str | int = "last") -> Path:
-    """The checkpoint file of a run directory: "last", or a step such as 5000. A file stands for itself.
-
-    Raises:
-        CvlctlError: there is no such run or checkpoint.
-    """
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        runs = [folder.parent.name for folder in path.parent.glob("*/checkpoints")]
-        near = difflib.get_close_matches(path.name, runs, n=1)
-        hint = "train it first: cvlctl pretrain RECIPE, or cvlctl finetune RECIPE"
-        raise CvlctlError(f"no run or checkpoint at {path}", f"did you mean {path.parent / near[0]}?" if near else hint)
-    name = f"step-{int(checkpoint):09d}" if str(checkpoint).isdecimal() else str(checkpoint)
-    file = path / "checkpoints" / f"{name}.safetensors"
-    if not file.is_file():
-        there = sorted(p.stem for p in (path / "checkpoints").glob("*.safetensors"))
-        hint = f"it has: {', '.join(there)}" if there else "it is no run, or its training has not saved anything yet"
-        raise CvlctlError(f"{path} has no checkpoint {name!r}", hint)
-    return file
 
 
 def entries(folder: Path) -> list[str]:

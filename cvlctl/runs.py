@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cvlctl.errors import CvlctlError
-from cvlctl.files import Lock, entries, lock, write_atomically, write_json
+from cvlctl.files import Lock, disk, entries, lock, sweep, sync, temporary_of, write_atomically, write_json
 from cvlctl.version import versions
 
 LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
+_FILES = ("run.json", "recipe.yaml", "metrics.jsonl", "metrics.png", LABELS_FILE)
 
 
 class Run:
@@ -59,30 +61,54 @@ class Run:
             CvlctlError: where another recipe, other inputs or another process has it, or it is no run's (also with
                 `force`: what is in it may be anything).
         """
-        is_run = (self.out / "run.json").exists()
-        if not is_run and set(entries(self.out)) - {".lock"}:
-            raise CvlctlError(f"{self.out} is not empty and not a run", "choose another out: nothing in it was touched")
-        before = read_run(self.out) if is_run and not force else None
-        if before is not None and (before["status"] == "finished" or self._has_checkpoints()):
-            # a directory that was moved or copied is still the same run
-            then, now = ({**recipe, "out": None} for recipe in (self._refill(before.get("recipe", {})), self.recipe))
-            changed = _difference(then, now) or _difference(before["inputs"], self.inputs)
-            if changed:
-                raise CvlctlError(
-                    f"{self.out} holds another run: {changed}", "choose another out, or --force to start it over"
-                )
+        before = self._before(force)
+        sweep(self.out, *_FILES)
+        sweep(self.checkpoints)
+        if before is not None and before["status"] == "finished":
+            return "finished"
         self._lock = lock(self.out / ".lock")
-        if is_run and force:
-            self._clear()
+        try:
+            return self._taken(force)
+        except BaseException:
+            self.close()
+            raise
+
+    def _before(self, force: bool) -> dict[str, Any] | None:
+        """The record of the run that is there, and this one; None where nothing is, or it is to be started over."""
+        if not (self.out / "run.json").exists():
+            if all(name == ".lock" or temporary_of(name) in _FILES for name in entries(self.out)):
+                return None
+            raise CvlctlError(f"{self.out} is not empty and not a run", "choose another out: nothing in it was touched")
+        before = None if force else read_run(self.out)
+        if before is not None and (before["status"] == "finished" or self._has_checkpoints()):
+            changed = self._difference(before)
+            if changed:
+                what = f"{self.out} holds another run: {changed}"
+                raise CvlctlError(what, "choose another out, or --force to start it over")
+        return before
+
+    def _taken(self, force: bool) -> str:
+        """What `open` says, once the directory is ours alone: only now does it stay what it is."""
+        before = self._before(force)
         if before is not None and before["status"] == "finished":
             self.close()
             return "finished"
         if before is not None and self.last.exists():
             return "resume"
+        if (force and (self.out / "run.json").exists()) or (before is not None and self._difference(before)):
+            self._clear()
         self._write("started", {})
         write_atomically(self.out / "recipe.yaml", yaml.safe_dump(self.recipe, sort_keys=False).encode())
         (self.out / "metrics.jsonl").unlink(missing_ok=True)
         return "fresh"
+
+    def _difference(self, before: dict[str, Any]) -> str:
+        """How the run of a record differs from this one, in words. One moved or copied is still the same."""
+        try:
+            then, now = ({**recipe, "out": None} for recipe in (self._refill(before["recipe"]), self.recipe))
+            return _difference(then, now) or _difference(before["inputs"], self.inputs)
+        except RecursionError:
+            return "its recipe has no end"
 
     def _has_checkpoints(self) -> bool:
         return any(self.checkpoints.glob("*.safetensors"))
@@ -90,7 +116,9 @@ class Run:
     def _clear(self) -> None:
         # first of all it becomes a run like no other: a kill in here leaves nothing that could be taken for ours
         write_json(self.out / "run.json", {"status": "replaced", "inputs": {}, "recipe": {}})
-        for file in [*self.checkpoints.glob("*.safetensors"), self.out / "metrics.jsonl", self.out / "metrics.png"]:
+        for name in ("metrics.jsonl", "metrics.png", LABELS_FILE):
+            (self.out / name).unlink(missing_ok=True)
+        for file in self.checkpoints.glob("*.safetensors"):
             file.unlink(missing_ok=True)
 
     def _write(self, status: str, more: dict[str, Any]) -> None:
@@ -99,14 +127,22 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with open(self.out / "metrics.jsonl", "a") as file:
+        path = self.out / "metrics.jsonl"
+        with disk(path), open(path, "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Wait until all lines are on the disk: to be called before a checkpoint, which goes on after them."""
+        path = self.out / "metrics.jsonl"
+        if path.exists():
+            with disk(path):
+                sync(path)
 
     def cut_metrics(self, step: int) -> None:
         """On resume: drop the lines logged after the checkpoint, which are about to be logged again."""
         path = self.out / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in read_metrics(self.out) if line["step"] <= step]
+            kept = [line for line in read_metrics(self.out) if line["step"] <= step] if step else []
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def finish(self, **more: Any) -> None:
@@ -121,27 +157,52 @@ class Run:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """The record in <out>/run.json."""
+    """The record in <out>/run.json: its status (text), recipe and inputs (dicts), and what else there is.
+
+    Raises:
+        CvlctlError: there is none, or it is damaged.
+    """
     path = out / "run.json"
     try:
-        record = json.loads(path.read_text())
-        record["status"], record["inputs"]
+        record: dict[str, Any] = json.loads(path.read_bytes().decode())
+        record.setdefault("recipe", {})
+        for key, kind in (("status", str), ("inputs", dict), ("recipe", dict)):
+            if not isinstance(record[key], kind):
+                raise TypeError(f"{key} is {_short(record[key])}")
     except FileNotFoundError as error:
         raise CvlctlError(f"{out} is not a run: it has no run.json") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CvlctlError(f"{path}: damaged: {error}", "--force starts the run over") from error
     return record
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
-    lines = []
-    for line in (out / "metrics.jsonl").read_text().splitlines():
+    """The lines of metrics.jsonl, each with its `step`; of a last line that a kill cut off nothing.
+
+    Raises:
+        CvlctlError: there is no such file, or a line of it is damaged.
+    """
+    path, lines = out / "metrics.jsonl", []
+    try:
+        *whole, rest = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CvlctlError(f"cannot read {path}: {error.strerror}", "--force starts the run over") from error
+    for number, line in enumerate(whole, start=1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+            lines.append(_metrics(line))
+        except (ValueError, RecursionError) as error:
+            what = f"{path}, line {number}: damaged: {error}"
+            raise CvlctlError(what, "delete the line, or --force starts the run over") from error
+    with suppress(ValueError, RecursionError):
+        lines.append(_metrics(rest))
     return lines
+
+
+def _metrics(line: bytes) -> dict[str, Any]:
+    found = json.loads(line.decode())
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        raise ValueError("no object with a step")
+    return found
 
 
 def _difference(before: Any, now: Any, key: str = "") -> str:

@@ -8,17 +8,19 @@ among which the luckiest checkpoint would then be chosen for its luck.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cvlctl.checkpoints import Saved, read
 from cvlctl.collect.recipe import BuildRecipe, MixSource, Reaching
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ONLINE
 from cvlctl.play import envs
-from cvlctl.play.policies import NumpyPolicy, load_policy
+from cvlctl.play.policies import NumpyPolicy, policy_of
 from cvlctl.play.rollout import EVALUATION_SEED, Outcome, check_fit, collect_episode, outcome
 from cvlctl.progress import Progress, say
 from cvlctl.runs import read_run
@@ -47,6 +49,7 @@ class Checkpoint:
     file: Path
     step: int  # environment steps of the collection by then
     policy: NumpyPolicy
+    content: Saved  # of the file, as it was when the policy was read from it
 
 
 def checkpoints_of(run: Path, env: envs.Env) -> list[Checkpoint]:
@@ -56,19 +59,27 @@ def checkpoints_of(run: Path, env: envs.Env) -> list[Checkpoint]:
         CvlctlError: no such run, one that is not finished or no online collection, or policies that do not fit `env`.
     """
     record = read_run(run)
-    steps = record.get("steps")
+    steps, seeds = record.get("steps", -1), record.get("seeds", [])
     # contrastive_ac learns offline too: the recipe of such a run names it as `algorithm`, a collection's as `source`
-    collected = record.get("algorithm") in ONLINE and "algorithm" not in record.get("recipe", {})
-    if record["status"] != "finished" or not collected or not isinstance(steps, int):
+    collected = record.get("algorithm") in tuple(ONLINE) and "algorithm" not in record["recipe"]
+    told = isinstance(steps, int) and isinstance(seeds, list) and len(seeds) == 1
+    if record["status"] != "finished" or not collected or not told:
         what = f"{run} is not the run of a finished online collection"
         raise CvlctlError(what, "collect it first: cvlctl build-dataset with source: {name: sac} or contrastive_ac")
-    files = {int(file.stem.removeprefix("step-")): file for file in (run / "checkpoints").glob("step-*.safetensors")}
+    numbered = [
+        (re.fullmatch(r"step-(\d{1,18})", file.stem), file) for file in (run / "checkpoints").glob("*.safetensors")
+    ]
+    files = {int(name[1]): file for name, file in numbered if name}
     files[steps] = run / "checkpoints" / "last.safetensors"
-    (seed,) = record["seeds"]
-    found = [Checkpoint(files[step], step, load_policy(files[step], seed)) for step in sorted(files)]
+    found = [_checkpoint(files[step], step, seeds[0]) for step in sorted(files)]
     for checkpoint in found:
         check_fit(checkpoint.file, checkpoint.policy, env)
     return found
+
+
+def _checkpoint(file: Path, step: int, seed: int) -> Checkpoint:
+    content = read(file)
+    return Checkpoint(file, step, policy_of(content, seed), content)
 
 
 def measure(checkpoint: Checkpoint, env: envs.Env, episodes: int) -> list[Outcome]:

@@ -64,7 +64,7 @@ def collect(
     _take(run, force)
     try:
         writer = open_writer()
-        saved = _saved(run, writer.num_episodes) if writer.num_episodes else None
+        saved = _saved(run, recipe, source, env, writer.num_episodes) if writer.num_episodes else None
         if writer.num_episodes and saved is None:
             writer.close(discard=True)
             say(f"{writer.partial}: the learner's state for it is lost; starting over")
@@ -76,8 +76,6 @@ def collect(
             about = {source.name: asdict(collector.config), "settings": settings}
             store = writer.finish(collector=about, reference=envs.references(recipe.task, recipe.horizon))
         _finish(run, recipe, source, settings=settings)
-        for file in run.checkpoints.glob("episodes-*.safetensors"):
-            file.unlink()
     finally:
         run.close()
     return store
@@ -104,6 +102,8 @@ def finish_run(recipe: BuildRecipe, source: OnlineSource) -> None:
 
 
 def _finish(run: Run, recipe: BuildRecipe, source: OnlineSource, **more: Any) -> None:
+    for file in run.checkpoints.glob("episodes-*.safetensors"):
+        file.unlink()
     run.finish(algorithm=source.name, task=recipe.task, seeds=[recipe.seed], steps=source.steps, **more)
 
 
@@ -111,13 +111,18 @@ def _state_file(run: Run, episodes: int) -> Path:
     return run.checkpoints / f"episodes-{episodes:09d}.safetensors"
 
 
-def _saved(run: Run, episodes: int) -> tuple[State, dict[str, Any]] | None:
+def _saved(
+    run: Run, recipe: BuildRecipe, source: OnlineSource, env: envs.Env, episodes: int
+) -> tuple[State, dict[str, Any]] | None:
     """The learner's state after `episodes` episodes, or None where it is lost or damaged."""
+    file = _state_file(run, episodes)
     try:
-        return checkpoints.load(_state_file(run, episodes))
+        state, metadata = checkpoints.load(file)
+        checkpoints.check_alike(file, state, learner_of(source).init(env.spec, [recipe.seed]))
     except CvlctlError as error:
         say(error.what)
         return None
+    return state, metadata
 
 
 Act = Callable[[np.ndarray, np.ndarray | None], np.ndarray]  # observation (O,), noise (A,) or None: greedy -> (A,)
@@ -176,12 +181,13 @@ class _Collector:
         self.replay = replay.Replay(source.steps, env.spec, envs.goals(recipe.task))
         if saved is not None:
             state, metadata = saved
-            self.settings = saved_settings(metadata["settings"])
+            self.settings = saved_settings(_state_file(run, writer.num_episodes), metadata)
             for number, episode in enumerate(writer.episodes()):
                 self._remember(episode, number)
             run.cut_metrics(self.frame)
             say(f"{recipe.out}: resuming at frame {self.frame}, episode {writer.num_episodes}")
         else:
+            run.cut_metrics(0)  # of a killed collection whose episodes are gone
             state = self.learner.init(env.spec, [recipe.seed])
             # a step this small gains a third from a second thread where the machine is idle, and loses a factor of five
             # to any neighbour where it is not
@@ -299,6 +305,7 @@ class _Collector:
     def _checkpoint(self) -> None:
         """Learner first, store second: see the top of this file."""
         file = _state_file(self.run, self.writer.num_episodes)
+        self.run.sync_metrics()
         checkpoints.save(file, self.state, {**self.metadata, "step": self.frame})
         self._keep_policy("last")
         self.writer.flush()

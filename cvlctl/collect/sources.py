@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cvlctl import files
+from cvlctl.checkpoints import checkpoint_file, read
 from cvlctl.collect import measured, online
 from cvlctl.collect.recipe import (
     BuildRecipe,
@@ -27,7 +26,7 @@ from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
 from cvlctl.interrupts import held
 from cvlctl.play import envpool, envs
-from cvlctl.play.policies import RandomPolicy, load_policy
+from cvlctl.play.policies import RandomPolicy, policy_of
 from cvlctl.play.rollout import Outcome, PolicyAct, check_fit, collect_episode, in_words, outcome
 from cvlctl.progress import Progress, say
 from cvlctl.types import Episode
@@ -116,13 +115,13 @@ def _actors(
     facts: dict[str, Any] = {}
     if isinstance(source.checkpoints, Reaching):
         chosen, facts["chosen"] = measured.first_reaching(source.checkpoints, recipe)
-        paths: Sequence[Path] = [chosen.file]
+        contents = [chosen.content]
     else:
-        paths = source.checkpoints
-    policies = [load_policy(path, source.seed) for path in paths]
-    for path, policy in zip(paths, policies, strict=True):
-        check_fit(path, policy, env)
-    facts["sha256"] = [files.sha256(files.checkpoint_file(path)) for path in paths]
+        contents = [read(checkpoint_file(path)) for path in source.checkpoints]
+    policies = [policy_of(content, source.seed) for content in contents]
+    for content, policy in zip(contents, policies, strict=True):
+        check_fit(content.path, policy, env)
+    facts["sha256"] = [content.sha256 for content in contents]
 
     def act_of(number: int) -> envs.Act:
         place = number % len(policies) if source.episodes is None else number // source.episodes
@@ -159,7 +158,7 @@ def _mixed(source: MixSource, recipe: BuildRecipe, env: envs.Env, writer: StoreW
         facts["selection"] = "by checkpoint: every collected episode was kept"
         facts["checkpoints"] = [
             {
-                "step": one.step, "file": str(one.file), "sha256": files.sha256(one.file),
+                "step": one.step, "file": str(one.file), "sha256": one.content.sha256,
                 "measured_success_rate": rate, "episodes": episodes, "successes": successes,
             }
             for one, rate, episodes, successes in used

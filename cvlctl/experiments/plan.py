@@ -44,12 +44,12 @@ def _state(job: Job) -> str:
             same = job.recipe.built(open_store(out).provenance.get("recipe"))
             return "finished" if same else "another recipe"
         if job.command == "evaluate":
-            from cvlctl.score.evaluate import read_evaluation
+            from cvlctl.score.kept import read_evaluation
 
             found = read_evaluation(job.recipe)
             if found is None:
                 return "to do"
-            before = found if found["recipe"]["episodes"] == job.recipe.episodes else {**found, "status": "started"}
+            before = found if found["recipe"].get("episodes") == job.recipe.episodes else {**found, "status": "started"}
         elif not (out / "run.json").exists():
             return "to do"
         else:

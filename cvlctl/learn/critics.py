@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cvlctl import checkpoints
 from cvlctl.errors import CvlctlError
-from cvlctl.files import checkpoint_file
 from cvlctl.learn import networks
 from cvlctl.learn.algorithms import occupancy
 from cvlctl.learn.losses import occupancy_q
@@ -112,8 +111,12 @@ def read_critics(run: Path, checkpoint: str | int = "last") -> Trained:
     Raises:
         CvlctlError: there is no such run or checkpoint, it is damaged, or has no critic.
     """
-    file = checkpoint_file(run, checkpoint)
-    state, metadata = checkpoints.load(file)
+    return critics_of(checkpoints.read(checkpoints.checkpoint_file(run, checkpoint)), run)
+
+
+def critics_of(found: checkpoints.Saved, run: Path) -> Trained:
+    """The critics in a checkpoint of `run` that was read; raises as `read_critics` does."""
+    state, metadata = checkpoints.unpack(found), found.metadata
     if "critic" in metadata and metadata["critic"] is None:
         what = f"{run} ({metadata.get('algorithm')}) has no occupancy critic"
         raise CvlctlError(what, "name a run of cvlctl pretrain, or one finetuned by cvl or laeo")
@@ -123,21 +126,27 @@ def read_critics(run: Path, checkpoint: str | int = "last") -> Trained:
         config = occupancy.Config(**settings)
         spec = Spec(tuple(raw["observation_shape"]), raw["action_dim"], raw["horizon"])
         seeds = [int(seed) for seed in metadata["seeds"]]
-        (width,) = spec.observation_shape
-        wanted = {"observation_mean": width, "observation_std": width}
-        future_width = width if config.future_columns is None else len(config.future_columns)
-        wanted |= {"phi.0.weight": width + spec.action_dim, "psi.0.weight": future_width}
-        for name, size in wanted.items():
-            shape = state[name].shape
-            width_at = -2 if name.endswith("weight") else -1
-            if shape[0] != len(seeds) or shape[width_at] != size:
-                raise ValueError(f"{name} has shape {tuple(shape)}; expected {len(seeds)} members and width {size}")
+        for name, shape in _shapes(config, spec, state).items():
+            if tuple(state[name].shape) != (len(seeds), *shape):
+                got = tuple(state[name].shape)
+                raise ValueError(f"{name} has shape {got}; expected {len(seeds)} members and width {shape[-1]}")
         if any(value.dim() and len(value) != len(seeds) for value in state.values()):
             raise ValueError(f"not all tensors have {len(seeds)} members")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"{file} is not the checkpoint of an occupancy critic ({type(error).__name__}: {error})"
+        what = f"{found.path} is not the checkpoint of an occupancy critic ({type(error).__name__}: {error})"
         raise CvlctlError(what, "it is damaged, or not of cvlctl: pretrain again") from error
     return Trained(config, spec, seeds, state)
+
+
+def _shapes(config: occupancy.Config, spec: Spec, state: State) -> dict[str, tuple[int, ...]]:
+    """What a checkpoint of critics has to hold of each member; moments all together, or none in a numbered one."""
+    encoders = {name: tuple(value.shape[1:]) for name, value in occupancy.encoders(config, spec, [0]).items()}
+    shapes = dict.fromkeys(("observation_mean", "observation_std"), spec.observation_shape) | encoders
+    if config.ema_rate > 0:
+        shapes |= {f"ema/{name}": shape for name, shape in encoders.items() if name.startswith("psi.")}
+    if any(name.startswith("adam/critic/") for name in state):
+        shapes |= {f"adam/critic/{part}/{name}": shape for name, shape in encoders.items() for part in ("m", "v")}
+    return shapes
 
 
 def load_critic(run: str | Path, seed: int = 0, checkpoint: str | int = "last") -> Critic:

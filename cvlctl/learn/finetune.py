@@ -17,15 +17,14 @@ from cvlctl.data.load import Reading, open_stores
 from cvlctl.data.samplers import Data
 from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
-from cvlctl.files import checkpoint_file, sha256
 from cvlctl.learn import labellers
 from cvlctl.learn.algorithms import ALGORITHMS
-from cvlctl.learn.critics import read_critics
+from cvlctl.learn.critics import critics_of
 from cvlctl.learn.labellers import LABELLERS
 from cvlctl.learn.loop import Learner, train
 from cvlctl.learn.networks import State
 from cvlctl.learn.recipe import FinetuneRecipe
-from cvlctl.play.policies import load_policy, policy_part
+from cvlctl.play.policies import policy_of, policy_part
 from cvlctl.runs import LABELS_FILE, Run
 from cvlctl.types import Spec
 
@@ -42,13 +41,9 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
         examples = success_examples(recipe.success_examples, spec)
         origin = recipe.success_examples.file or recipe.success_examples.from_
         inputs[f"examples:{origin}"] = array_digest(examples)
-    initial: State | None = None
-    if hasattr(config, "mode"):
-        config, initial = _resolve_mode(config, recipe, spec)
-    elif hasattr(ALGORITHMS[name], "STARTS_FROM"):
-        initial = _policy(recipe, spec)
-    if recipe.init_from is not None:
-        inputs[f"init_from:{recipe.init_from}"] = sha256(checkpoint_file(recipe.init_from))
+    config, initial, digest = _begun_from(config, recipe, spec)
+    if digest is not None:
+        inputs[f"init_from:{recipe.init_from}"] = digest
     plain = {**recipe.resolved(), "mode": getattr(config, "mode", "scratch")}
     run = Run(recipe.out, plain, inputs, recipe.with_defaults)
     reading = Reading(stores, recipe.stores, examples, learns_from == "rewards")
@@ -75,9 +70,13 @@ def _inputs(recipe: FinetuneRecipe, stores: Sequence[Store]) -> dict[str, str]:
 
 def labels(name: str, recipe: FinetuneRecipe, reading: Reading, out: Path, data: Data, device: str) -> Tensor:
     """Learned rewards (E, rows), kept in the run as LABELS_FILE: learned once, and read again on resume."""
-    file = out / LABELS_FILE
+    file, shape = out / LABELS_FILE, (len(recipe.seeds), len(data.observation))
     if file.exists():
-        return checkpoints.load(file)[0]["reward"]
+        reward = checkpoints.load(file)[0].get("reward")
+        if reward is None or tuple(reward.shape) != shape:
+            what = f"{file} holds no rewards of {shape[0]} seeds and {shape[1]} rows"
+            raise CvlctlError(what, "delete it, and they are learned again")
+        return reward
     reward = labellers.learn(name, recipe.labeller, data.observation, data.examples, recipe.seeds, device)
     paths, digest = [str(use.path) for use in recipe.stores], " ".join(store.digest() for store in reading.stores)
     metadata = {"labeller": name, "seeds": list(recipe.seeds), "stores": paths, "digest": digest}
@@ -85,31 +84,30 @@ def labels(name: str, recipe: FinetuneRecipe, reading: Reading, out: Path, data:
     return reward
 
 
-def _resolve_mode(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, State | None]:
-    """The config with its mode decided and, from a pretrained run, that run's critic: seed k from seed k."""
+def _begun_from(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, State | None, str | None]:
+    """The config with its mode decided; what `init_from` gives to begin with, and the sha256 of the file it is from."""
+    name = recipe.algorithm.name
     if recipe.init_from is None:
-        return replace(config, mode="scratch"), None
+        if hasattr(ALGORITHMS[name], "STARTS_FROM"):
+            what = f"algorithm {name} evaluates a finished policy, and needs init_from"
+            raise CvlctlError(what, "add init_from: the run of a policy, such as runs/finetune/x")
+        return (replace(config, mode="scratch") if hasattr(config, "mode") else config), None, None
     try:
-        before = read_critics(recipe.init_from)
+        found = checkpoints.read(checkpoints.checkpoint_file(recipe.init_from))
+        if not hasattr(config, "mode"):
+            return config, _policy(found, recipe, spec), found.sha256
+        before = critics_of(found, recipe.init_from)
     except CvlctlError as error:
-        raise CvlctlError(f"init_from: {error.what}", error.hint) from error
+        raise CvlctlError(f"init_from: {error.what.removeprefix('init_from: ')}", error.hint) from error
     initial = _members(recipe, before.state, before.seeds, before.spec, spec)
     mode = "continue" if config.mode == "auto" else config.mode
-    return replace(config, mode=mode, critic=before.config), initial
+    return replace(config, mode=mode, critic=before.config), initial, found.sha256
 
 
-def _policy(recipe: FinetuneRecipe, spec: Spec) -> State:
+def _policy(found: checkpoints.Saved, recipe: FinetuneRecipe, spec: Spec) -> State:
     """The finished policy that the recipe's algorithm evaluates: actor and normaliser, seed k's of seed k."""
-    if recipe.init_from is None:
-        what = f"algorithm {recipe.algorithm.name} evaluates a finished policy, and needs init_from"
-        raise CvlctlError(what, "add init_from: the run of a policy, such as runs/finetune/x")
-    try:
-        file = checkpoint_file(recipe.init_from)
-        before = [load_policy(file, seed).spec for seed in recipe.seeds]  # it says what is amiss in the file
-        state, metadata = checkpoints.load(file)
-    except CvlctlError as error:
-        raise CvlctlError(f"init_from: {error.what}", error.hint) from error
-    return _members(recipe, policy_part(state), metadata["seeds"], before[0], spec)
+    before = [policy_of(found, seed).spec for seed in recipe.seeds]  # it says what is amiss in the file
+    return _members(recipe, policy_part(checkpoints.unpack(found)), found.metadata["seeds"], before[0], spec)
 
 
 def _members(recipe: FinetuneRecipe, state: State, seeds: list[int], before: Spec, spec: Spec) -> State:

@@ -140,13 +140,15 @@ def _learned_in(file: Path, store: Store, seed: int) -> np.ndarray:
     from cvlctl import checkpoints
 
     state, metadata = checkpoints.load(file)
-    reward, seeds = state.get("reward"), metadata.get("seeds", [])
+    reward, seeds, stores = state.get("reward"), metadata.get("seeds"), metadata.get("stores")
+    if reward is None or not isinstance(seeds, list) or not isinstance(stores, list):
+        raise CvlctlError(f"{file} holds no rewards", "it is damaged, or not of cvlctl: finetune again")
     if seed not in seeds:
         raise CvlctlError(f"{file} has no seed {seed}", f"its seeds: {', '.join(map(str, seeds))}")
     rows = int(store.episode_ends()[-1])
-    if reward is None or tuple(reward.shape) != (len(seeds), rows) or metadata.get("digest") != store.digest():
+    if tuple(reward.shape) != (len(seeds), rows) or metadata.get("digest") != store.digest():
         what = f"{file} holds no rewards of {store.path}"
-        raise CvlctlError(what, f"they were learned of {', '.join(metadata.get('stores', []))}, whole and alone")
+        raise CvlctlError(what, f"they were learned of {', '.join(map(str, stores))}, whole and alone")
     return _as_stored(reward[seeds.index(seed)].numpy())
 
 

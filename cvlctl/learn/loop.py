@@ -54,13 +54,13 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
     if status == "finished":
         return {"status": "finished already", "out": str(run.out), "steps": recipe.steps, "algorithm": learner.name}
     try:
-        job = _resumed(run) if status == "resume" else _begun(recipe, reading)
+        job = _resumed(run, recipe.steps) if status == "resume" else _begun(recipe, reading)
         configure(job.settings)
         with opened(reading, job.settings.window_rows, BLOCK * recipe.batch_size, job.settings.device) as source:
             if isinstance(source, Stream):
                 rows = sum(store.num_rows for store in reading.stores)
                 say(f"{run.out}: streaming: of {rows:,} rows {job.settings.window_rows:,} in memory")
-            job = job._replace(state=_state(job, recipe, learner, reading, source))
+            job = job._replace(state=_state(job, recipe, learner, reading, source, run.last))
             seconds = _save_along(updates(recipe, learner, reading, source, job), recipe, run, job, {
                 "algorithm": learner.name, "task": learner.task, "spec": asdict(reading.spec),
                 "seeds": list(recipe.seeds), "recipe": run.recipe,
@@ -68,6 +68,8 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
                 "settings": job.settings.as_dict(),
             })  # fmt: skip
         logged = read_metrics(run.out)
+        if not logged or logged[-1]["step"] != recipe.steps:
+            raise CvlctlError(f"{run.out}/metrics.jsonl: the last line is lost", "--force starts the run over")
         plot_metrics(logged, run.out / "metrics.png")
         about = {"algorithm": learner.name, "task": learner.task, "seeds": list(recipe.seeds), "steps": recipe.steps}
         run.finish(**about, settings=job.settings.as_dict(), metrics=logged[-1])
@@ -89,25 +91,26 @@ def _begun(recipe: Recipe, reading: Reading) -> Job:
     return Job(replace(settings, window_rows=rows), 0, None)
 
 
-def _resumed(run: Run) -> Job:
+def _resumed(run: Run, steps: int) -> Job:
     state, metadata = checkpoints.load(run.last)
-    try:
-        start, settings = int(metadata["step"]), saved_settings(metadata["settings"])
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"{run.last}: step or settings are missing or garbled: {error}"
-        raise CvlctlError(what, "the file is damaged: --force starts the run over") from error
+    start, settings = metadata.get("step"), saved_settings(run.last, metadata)
+    if type(start) is not int or not 0 <= start <= steps:
+        raise CvlctlError(f"{run.last}: its step is {start}, of {steps}", "--force starts the run over")
     run.cut_metrics(start)
     say(f"{run.out}: resuming at step {start}")
     return Job(settings, start, state)
 
 
-def _state(job: Job, recipe: Recipe, learner: Learner, reading: Reading, source: Data | Stream) -> State:
+def _state(job: Job, recipe: Recipe, learner: Learner, reading: Reading, source: Data | Stream, last: Path) -> State:
     """The state that the first update sees, on its device."""
-    state = job.state
-    if state is None:
-        sample = source.sample() if isinstance(source, Stream) else source
-        state = learner.module.init(learner.config, reading.spec, list(recipe.seeds), sample)
-        state = state if learner.initial is None else take_over(state, learner.initial)
+    sample = source.sample() if isinstance(source, Stream) else source
+    state = learner.module.init(learner.config, reading.spec, list(recipe.seeds), sample)
+    if learner.initial is not None:
+        state = take_over(state, learner.initial)
+        _check_moments(state, getattr(recipe, "init_from", None))
+    if job.state is not None:
+        checkpoints.check_alike(last, job.state, state)
+        state = job.state
     return {name: value.to(job.settings.device) for name, value in state.items()}
 
 
@@ -120,6 +123,19 @@ def take_over(state: State, initial: State) -> State:
     replaced = {network(name) for name in initial} & {network(name) for name in state}
     kept = {name: value for name, value in state.items() if network(name) not in replaced}
     return kept | {name: value for name, value in initial.items() if network(name) in replaced}
+
+
+def _check_moments(state: State, origin: Path | None) -> None:
+    """Raise a CvlctlError where a parameter and Adam's moments of it, of `origin`, do not belong together."""
+    for name in state:
+        before, first, parameter = name.partition("/m/")
+        if first:
+            shapes = [
+                x.shape if (x := state.get(n)) is not None else None for n in (parameter, f"{before}/v/{parameter}")
+            ]
+            if shapes != [state[name].shape] * 2:
+                what = f"init_from: {origin}: {parameter} and its moments do not fit together: {name} is alone"
+                raise CvlctlError(what, "it is damaged, or a numbered checkpoint of other widths: take the run itself")
 
 
 def updates(
@@ -162,6 +178,7 @@ def _save_along(
                 checkpoints.save(run.checkpoints / f"step-{done:09d}.safetensors", kept, {**metadata, "step": done})
             due = time.monotonic() - saved_at >= recipe.checkpoint_seconds
             if due or interrupted() or done == recipe.steps:
+                run.sync_metrics()
                 checkpoints.save(run.last, state, {**metadata, "step": done})
                 saved_at = time.monotonic()
                 if interrupted():

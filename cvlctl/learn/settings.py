@@ -66,14 +66,20 @@ def resolve_settings(
     return Settings(where, num_threads, precision, whole_step)
 
 
-def saved_settings(saved: dict[str, Any]) -> Settings:
-    """The settings with which the run of a checkpoint began.
+def saved_settings(path: Path, metadata: dict[str, Any]) -> Settings:
+    """The settings with which the run of the checkpoint at `path` began.
 
     Raises:
-        CvlctlError: where this machine cannot compute like that.
-        TypeError: where they are garbled.
+        CvlctlError: they are garbled, or this machine cannot compute like that.
     """
-    settings = Settings(**saved)
+    try:
+        settings = Settings(**metadata["settings"])
+        kinds = {"device": str, "threads": int, "precision": str, "compile": bool, "window_rows": int}
+        if any(type(getattr(settings, name)) is not kind for name, kind in kinds.items()) or settings.threads < 1:
+            raise TypeError(str(settings)[:200])
+    except (KeyError, TypeError) as error:
+        what = f"{path}: its settings are missing or garbled: {error}"
+        raise CvlctlError(what, "the file is damaged: --force starts the run over") from error
     if lacking := _lacking(settings.device, settings.compile):
         raise CvlctlError(
             f"the run began with {lacking[0]} here", "resume it where it began, or --force starts it over"

@@ -32,8 +32,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.machine import num_cpus
 from cvlctl.play import envs
 from cvlctl.play.envs import Act
-from cvlctl.play.players import numbers_of
-from cvlctl.play.policies import load_policy
+from cvlctl.play.players import job_policy, numbers_of
 from cvlctl.play.rollout import (
     EVALUATION_SEED,
     Episodes,
@@ -255,7 +254,7 @@ def run_episodes(
     num_wanted = sum(map(len, numbers))
     env_of = lru_cache(maxsize=1)(lambda task, horizon: envs.make(task, 0, horizon))
     for job, wanted in zip(jobs, numbers, strict=True):
-        env, policy = env_of(job.task, job.horizon), load_policy(job.checkpoint, job.seed)
+        env, policy = env_of(job.task, job.horizon), job_policy(job)
         check_fit(job.checkpoint, policy, env)
         greedy = PolicyAct(policy, None, np.zeros((env.spec.horizon, env.spec.action_dim), dtype=np.float32))
         first, total = min(wanted), max(wanted) + 1

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from cvlctl.play.envs import Env, make
-from cvlctl.play.players import goal_lookup, numbers_of, succeeds
-from cvlctl.play.policies import NumpyPolicy, load_policy
+from cvlctl.play.players import goal_lookup, job_policy, numbers_of, succeeds
+from cvlctl.play.policies import NumpyPolicy
 from cvlctl.play.rollout import EVALUATION_SEED, Episodes, PolicyJob, Progress, check_fit, result_row
 from cvlctl.types import EpisodeResult
 
@@ -25,7 +25,7 @@ def run_lockstep(
 ) -> list[EpisodeResult]:
     """The rows of `run_episodes`, from one process: about `num_envs` environments step together, and the policies of
     all jobs answer in one batched product on `device`. For a GPU beside few CPU cores, or many large policies."""
-    policies = [load_policy(job.checkpoint, job.seed) for job in jobs]
+    policies = [job_policy(job) for job in jobs]
     numbers = numbers_of(jobs, episodes)
     groups: dict[Any, list[int]] = {}
     for index, (job, policy) in enumerate(zip(jobs, policies, strict=True)):

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from cvlctl.checkpoints import checkpoint_file, read
 from cvlctl.errors import CvlctlError
 from cvlctl.machine import num_cpus
 from cvlctl.play.envs import make
-from cvlctl.play.policies import NumpyPolicy, load_policy
+from cvlctl.play.policies import NumpyPolicy, policy_of
 from cvlctl.play.rollout import EVALUATION_SEED, Episodes, GoalUse, PolicyJob, Progress, check_fit, result_row, roll
 from cvlctl.play.workers import share_out
 from cvlctl.types import EpisodeResult
@@ -82,18 +83,19 @@ def _work(request: dict[str, Any]) -> dict[str, Any]:
     """One episode in a worker: JSON in, JSON out."""
     plain = request["job"]
     goals = plain["goals"] and GoalUse(**plain["goals"])
-    job = PolicyJob(**plain | {"checkpoint": Path(plain["checkpoint"]), "goals": goals})
+    paths = {name: plain[name] and Path(plain[name]) for name in ("checkpoint", "copy")}
+    job = PolicyJob(**plain | paths | {"goals": goals})
     return asdict(_worker_player(request["seed"])(job, request["episode"]))
 
 
 def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:
     """A function (job, episode) -> row that keeps the environments and policies it made."""
     env_of = lru_cache(maxsize=4)(lambda task, horizon: make(task, EVALUATION_SEED + seed, horizon))
-    policy_of = lru_cache(maxsize=64)(load_policy)
+    known_policy = lru_cache(maxsize=64)(job_policy)
     goal_of = goal_lookup()
 
     def play(job: PolicyJob, episode: int) -> EpisodeResult:
-        env, policy = env_of(job.task, job.horizon), policy_of(job.checkpoint, job.seed)
+        env, policy = env_of(job.task, job.horizon), known_policy(job)
         check_fit(job.checkpoint, policy, env, job.goals is not None)
         goal = goal_of(job, episode)
         seen, _, rewards, successes, _ = roll(env, lambda o, step: policy(policy.command(o, goal)), episode)
@@ -105,6 +107,11 @@ def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:
 
 # in workers only: they end with the evaluation, so that nothing in it goes stale
 _worker_player = lru_cache(maxsize=1)(_player)
+
+
+def job_policy(job: PolicyJob) -> NumpyPolicy:
+    """The policy of a job: of the very bytes that the job is about. CvlctlError where they are no longer there."""
+    return policy_of(read(checkpoint_file(job.copy or job.checkpoint), job.sha256), job.seed)
 
 
 def goal_lookup() -> Callable[[PolicyJob, int], np.ndarray | None]:

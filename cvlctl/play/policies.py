@@ -8,17 +8,15 @@ The header's key "cvlctl" holds JSON: format, algorithm, task, spec, seeds, step
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from cvlctl.checkpoints import Saved, checkpoint_file, read
 from cvlctl.errors import CvlctlError
-from cvlctl.files import CHECKPOINT_FORMAT, CHECKPOINT_KEY, checkpoint_file
 from cvlctl.types import Spec
 
 
@@ -121,20 +119,17 @@ def load_policy(path: str | Path, seed: int = 0, checkpoint: str | int = "last")
     Raises:
         CvlctlError: no such run, checkpoint or seed; no actor in it; or a file that is damaged or not a checkpoint.
     """
-    file = checkpoint_file(Path(path), checkpoint)
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            header = _header(file, tensors.metadata())
-            shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-            names = _actor_names(file, shapes, header)
-            if seed not in header["seeds"]:
-                raise CvlctlError(f"{file} has no seed {seed}", f"its seeds: {', '.join(map(str, header['seeds']))}")
-            member = header["seeds"].index(seed)
-            arrays = {name: _member(file, name, tensors.get_slice(name), member) for name in names}
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise CvlctlError(
-            f"{file} cannot be read as a checkpoint: {error}", "it is damaged, or not a safetensors file: train again"
-        ) from error
+    return policy_of(read(checkpoint_file(Path(path), checkpoint)), seed)
+
+
+def policy_of(found: Saved, seed: int) -> NumpyPolicy:
+    """The policy of one seed of a checkpoint that was read; raises as `load_policy` does."""
+    file, header = found.path, _header(found)
+    names = _actor_names(found, header)
+    if seed not in header["seeds"]:
+        raise CvlctlError(f"{file} has no seed {seed}", f"its seeds: {', '.join(map(str, header['seeds']))}")
+    member = header["seeds"].index(seed)
+    arrays = {name: _member(found, name, member) for name in names}
     std = arrays["observation_std"]
     if not (std > 0).all():
         raise CvlctlError(f"{file}: observation_std holds values that are not positive")
@@ -146,12 +141,10 @@ def load_policy(path: str | Path, seed: int = 0, checkpoint: str | int = "last")
     return NumpyPolicy(layers, mean, std, header["spec"], goals)
 
 
-def _header(file: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+def _header(found: Saved) -> dict[str, Any]:
     """The checkpoint's own JSON, checked as far as a policy needs it; `spec` as a Spec."""
+    file, header = found.path, found.metadata
     try:
-        header = json.loads((metadata or {})[CHECKPOINT_KEY])
-        if header["format"] != CHECKPOINT_FORMAT:
-            raise CvlctlError(f"{file} has format {header['format']!r}; this cvlctl reads format {CHECKPOINT_FORMAT}")
         raw = header["spec"]
         shape, seeds = raw["observation_shape"], header["seeds"]
         spec = Spec(tuple(shape), raw["action_dim"], raw["horizon"], bool(raw.get("pixels", False)))
@@ -184,8 +177,9 @@ def _goal_columns(header: dict[str, Any], spec: Spec) -> GoalColumns | None:
     return found
 
 
-def _actor_names(file: Path, shapes: dict[str, tuple[int, ...]], header: dict[str, Any]) -> list[str]:
+def _actor_names(found: Saved, header: dict[str, Any]) -> list[str]:
     """Names of the actor's arrays, after checking that all are there and that their shapes fit together."""
+    file, shapes = found.path, {name: place.shape for name, place in found.places.items()}
     spec, members = header["spec"], len(header["seeds"])
     weights = {int(m[1]) for name in shapes if (m := re.fullmatch(r"actor\.(\d{1,3})\.weight", name))}
     if not weights:
@@ -206,10 +200,13 @@ def _actor_names(file: Path, shapes: dict[str, tuple[int, ...]], header: dict[st
     return list(expected)
 
 
-def _member(file: Path, name: str, part: Any, member: int) -> np.ndarray:
-    if part.get_dtype() not in ("F16", "F32", "F64"):
-        raise CvlctlError(f"{file}: {name} has type {part.get_dtype()}; expected F32")
-    array = np.asarray(part[member], dtype=np.float32)
+def _member(found: Saved, name: str, member: int) -> np.ndarray:
+    dtype = found.places[name].dtype
+    if dtype not in ("F16", "F32", "F64"):
+        raise CvlctlError(f"{found.path}: {name} has type {dtype}; expected F32")
+    array = np.asarray(found.array(name, member), dtype=np.float32)
     if not np.isfinite(array).all():
-        raise CvlctlError(f"{file}: {name} holds NaN or infinity", "its training diverged: lower the learning rate")
+        raise CvlctlError(
+            f"{found.path}: {name} holds NaN or infinity", "its training diverged: lower the learning rate"
+        )
     return array

@@ -46,6 +46,8 @@ class PolicyJob:
     gamma: float | None = None  # for the discounted return too
     goals: GoalUse | None = None  # for a policy that is told where to go
     horizon: int | None = None  # episodes are cut off after so many steps; None: the task's own limit
+    sha256: str | None = None  # of the checkpoint file that is meant; None: whatever is there when it is played
+    copy: Path | None = None  # of the file, to be read instead: a run in training replaces its own
 
 
 @dataclass(frozen=True)

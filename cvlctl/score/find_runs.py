@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import glob
-import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
+from cvlctl.checkpoints import Saved, read
 from cvlctl.errors import CvlctlError
-from cvlctl.files import CHECKPOINT_KEY, read_json
+from cvlctl.files import read_json
 from cvlctl.play import envs
 from cvlctl.progress import say
 from cvlctl.score.recipe import EvaluateRecipe
@@ -20,7 +19,7 @@ from cvlctl.score.recipe import EvaluateRecipe
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint file of a run, and what its header says."""
+    """One checkpoint file of a run, as it was when it was found."""
 
     run: Path
     file: Path
@@ -28,13 +27,19 @@ class Checkpoint:
     task: str
     seeds: tuple[int, ...]
     step: int
+    sha256: str
+    held: Saved | None = None  # its content, where the run is in training and about to replace the file
+
+    def content(self) -> Saved:
+        """What the file held when it was found. CvlctlError where it holds something else by now."""
+        return self.held or read(self.file, self.sha256)
 
 
 def checkpoints(recipe: EvaluateRecipe) -> list[Checkpoint]:
     """The checkpoints with policies of the runs that the recipe names, in the order of its patterns and of names."""
     found: list[Checkpoint] = []
     for pattern in recipe.runs:
-        exact = not glob.has_magic(pattern)
+        exact = not glob.has_magic(pattern) or os.path.isdir(pattern)  # a directory may well have brackets in its name
         places = [pattern] if exact else sorted(glob.glob(pattern, recursive=True))
         runs = [Path(place) for place in places if exact or Path(place, "checkpoints").is_dir()]
         of_pattern = [checkpoint for run in runs for checkpoint in _of_run(run, recipe, exact)]
@@ -47,7 +52,7 @@ def checkpoints(recipe: EvaluateRecipe) -> list[Checkpoint]:
 
 def _of_run(run: Path, recipe: EvaluateRecipe, exact: bool) -> Iterator[Checkpoint]:
     folder = run / "checkpoints"
-    if not folder.is_dir() and exact:
+    if not os.path.isdir(folder) and exact:
         raise CvlctlError(f"no run at {run}", "train it first: cvlctl finetune RECIPE")
     last = folder / "last.safetensors"
     if not last.is_file():
@@ -55,36 +60,37 @@ def _of_run(run: Path, recipe: EvaluateRecipe, exact: bool) -> Iterator[Checkpoi
             raise CvlctlError(f"{run} has no checkpoint yet", "wait for its training, or start it again")
         say(f"{run}: no checkpoint yet, left out")
         return
-    final = _header(run, last)
+    record = read_json(run / "run.json") or {}
+    final = _found(run, last, in_training=record.get("status", "finished") != "finished")
     if final is None:
         if exact:
             raise CvlctlError(f"{run} holds no policy", "it is of a pretrained critic: finetune it to get a policy")
         return  # a glob may well meet the pretrained critics
-    total = (read_json(run / "run.json") or {}).get("recipe", {}).get("steps")
+    plain = record.get("recipe")
+    total = plain.get("steps") if isinstance(plain, dict) else None
     if isinstance(total, int) and final.step < total:
         say(f"{run}: not finished, evaluated at step {final.step} of {total}")
     if recipe.checkpoints == "all":
-        numbered = [_header(run, file) for file in sorted(folder.glob("step-*.safetensors"))]
+        numbered = [_found(run, file) for file in sorted(folder.glob("step-*.safetensors"))]
         yield from (checkpoint for checkpoint in numbered if checkpoint and checkpoint.step != final.step)
     yield final
 
 
-def _header(run: Path, file: Path) -> Checkpoint | None:
+def _found(run: Path, file: Path, in_training: bool = False) -> Checkpoint | None:
     """The checkpoint, or None where it holds no actor."""
+    saved = read(file)
+    if not any(name.startswith("actor.") for name in saved.places):
+        return None
     try:
-        with safe_open(file, framework="numpy") as tensors:
-            header = json.loads((tensors.metadata() or {})[CHECKPOINT_KEY])
-            has_actor = any(name.startswith("actor.") for name in tensors.keys())  # noqa: SIM118 (not a dict)
-        algorithm, task, seeds, step = (header[name] for name in ("algorithm", "task", "seeds", "step"))
+        algorithm, task, seeds, step = (saved.metadata[name] for name in ("algorithm", "task", "seeds", "step"))
         if not (isinstance(algorithm, str) and isinstance(task, str) and isinstance(step, int)) or not seeds:
             raise ValueError("algorithm, task, seeds or step is of the wrong type")
         seeds = tuple(map(int, seeds))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         what = f"{file} cannot be read as a checkpoint: {type(error).__name__}: {error}"
         raise CvlctlError(what, "it is damaged, or not of cvlctl: train it again, or leave its run out") from error
-    if has_actor:
-        envs.check_task(task)
-    return Checkpoint(run, file, algorithm, task, seeds, step) if has_actor else None
+    envs.check_task(task)
+    return Checkpoint(run, file, algorithm, task, seeds, step, saved.sha256, saved if in_training else None)
 
 
 def labels(found: Sequence[Checkpoint]) -> dict[Path, str]:

@@ -93,10 +93,7 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     if max((*(columns or ()), *config.command_columns), default=0) >= observation_dim:
         what = f"critic: future_columns {columns}, command_columns {config.command_columns}"
         raise CvlctlError(f"{what}: observations have {observation_dim} columns", "columns count from 0")
-    state = networks.critic_init(
-        seeds, observation_dim, spec.action_dim, config.hidden, config.latent_dim, config.layer_norm,
-        None if columns is None else len(columns), copies=2 if config.twin else 0,
-    )  # fmt: skip
+    state = encoders(config, spec, seeds)
     names = list(state)
     state |= adam_init(state, "critic", names)
     if config.ema_rate > 0:
@@ -106,6 +103,15 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
         # a goal stated is normalised as one reached: where the data were collected for a single goal it never varies
         mean[command], std[command] = mean[column], std[column]
     return state | networks.normaliser_init(seeds, mean.cpu(), std.cpu())
+
+
+def encoders(config: Config, spec: Spec, seeds: Sequence[int]) -> State:
+    """The weights of phi and psi as they begin."""
+    (observation_dim,) = spec.observation_shape
+    return networks.critic_init(
+        seeds, observation_dim, spec.action_dim, config.hidden, config.latent_dim, config.layer_norm,
+        None if config.future_columns is None else len(config.future_columns), copies=2 if config.twin else 0,
+    )  # fmt: skip
 
 
 def parameter_names(state: State) -> list[str]:

@@ -1,0 +1,119 @@
+"""What an evaluation shows: tables and pictures of its rows, in files and on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cvlctl.errors import CvlctlError
+from cvlctl.files import read_json, write_atomically
+from cvlctl.play import envs
+from cvlctl.recipes.explain import nearest
+from cvlctl.score.find_runs import Checkpoint
+from cvlctl.score.pictures import plot_curves, plot_scores
+from cvlctl.score.recipe import EvaluateRecipe
+from cvlctl.score.render import to_csv, to_markdown, to_rich
+from cvlctl.score.tables import OfflineEstimate, aggregate_table, offline_table, pairwise, run_table, score_table
+from cvlctl.types import EpisodeResult
+from cvlctl.version import versions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SIMULATOR = ("mujoco", "metaworld", "gymnasium")  # physics, and with them scores, differ between versions
+TABLES = {
+    "table": "scores", "aggregate": "over all tasks", "pairwise": "against the baseline",
+    "offline": "offline estimates", "runs": "single runs",
+}  # fmt: skip
+
+Estimates = Mapping[tuple[str, str, int], OfflineEstimate]  # of (algorithm, task, seed)
+
+
+def report(
+    recipe: EvaluateRecipe, rows: Sequence[EpisodeResult], estimates: Estimates, baseline: str
+) -> dict[str, Any]:
+    """Write tables and pictures of `rows`; returns the number of episodes, the pictures' paths, and the tables."""
+    tables = _tables(list(rows), recipe, baseline)
+    tables["offline"] = offline_table(rows, estimates, **recipe.confidence.model_dump())
+    return {"episodes": len(rows), "plots": _write_tables(recipe, list(rows), tables), **tables}
+
+
+def baseline_of(recipe: EvaluateRecipe, labels: dict[Path, str]) -> str:
+    """What the others are compared to. CvlctlError where the recipe names a run that is not there."""
+    names = list(dict.fromkeys(labels.values()))
+    if recipe.baseline is not None and recipe.baseline not in names:
+        raise CvlctlError(f"baseline: no run is called {recipe.baseline!r}", nearest(recipe.baseline, names, "names"))
+    return recipe.baseline or "bc"
+
+
+def estimates_of(found: Sequence[Checkpoint], labels: Mapping[Path, str]) -> Estimates:
+    """What finished runs of fitted Q evaluation expect of their policies."""
+    return {
+        (labels[checkpoint.run], checkpoint.task, seed): estimate
+        for checkpoint in found
+        for seed, estimate in _estimates(checkpoint.run).items()
+    }
+
+
+def _estimates(run: Path) -> dict[int, OfflineEstimate]:
+    """What a finished run of fitted Q evaluation expects of its policies, by seed; nothing of other runs."""
+    record = read_json(run / "run.json") or {}
+    try:
+        gamma, values = float(record["recipe"]["algorithm"]["gamma"]), record["metrics"]["estimate"]
+        return {seed: OfflineEstimate(x, gamma) for seed, x in zip(record["seeds"], values, strict=True)}
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def _tables(rows: list[EpisodeResult], recipe: EvaluateRecipe, baseline: str) -> dict[str, Any]:
+    tasks = dict.fromkeys(row.task for row in rows)
+    known = {task: envs.references(task, recipe.horizon) for task in tasks if recipe.backend == "gymnasium"}
+    played = ", ".join(f"{name} {versions()[name]}" for name in SIMULATOR if name in versions())
+    references: Any = {task: {**reference, "simulator": played} for task, reference in known.items() if reference}
+    confidence: Any = recipe.confidence.model_dump()
+    told: dict[str, Any] = {} if recipe.horizon is None else {"horizon": recipe.horizon}
+    if recipe.backend != "gymnasium":
+        told["backend"] = recipe.backend
+    table = score_table(rows, references=references, aggregates=recipe.aggregate, **confidence)
+    return {
+        "table": [record | told for record in table],
+        "aggregate": aggregate_table(rows, references=references, aggregates=recipe.aggregate, **confidence),
+        "pairwise": pairwise(rows, baseline=baseline, **confidence),
+        "runs": run_table(rows, references=references, **confidence),
+    }
+
+
+def _write_tables(recipe: EvaluateRecipe, rows: list[EpisodeResult], tables: dict[str, Any]) -> list[str]:
+    out, confidence = recipe.out, recipe.confidence.model_dump()
+    write_atomically(out / "table.csv", to_csv(tables["table"]).encode())
+    write_atomically(out / "table.md", as_text(tables, "markdown").encode())
+    curves = plot_curves(rows, out / "curves.png", **confidence)
+    plots = [plot_scores(tables["table"], out / "scores.png"), curves]
+    return [str(plot) for plot in plots if plot]
+
+
+def as_text(result: dict[str, Any], form: str) -> str:
+    """The tables of a result: "markdown" has all of them, "csv" the score table alone."""
+    if form == "csv":
+        return to_csv(result["table"])
+    return "\n".join(to_markdown(result[name], title) for name, title in TABLES.items() if result.get(name))
+
+
+def can_be_shown(result: dict[str, Any]) -> bool:
+    """Whether `result`, as it was read from a file, has what people and programs are shown of it."""
+    try:
+        as_text(result, "csv"), as_text(result, "markdown")
+        return type(result["episodes"]) is int and all(isinstance(plot, str) for plot in result["plots"])
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+        return False
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """Print the tables (single runs left to the files), and where the files are."""
+    for name, title in TABLES.items():
+        if result.get(name) and name != "runs":  # one of an earlier version may lack a table
+            console.print(to_rich(result[name], title))
+    for name in ("rows", *(["plots"] if result["plots"] else [])):
+        places = [result[name]] if isinstance(result[name], str) else result[name]
+        console.print(f"{name + ':':8}{' '.join(places)}", markup=False, soft_wrap=True)
