@@ -1,17 +1,21 @@
 # make demo      everything: environment, a real replay buffer, critics, policies, score table (about ten minutes on two cores)
 # make install   the environment alone, in .venv
-# make test      environment, lint, types, tests, recipe and docs checks, a short end-to-end run
-# make learn     the slow learning tests
-# make soak      crash points, power loss, fuzzing and state machines at length (hours)
+# make check     lint, types, layers and unit tests: under a minute on two cores
+# make test      check, every test, recipes, docs, a short end-to-end run: a quarter of an hour on two cores
+# make learn     tests of minutes: every method compiled, formats fuzzed (about an hour)
+# make soak      crash points, power loss and state machines at length (hours)
 # make bench     measured comparisons with peers, into docs/performance.md (about 40 minutes; leave the machine alone)
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
 VENV ?= .venv
 BIN := $(VENV)/bin
+# processes that test, each of which computes on one thread
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 # The default torch wheels bring gigabytes of CUDA. For the CPU ones: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: demo install test lint smoke learn soak bench clean
+.PHONY: demo install check test lint smoke learn soak bench clean
 
 demo: install
 	$(BIN)/cvlctl run recipes/quickstart.yaml
@@ -26,8 +30,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-test: install lint
-	$(BIN)/pytest
+check: lint
+	$(PYTEST) $(UNIT)
+
+test: lint
+	$(PYTEST)
 	$(BIN)/cvlctl recipes validate
 	$(BIN)/python docs/generate_cli.py --check
 	$(MAKE) --no-print-directory smoke
@@ -45,10 +52,10 @@ smoke: install
 	  stages.finetune.success_examples.rule=last stages.scores.episodes=2
 
 learn: install
-	$(BIN)/pytest -m slow --timeout 3600
+	$(PYTEST) -m slow --timeout 3600
 
 soak: install
-	$(BIN)/pytest -m soak --timeout 7200
+	$(PYTEST) -m soak --timeout 7200
 
 bench: install
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -64,9 +64,8 @@ def in_envpool(task: str, spec: Spec, episodes: int) -> Done:
 
 def benchmark(tasks: Sequence[str], episodes: int, rounds: int) -> dict[str, Any]:
     """Steps a second of each way, round by round in turns; medians of EnvPool's ratios, in time and in CPU time."""
-    from common import machine, versus  # its torch is not for the worker processes
+    import common  # here: its torch is not for the worker processes
 
-    before = machine()
     found, comparisons = [], []
     for task in tasks:
         spec = _env(task).spec
@@ -75,34 +74,29 @@ def benchmark(tasks: Sequence[str], episodes: int, rounds: int) -> dict[str, Any
             "processes": lambda task=task: in_processes(task, episodes),  # type: ignore[misc]
             "envpool": lambda task=task, spec=spec: in_envpool(task, spec, episodes),  # type: ignore[misc]
         }
-        done = [{name: way() for name, way in ways.items()} for _ in range(rounds)]
-
-        rates = {name: [one[name]["steps"] / one[name]["seconds"] for one in done] for name in ways}
-        cpu = [one["gymnasium"]["cpu_seconds"] / one["envpool"]["cpu_seconds"] for one in done]
+        done = common.turns(ways, rounds)
+        rates = {name: [one["steps"] / one["seconds"] for one in each] for name, each in done.items()}
+        pairs = zip(done["gymnasium"], done["envpool"], strict=True)
+        cpu = [slow["cpu_seconds"] / fast["cpu_seconds"] for slow, fast in pairs]
         found.append({"task": task, "steps_per_second": rates, "cpu_time_ratio": round(float(np.median(cpu)), 2)})
+        print(f"{task}: EnvPool's CPU time is smaller by {found[-1]['cpu_time_ratio']}x")
         work = f"random episodes of {task}, backend envpool"
         for name, peer in (("gymnasium", "backend gymnasium"), ("processes", f"the same in {PROCESSES} processes")):
-            row = versus(work, peer, rates["envpool"], rates[name], unit="frames/s", threads=PROCESSES)
+            row = common.versus(work, peer, rates["envpool"], rates[name], unit="frames/s", threads=PROCESSES)
             comparisons.append(row)
     return {
         "comparisons": comparisons, "episodes": episodes, "tasks": found,
         "envpool": envpool.versions(tasks[0]),
-        "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from common import finish, parser  # as above
+    import common  # as above
 
-    options = parser(__doc__, threads=None)
+    options = common.parser(__doc__, threads=None, rounds=3)
     options.add_argument("--tasks", nargs="+", default=list(TASKS))
     options.add_argument("--episodes", type=int, default=16)
-    options.add_argument("--rounds", type=int, default=3)
-    args = options.parse_args(arguments)
-    found = benchmark(args.tasks, args.episodes, args.rounds)
-    for one in found["tasks"]:
-        print(f"{one['task']}: EnvPool's CPU time is smaller by {one['cpu_time_ratio']}x")
-    finish(found, args)
+    common.main(options, lambda a: benchmark(a.tasks, a.episodes, a.rounds), arguments)
 
 
 if __name__ == "__main__":

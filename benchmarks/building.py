@@ -9,13 +9,14 @@ compared: the same bits. The ratio is at most the number of idle cores.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import finish, machine, parser, versus
+import common
 
 from cvlctl.collect.build_many import build_many
 from cvlctl.collect.recipe import BuildManyRecipe, BuildRecipe
@@ -37,38 +38,38 @@ def build(folder: Path, tasks: Sequence[str], source: dict[str, Any], compile: b
 
 def benchmark(tasks: Sequence[str], source: dict[str, Any], rounds: int, compile: bool) -> dict[str, Any]:
     """Wall seconds of both ways, round by round in turns, and the median of their ratio."""
-    before = machine()
-    seconds: dict[int, list[float]] = {1: [], len(tasks): []}
-    digests: dict[int, list[str]] = {}
-    for _ in range(rounds):
-        for processes, taken in seconds.items():
-            with tempfile.TemporaryDirectory() as folder:
-                begin = time.perf_counter()
-                digests[processes] = build(Path(folder), tasks, source, compile, processes)
-                taken.append(time.perf_counter() - begin)
-    alone, together = seconds.values()
+    digests: list[list[str]] = []
+
+    def way(processes: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            digests.append(build(Path(folder), tasks, source, compile, processes))
+
+    taken = common.timed({"alone": partial(way, 1), "together": partial(way, len(tasks))}, rounds)
+    alone, together = taken["alone"], taken["together"]
     work = f"building {len(tasks)} stores by SAC, {source['steps']:,} frames each, {len(tasks)} processes"
-    row = versus(work, "one after the other", together, alone, unit="seconds", threads=1, least=1.8, aim=1.95)
+    row = common.versus(work, "one after the other", together, alone, unit="seconds", threads=1, least=1.8, aim=1.95)
     return {
         "comparisons": [row], "tasks": list(tasks), "source": source, "compile": compile,
-        "same_stores": len(set(map(tuple, digests.values()))) == 1,
+        "same_stores": len(set(map(tuple, digests))) == 1,
         "one_after_the_other_seconds": alone, "at_once_seconds": together,
-        "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, threads=None)
+    options = common.parser(__doc__, threads=None, rounds=3)
     options.add_argument("--tasks", nargs="+", default=list(TASKS))
     options.add_argument("--frames", type=int, default=3000)
     options.add_argument("--hidden", type=int, nargs="+", default=[256, 256])
-    options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--compile", action="store_true", help="compile the training step: for longer runs")
-    args = options.parse_args(arguments)
-    source = {"name": "sac", "steps": args.frames, "hidden": args.hidden, "learning_starts": min(500, args.frames // 2)}
-    found = benchmark(args.tasks, source, args.rounds, args.compile)
-    print(f"{'the same' if found['same_stores'] else 'OTHER'} stores")
-    finish(found, args)
+
+    def measured(args: argparse.Namespace) -> dict[str, Any]:
+        starts = min(500, args.frames // 2)
+        source = {"name": "sac", "steps": args.frames, "hidden": args.hidden, "learning_starts": starts}
+        found = benchmark(args.tasks, source, args.rounds, args.compile)
+        print(f"{'the same' if found['same_stores'] else 'OTHER'} stores")
+        return found
+
+    common.main(options, measured, arguments)
 
 
 if __name__ == "__main__":

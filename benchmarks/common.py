@@ -1,8 +1,10 @@
-"""What the benchmarks share: contestants that take turns, the record of a comparison, and each script's first and last
-lines.
+"""What the benchmarks share: arguments, rounds in which contestants take turns, medians with their spread, and the
+record of all of it, in words and as JSON.
 
-A script measures, makes a dictionary with `machine` (before), `load_average_after` and `comparisons`, and hands it to
-`finish`, which prints it and writes it where `--json` says. `run.py` merges these files into one page.
+A script says what it measures against what: a function of its arguments that returns `comparisons` (rows of `versus`)
+and `curves` (tables) among other numbers. `main` does the rest. `run.py` merges the scripts' files into one page.
+
+Scripts import this before torch and numpy: cvlctl says how OpenMP's threads are to wait.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
 
@@ -44,6 +46,7 @@ FORM = {EAGER: "eager", COMPILED: "compiled", BF16: "compiled, bf16"}  # in the 
 PEERS = ("stable-baselines3", "d3rlpy", "minari", "envpool")  # whose versions count, where they are installed
 
 Contestant = Callable[[int], None]  # makes n updates
+Found = TypeVar("Found")
 
 
 def synthetic(rows: int) -> Data:
@@ -62,7 +65,7 @@ def synthetic(rows: int) -> Data:
 
 
 def configure(settings: Settings) -> None:
-    """Threads and precision of a contestant whose turn it is. Not what `training.configure` does besides before a
+    """Threads and precision of a contestant whose turn it is. Not what `settings.configure` does besides before a
     compiled run: forget all compiled programs, which would put their compilation into every round."""
     computing.configure(replace(settings, compile=False))
 
@@ -126,18 +129,34 @@ def learner(
     return updates_from(data, module.draws(config, SPEC, batch_size), seeds, state, programs, settings)
 
 
+def turns(contestants: Mapping[str, Callable[[], Found]], rounds: int) -> dict[str, list[Found]]:
+    """What every contestant found in every round, the contestants taking turns: a busy machine slows all alike."""
+    found: dict[str, list[Found]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            found[name].append(call())
+    return found
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall seconds that a call takes."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def timed(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every contestant in every round."""
+    return turns({name: partial(seconds, call) for name, call in contestants.items()}, rounds)
+
+
 def measure(contestants: dict[str, Contestant], rounds: int, updates: int, warm_up: int = 4) -> dict[str, list[float]]:
-    """Updates a second of every contestant in every round, the contestants taking turns."""
+    """Updates a second of every contestant in every round."""
     torch.compiler.reset()  # the programs of earlier contestants: torch keeps eight of a function
     for run in contestants.values():
         run(warm_up)  # compiles, too
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            begin = time.perf_counter()
-            run(updates)
-            rates[name].append(updates / (time.perf_counter() - begin))
-    return rates
+    taken = timed({name: partial(run, updates) for name, run in contestants.items()}, rounds)
+    return {name: [updates / one for one in found] for name, found in taken.items()}
 
 
 def spread(ratio: np.ndarray) -> list[float]:
@@ -250,26 +269,67 @@ def show(curve: dict[str, Any]) -> None:
         print(curve["note"])
 
 
-def parser(doc: str | None, threads: int | None = 2) -> argparse.ArgumentParser:
-    """Arguments that all scripts have; `--threads` only where `threads`, its default, is a number."""
+def parser(
+    doc: str | None,
+    *,
+    threads: int | None = 2,
+    rounds: int | None = None,
+    updates: int | None = None,
+    rows: int | None = None,
+    forms: bool = False,
+    device: bool = False,
+) -> argparse.ArgumentParser:
+    """Arguments that several scripts have. Numbers are defaults; what is None or False is no argument of this one.
+
+    Args:
+        forms: whether cvlctl is measured compiled and eager.
+        device: whether it is on a GPU too.
+    """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if threads is not None:
-        made.add_argument("--threads", type=int, default=threads)
+    helps = {"threads": None, "rounds": None, "updates": "a round", "rows": "rows in memory"}
+    defaults = {"threads": threads, "rounds": rounds, "updates": updates, "rows": rows}
+    for name, text in helps.items():
+        if defaults[name] is not None:
+            made.add_argument(f"--{name}", type=int, default=defaults[name], help=text)
+    if forms:
+        made.add_argument("--eager-only", action="store_true", help="compile nothing")
+    if device:
+        made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     made.add_argument("--json", type=Path, help="write the numbers there too")
     return made
 
 
-def finish(found: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print the comparisons and under what they were made; write everything to `args.json`."""
-    if rows := found.get("comparisons"):
-        both = [f"{row['work']} / {row['peer']}" for row in rows]
-        width = max(map(len, both)) + 2
-        print(f"{'work / peer':{width}}{'ours':>10}{'theirs':>10} {'unit':10}{'ratio':>8}{'range':>18}  target")
-        for name, row in zip(both, rows, strict=True):
-            extremes = f"[{row['low']:.2f}, {row['high']:.2f}]"
-            print(f"{name:{width}}{row['ours']:10.4g}{row['theirs']:10.4g} {row['unit']:10}{row['ratio']:7.2f}x"
-                  f"{extremes:>18}  {reached(row)}")  # fmt: skip
+def main(
+    options: argparse.ArgumentParser,
+    benchmark: Callable[[argparse.Namespace], dict[str, Any]],
+    arguments: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Measure between two looks at the machine, print, and write everything where `--json` says."""
+    args = options.parse_args(arguments)
+    before = machine()
+    found = benchmark(args) | {"machine": before}
+    found["load_average_after"] = machine()["load_average"]
+    for curve in found.get("curves", []):
+        show(curve)
+    show_comparisons(found["comparisons"])
     print(conditions(found))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    keep(found, args.json)
+    return found
+
+
+def show_comparisons(rows: list[dict[str, Any]]) -> None:
+    """Print comparisons as a table."""
+    both = [f"{row['work']} / {row['peer']}" for row in rows]
+    width = max(map(len, both), default=0) + 2
+    print(f"{'work / peer':{width}}{'ours':>10}{'theirs':>10} {'unit':10}{'ratio':>8}{'range':>18}  target")
+    for name, row in zip(both, rows, strict=True):
+        extremes = f"[{row['low']:.2f}, {row['high']:.2f}]"
+        print(f"{name:{width}}{row['ours']:10.4g}{row['theirs']:10.4g} {row['unit']:10}{row['ratio']:7.2f}x"
+              f"{extremes:>18}  {reached(row)}")  # fmt: skip
+
+
+def keep(found: dict[str, Any], file: Path | None) -> None:
+    """Write the numbers as JSON, where a file is named."""
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found, indent=1) + "\n")

@@ -7,7 +7,7 @@ seed, trained one after the other in a loop with torch.optim.Adam.
 Both sides draw transitions and their truncated geometric futures from the same 500k rows in memory, and minimise the
 same InfoNCE loss with its partition penalty; the peer's observations are normalised beforehand. An update is one
 gradient step of *both* seeds. Rounds alternate between the contestants, so that a busy machine slows all alike; a ratio
-is the median over rounds. "Our matmul setting" is what `training.resolve_settings` chooses on this machine.
+is the median over rounds. "Our matmul setting" is what `settings.resolve_settings` chooses on this machine.
 CVL and LAEO train critic and actor, as without a pretrained critic; no peer has them, so each is beside its eager form:
 "as shipped" with PyTorch's own matrix products, and under our matmul setting.
 """
@@ -19,37 +19,11 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
-
-# isort: split
+import common
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import (
-    AS_SHIPPED,
-    BF16,
-    COMPILED,
-    EAGER,
-    FORM,
-    HIDDEN,
-    OUR_SETTING,
-    SPEC,
-    Contestant,
-    best,
-    configure,
-    finish,
-    forms,
-    learner,
-    machine,
-    measure,
-    our_settings,
-    parser,
-    show,
-    size_of,
-    synthetic,
-    versus,
-    with_critic,
-)
+from common import AS_SHIPPED, BF16, COMPILED, EAGER, FORM, HIDDEN, OUR_SETTING, SPEC, Contestant
 from torch import Tensor, nn
 
 from cvlctl.data import samplers
@@ -127,7 +101,7 @@ def theirs(data: Data, config: occupancy.Config, batch_size: int, settings: Sett
         return observations[now], data.action[now], observations[now + torch.minimum(offset, left)]
 
     def run(updates: int) -> None:
-        configure(settings)
+        common.configure(settings)
         for _ in range(updates):
             for critic, optimiser in zip(critics, optimisers, strict=True):
                 plain_update(critic, optimiser, *sample())
@@ -136,24 +110,25 @@ def theirs(data: Data, config: occupancy.Config, batch_size: int, settings: Sett
 
 
 def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bool = False) -> dict[str, Any]:
-    """All comparisons, every form's rates, and the state of the machine before and after."""
-    before, data, mine = machine(), synthetic(rows), our_settings(threads, eager_only)
-    shipped, alike, chosen = PEER + AS_SHIPPED, PEER + OUR_SETTING, best(mine)
+    """All comparisons, and every form's rates."""
+    data, mine = common.synthetic(rows), common.our_settings(threads, eager_only)
+    shipped, alike, chosen = PEER + AS_SHIPPED, PEER + OUR_SETTING, common.best(mine)
     contestants = {
         shipped: theirs(data, CRITIC, BATCH, Settings("cpu", threads, "float32", False)),
         alike: theirs(data, CRITIC, BATCH, mine[EAGER]),
     }
-    contestants |= {form: learner(occupancy, CRITIC, SEEDS, data, BATCH, settings) for form, settings in mine.items()}
-    rates = measure(contestants, rounds, updates)
-    work = f"InfoNCE critic, {size_of(CRITIC.hidden)}->{CRITIC.latent_dim}, batch {BATCH}, two seeds"
+    made = partial(common.learner, occupancy, CRITIC, SEEDS, data, BATCH)
+    contestants |= {form: made(settings) for form, settings in mine.items()}
+    rates = common.measure(contestants, rounds, updates)
+    work = f"InfoNCE critic, {common.size_of(CRITIC.hidden)}->{CRITIC.latent_dim}, batch {BATCH}, two seeds"
     comparisons = [
-        versus(f"{work}, {FORM[chosen]}", shipped, rates[chosen], rates[shipped], threads=threads, least=2),
-        versus(f"{work}, {FORM[chosen]}", alike, rates[chosen], rates[alike], threads=threads),
+        common.versus(f"{work}, {FORM[chosen]}", shipped, rates[chosen], rates[shipped], threads=threads, least=2),
+        common.versus(f"{work}, {FORM[chosen]}", alike, rates[chosen], rates[alike], threads=threads),
     ]
     if BF16 in mine:
-        row = versus(f"{work}, {FORM[BF16]}", shipped, rates[BF16], rates[shipped], threads=threads, aim=3.5)
+        row = common.versus(f"{work}, {FORM[BF16]}", shipped, rates[BF16], rates[shipped], threads=threads, aim=3.5)
         comparisons.append(row)
-    curves = [forms(f"{work}, {threads} threads", rates, shipped)]
+    curves = [common.forms(f"{work}, {threads} threads", rates, shipped)]
     for (name, module), hidden in product(WHOLE.items(), HIDDEN):
         more_comparisons, curve = whole_update(name, module, hidden, data, mine, threads, rounds, updates)
         comparisons += more_comparisons
@@ -165,7 +140,6 @@ def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bo
         "sizes": {"seeds": len(SEEDS), "hidden": CRITIC.hidden, "latent_dim": CRITIC.latent_dim, "batch_size": BATCH,
                   "whole_batch_size": CVL_BATCH, "whole_hidden": HIDDEN, "rows": len(data.observation)},
         "rounds": rounds, "updates_a_round": updates,
-        "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
 
@@ -180,32 +154,25 @@ def whole_update(
     updates: int,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Critic and actor, the critic of this size, beside the same step as PyTorch runs it by itself."""
-    config = with_critic(module, hidden)
+    config = common.with_critic(module, hidden)
     plain, same = "its own eager form" + AS_SHIPPED, "its own eager form" + OUR_SETTING
-    updating = {form: learner(module, config, SEEDS, data, CVL_BATCH, settings) for form, settings in mine.items()}
-    updating[plain] = learner(module, config, SEEDS, data, CVL_BATCH, Settings("cpu", threads, "float32", False))
-    rates = measure(updating, rounds, updates)
-    work = f"{name}'s whole update, critic {size_of(hidden)}, batch {CVL_BATCH}, two seeds"
+    made = partial(common.learner, module, config, SEEDS, data, CVL_BATCH)
+    updating = {form: made(settings) for form, settings in mine.items()}
+    updating[plain] = made(Settings("cpu", threads, "float32", False))
+    rates = common.measure(updating, rounds, updates)
+    work = f"{name}'s whole update, critic {common.size_of(hidden)}, batch {CVL_BATCH}, two seeds"
     comparisons = []
     for form, least, aim in ((COMPILED, 2, 3), (BF16, None, None)):
         if form in mine:
-            row = partial(versus, f"{work}, {FORM[form]}", threads=threads)
+            row = partial(common.versus, f"{work}, {FORM[form]}", threads=threads)
             comparisons.append(row(plain, rates[form], rates[plain], least=least, aim=aim))
             comparisons.append(row(same, rates[form], rates[EAGER]))
-    return comparisons, forms(f"{work}, {threads} threads", rates, plain)
+    return comparisons, common.forms(f"{work}, {threads} threads", rates, plain)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--updates", type=int, default=64, help="updates a round")
-    options.add_argument("--rows", type=int, default=500_000, help="rows in memory")
-    options.add_argument("--eager-only", action="store_true", help="compile nothing")
-    args = options.parse_args(arguments)
-    found = benchmark(args.threads, args.rounds, args.updates, args.rows, args.eager_only)
-    for curve in found["curves"]:
-        show(curve)
-    finish(found, args)
+    options = common.parser(__doc__, rounds=7, updates=64, rows=500_000, forms=True)
+    common.main(options, lambda a: benchmark(a.threads, a.rounds, a.updates, a.rows, a.eager_only), arguments)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ extra `envpool`), ours once more with `backend: envpool`: as many episodes of th
 
 from __future__ import annotations
 
+import argparse
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -23,13 +23,10 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
-
-# isort: split
+import common
 import gymnasium
 import numpy as np
 import torch
-from common import finish, machine, parser, versus
 from torch import Tensor, nn
 
 from cvlctl import checkpoints
@@ -161,8 +158,7 @@ def async_vector(task: str, state: State, episodes: int, workers: int) -> list[f
 
 
 def benchmark(tasks: Sequence[str], episodes: int, rounds: int, workers: int) -> dict[str, Any]:
-    """Wall seconds of every task and contestant, with the state of the machine."""
-    before = machine()
+    """Wall seconds of every task and contestant."""
     comparisons, disagreement = [], {}
     for task in tasks:
         with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +181,7 @@ def benchmark(tasks: Sequence[str], episodes: int, rounds: int, workers: int) ->
             least, aim = TARGETS.get((task, mine, name), (None, None))
             how = f"{workers} processes" if mine == OURS else f"EnvPool's simulator, {workers} threads"
             comparisons.append(
-                versus(f"{episodes} evaluation episodes, {task}, {how}", name, seconds[mine], seconds[name],
+                common.versus(f"{episodes} evaluation episodes, {task}, {how}", name, seconds[mine], seconds[name],
                        unit="seconds", threads=torch.get_num_threads(), least=least, aim=aim)
             )  # fmt: skip
             if mine == OURS:  # EnvPool's starts are its own
@@ -194,7 +190,6 @@ def benchmark(tasks: Sequence[str], episodes: int, rounds: int, workers: int) ->
     sizes = {"episodes": episodes, "rounds": rounds, "workers": workers, "threads": torch.get_num_threads()}
     return {
         "comparisons": comparisons, "disagreement": disagreement, **sizes,
-        "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
 
@@ -202,28 +197,28 @@ def play_in_turns(
     contestants: dict[str, Callable[[], list[float]]], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
     """Seconds of each contestant in each round, and the returns of its episodes."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    returns = {}
-    for _ in range(rounds):
-        for name, play in contestants.items():
-            begin = time.perf_counter()
-            returns[name] = np.array(play())
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds, returns
+    returns: dict[str, np.ndarray] = {}
+
+    def play(name: str) -> None:
+        returns[name] = np.array(contestants[name]())
+
+    return common.timed({name: partial(play, name) for name in contestants}, rounds), returns
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__)  # --threads: torch's, of the peers' policies
+    options = common.parser(__doc__, rounds=3)  # --threads: torch's, of the peers' policies
     options.add_argument("--tasks", nargs="+", default=list(TASKS))
     options.add_argument("--episodes", type=int, default=50)
-    options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--workers", type=int, default=2, help="processes of ours and of AsyncVectorEnv")
-    args = options.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    found = benchmark(args.tasks, args.episodes, args.rounds, args.workers)
-    for name, difference in found["disagreement"].items():
-        print(f"{name:75} disagreement {difference:.1e}")
-    finish(found, args)
+
+    def measured(args: argparse.Namespace) -> dict[str, Any]:
+        torch.set_num_threads(args.threads)
+        found = benchmark(args.tasks, args.episodes, args.rounds, args.workers)
+        for name, difference in found["disagreement"].items():
+            print(f"{name:75} disagreement {difference:.1e}")
+        return found
+
+    common.main(options, measured, arguments)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
-
-# isort: split
+import common
 import h5py
 import numpy as np
 import zarr
-from common import Contestant, finish, machine, measure, parser, versus
+from common import Contestant
 from numcodecs import Zstd
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
@@ -97,7 +95,7 @@ def compare(works: dict[str, Callable[[], Any]], base: str, rounds: int) -> dict
 
         return run
 
-    rates = measure({name: contestant(name) for name in works}, rounds, 1, warm_up=1)
+    rates = common.measure({name: contestant(name) for name in works}, rounds, 1, warm_up=1)
     times = {name: np.array(values[1:]) for name, values in spent.items()}
     cpu = {name: float(np.median(pair.sum(axis=1))) for name, pair in times.items()}
     kernel = {name: float(np.median(pair[:, 1])) for name, pair in times.items()}
@@ -258,31 +256,33 @@ def comparisons(imported: dict[str, Any], loaded: dict[str, Any], transitions: i
     times = imported["times"]
     work = f"import of {transitions:,} transitions of D4RL's HDF5"
     alone: dict[str, Any] = {"unit": "seconds", "threads": 1}
-    rows = [versus(work, RAW, times[IMPORT]["rounds"], times[RAW]["rounds"], **alone, least=0.5)]
+    rows = [common.versus(work, RAW, times[IMPORT]["rounds"], times[RAW]["rounds"], **alone, least=0.5)]
     times = loaded["times"]
     if MINARI in times:
         work = f"load of {loaded['transitions']:,} frames"
-        rows.append(versus(work, MINARI, times[LOAD]["rounds"], times[MINARI]["rounds"], **alone, least=10))
+        rows.append(common.versus(work, MINARI, times[LOAD]["rounds"], times[MINARI]["rounds"], **alone, least=10))
     return rows
 
 
+def benchmark(transitions: int, frames: int, store: Path | None, rounds: int) -> dict[str, Any]:
+    """An import and a load, in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        imported = importing(Path(folder), transitions, rounds)
+        show_import(imported, transitions)
+        loaded = loading(Path(folder), frames, store, rounds)
+        show_load(loaded)
+    return {
+        "comparisons": comparisons(imported, loaded, transitions),
+        "import": imported, "load": loaded, "transitions": transitions, "rounds": rounds,
+    }  # fmt: skip
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, threads=None)
+    options = common.parser(__doc__, threads=None, rounds=5)
     options.add_argument("--transitions", type=int, default=1_000_000, help="of the D4RL file")
     options.add_argument("--frames", type=int, default=500_000, help="of the store that is loaded")
     options.add_argument("--store", type=Path, help="load this store instead of collecting one")
-    options.add_argument("--rounds", type=int, default=5)
-    args = options.parse_args(arguments)
-    before = machine()
-    with tempfile.TemporaryDirectory() as folder:
-        imported = importing(Path(folder), args.transitions, args.rounds)
-        show_import(imported, args.transitions)
-        loaded = loading(Path(folder), args.frames, args.store, args.rounds)
-        show_load(loaded)
-    found = {"comparisons": comparisons(imported, loaded, args.transitions),
-             "import": imported, "load": loaded, "transitions": args.transitions, "rounds": args.rounds,
-             "machine": before, "load_average_after": machine()["load_average"]}  # fmt: skip
-    finish(found, args)
+    common.main(options, lambda a: benchmark(a.transitions, a.frames, a.store, a.rounds), arguments)
 
 
 if __name__ == "__main__":

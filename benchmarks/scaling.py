@@ -16,32 +16,18 @@ The claims: an update takes as long with any amount of data, and memory is the d
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cvlctl  # before torch: it says how OpenMP's threads are to wait
-
-# isort: split
+import common
 import numpy as np
-from common import (
-    SPEC,
-    Contestant,
-    best,
-    finish,
-    machine,
-    measure,
-    our_settings,
-    parser,
-    show,
-    spread,
-    synthetic,
-    updates_from,
-    versus,
-)
+from common import SPEC, Contestant
 from streaming import episodes, train
 
+import cvlctl
 from cvlctl.data.samplers import Data, Layout
 from cvlctl.data.stream import row_bytes
 from cvlctl.learn.algorithms import cvl
@@ -70,25 +56,25 @@ def contestants(data: Data, sizes: Sequence[int], settings: Settings) -> dict[st
     draws = cvl.draws(CVL, SPEC, BATCH)
     state = cvl.init(CVL, SPEC, [0], beginning(data, min(sizes)))
     programs = programs_of(cvl, CVL, settings)
-    return {str(n): updates_from(beginning(data, n), draws, [0], state, programs, settings) for n in sizes}
+    return {str(n): common.updates_from(beginning(data, n), draws, [0], state, programs, settings) for n in sizes}
 
 
 def speed(sizes: Sequence[int], settings: Settings, rounds: int, updates: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The curve of updates/s, and the comparison of its ends."""
-    data = synthetic(max(sizes) // SPEC.horizon * (SPEC.horizon + 1))
+    data = common.synthetic(max(sizes) // SPEC.horizon * (SPEC.horizon + 1))
     configure(settings)
-    rates = measure(contestants(data, sizes, settings), rounds, updates)
+    rates = common.measure(contestants(data, sizes, settings), rounds, updates)
     base = np.array(rates[str(sizes[0])])
     rows = []
     for size in sizes:
         found = np.array(rates[str(size)])
-        rows.append([size, round(float(np.median(found)), 1), *spread(found / base)])
+        rows.append([size, round(float(np.median(found)), 1), *common.spread(found / base)])
     how = f"{settings.threads} threads, {'compiled' if settings.compile else 'eager'}, batch {BATCH}, in memory"
     curve = {
         "title": "CVL's updates with more data", "columns": ["transitions", "updates/s", "ratio", "least", "most"],
         "rows": rows, "note": f"{how}; ratio to the fewest: 1 is flat",
     }  # fmt: skip
-    ends = versus(
+    ends = common.versus(
         f"CVL update, {sizes[-1]:,} transitions in memory", f"the same with {sizes[0]:,}", rates[str(sizes[-1])],
         rates[str(sizes[0])], threads=settings.threads,
     )  # fmt: skip
@@ -115,28 +101,23 @@ def memory(sizes: Sequence[int], updates: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    made = parser(__doc__)
+    made = common.parser(__doc__, rounds=7, updates=64, forms=True)
     made.add_argument("--transitions", type=int, nargs="+", default=SIZES, help="multiples of 500, ascending")
-    made.add_argument("--rounds", type=int, default=7)
-    made.add_argument("--updates", type=int, default=64, help="updates a round")
     made.add_argument("--memory-updates", type=int, default=20, help="updates of the runs whose memory is measured")
-    made.add_argument("--eager-only", action="store_true", help="compile nothing")
-    args = made.parse_args(arguments)
-    before, sizes = machine(), sorted(set(args.transitions))
-    if any(size < 1 or size % SPEC.horizon for size in sizes):
-        made.error(f"--transitions: whole episodes, multiples of {SPEC.horizon}")
-    mine = our_settings(args.threads, args.eager_only)
-    settings = mine[best(mine)]
-    updates_curve, ends = speed(sizes, settings, args.rounds, args.updates)
-    show(updates_curve)
-    memory_curve = memory(sizes, args.memory_updates)
-    show(memory_curve)
-    found = {
-        "comparisons": [ends], "curves": [updates_curve, memory_curve], "settings": settings.as_dict(),
-        "rounds": args.rounds, "updates_a_round": args.updates, "machine": before,
-        "load_average_after": machine()["load_average"],
-    }  # fmt: skip
-    finish(found, args)
+
+    def measured(args: argparse.Namespace) -> dict[str, Any]:
+        sizes = sorted(set(args.transitions))
+        if any(size < 1 or size % SPEC.horizon for size in sizes):
+            made.error(f"--transitions: whole episodes, multiples of {SPEC.horizon}")
+        mine = common.our_settings(args.threads, args.eager_only)
+        settings = mine[common.best(mine)]
+        updates_curve, ends = speed(sizes, settings, args.rounds, args.updates)
+        return {
+            "comparisons": [ends], "curves": [updates_curve, memory(sizes, args.memory_updates)],
+            "settings": settings.as_dict(), "rounds": args.rounds, "updates_a_round": args.updates,
+        }  # fmt: skip
+
+    common.main(made, measured, arguments)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ the median over rounds. Compiling, some 15 s for each number of seeds and algori
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import multiprocessing
 import time
@@ -27,29 +28,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
-import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
-
-# isort: split
+import common
 import numpy as np
-from common import (
-    AS_SHIPPED,
-    HIDDEN,
-    OUR_SETTING,
-    Contestant,
-    best,
-    finish,
-    learner,
-    machine,
-    measure,
-    our_settings,
-    parser,
-    show,
-    size_of,
-    spread,
-    synthetic,
-    versus,
-    with_critic,
-)
+from common import AS_SHIPPED, HIDDEN, OUR_SETTING, Contestant
 from sac import BATCH as SAC_BATCH
 from sac import CONFIG as SAC
 from sac import FILLED, theirs
@@ -61,7 +42,7 @@ from cvlctl.learn.algorithms import cvl, occupancy
 from cvlctl.learn.settings import Settings, configure
 
 CRITIC = occupancy.Config()
-CVL = {size_of(hidden): with_critic(cvl, hidden) for hidden in HIDDEN}
+CVL = {common.size_of(hidden): common.with_critic(cvl, hidden) for hidden in HIDDEN}
 CVL_BATCH, CRITIC_BATCH = 256, 1024  # the recipes' defaults
 WARM_UP = 4  # updates before anything is timed; the first compiles
 PRECISION = {AS_SHIPPED: "float32", OUR_SETTING: "medium"}
@@ -133,15 +114,12 @@ def sac_comparisons(num_seeds: int, settings: Settings, rounds: int, seconds: fl
     configure(settings)
     run = sac_together(num_seeds, settings)
     run(WARM_UP)
-    ours: list[float] = []
     with sb3_apart(num_seeds) as peers:
-        peer_rates: dict[str, list[float]] = {name: [] for name in peers}
-        for _ in range(rounds):
-            ours.append(num_seeds * rate(run, seconds))
-            for name, peer in peers.items():
-                peer_rates[name].append(peer(seconds))
+        turns = {name: partial(peer, seconds) for name, peer in peers.items()}
+        peer_rates = common.turns({"ours": lambda: num_seeds * rate(run, seconds)} | turns, rounds)
+    ours = peer_rates.pop("ours")
     return [
-        versus(
+        common.versus(
             f"SAC update, {num_seeds} seeds together", f"{num_seeds} processes of {name}", ours, found,
             threads=settings.threads, least=2.2 if name.endswith(AS_SHIPPED) else None,
             aim=3.0 if name.endswith(AS_SHIPPED) else None,
@@ -162,8 +140,10 @@ def rates_by_seeds(
 ) -> dict[int, np.ndarray]:
     """Updates/s (rounds,) of all seeds together, by their number."""
     configure(settings)  # forgets the programs of others, of which torch keeps eight at most
-    runs = {str(num): learner(module, config, range(num), data, batch_size, settings) for num in nums}
-    return {int(num): int(num) * np.array(found) for num, found in measure(runs, rounds, updates, WARM_UP).items()}
+    runs = {str(num): common.learner(module, config, range(num), data, batch_size, settings) for num in nums}
+    return {
+        int(num): int(num) * np.array(found) for num, found in common.measure(runs, rounds, updates, WARM_UP).items()
+    }
 
 
 def curve(name: str, rates: dict[int, np.ndarray], how: str) -> dict[str, Any]:
@@ -171,43 +151,39 @@ def curve(name: str, rates: dict[int, np.ndarray], how: str) -> dict[str, Any]:
     rows: list[list[float]] = []
     for num, found in rates.items():
         cost = num * rates[1] / found
-        rows.append([num, round(float(np.median(found)), 1), *spread(cost)])
+        rows.append([num, round(float(np.median(found)), 1), *common.spread(cost)])
     note = f"{how}. Updates/s of all seeds; cost: time of one update of all, one seed's is 1, linear is their number"
     columns = ["seeds", "updates/s", "cost", "least", "most"]
     return {"title": f"{name}, seeds together", "columns": columns, "rows": rows, "note": note}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    made = parser(__doc__)
-    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    made.add_argument("--together", type=int, default=5, help="seeds of the comparisons")
-    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 5, 8], help="numbers of seeds of the curves")
-    made.add_argument("--rounds", type=int, default=5)
-    made.add_argument("--seconds", type=float, default=3.0, help="of SAC's turns")
-    made.add_argument("--updates", type=int, default=64, help="of CVL's and the critic's turns")
-    made.add_argument("--rows", type=int, default=500_000, help="rows in memory, of CVL and the critic")
-    made.add_argument("--eager-only", action="store_true", help="compile nothing")
-    args = made.parse_args(arguments)
-    before, num = machine(), args.together
-    mine = our_settings(args.threads, args.eager_only, args.device)
-    settings = mine[best(mine)]
-    comparisons = []
-    if args.device == "cuda":
+def beside_processes(num: int, settings: Settings, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """SAC's comparisons, or a line that says why there are none."""
+    if settings.device == "cuda":
         print("SAC beside Stable-Baselines3: left out, it is a comparison on the CPU")
     elif importlib.util.find_spec("stable_baselines3") is None:
         print("SAC beside Stable-Baselines3: left out, it is not installed; pip install -e '.[bench]'")
     else:
-        comparisons += sac_comparisons(num, settings, args.rounds, args.seconds)
+        return sac_comparisons(num, settings, rounds, seconds)
+    return []
+
+
+def benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    """Seeds together beside seeds apart, and the curves over their number."""
+    num = args.together
+    mine = common.our_settings(args.threads, args.eager_only, args.device)
+    settings = mine[common.best(mine)]
+    comparisons = beside_processes(num, settings, args.rounds, args.seconds)
 
     nums = sorted({1, num, *args.seeds})
-    data = to_device(synthetic(args.rows), args.device)
+    data = to_device(common.synthetic(args.rows), args.device)
     least, aim = (1.5, None) if args.device == "cpu" else (None, 4.0)
     how = f"{args.device}, {args.threads} threads, {'compiled' if settings.compile else 'eager'}, batch "
     curves = []
     for size, config in CVL.items():
         rates = rates_by_seeds(cvl, config, nums, data, CVL_BATCH, settings, args.rounds, args.updates)
         comparisons.append(
-            versus(
+            common.versus(
                 f"CVL update, critic {size}, {num} seeds together, {args.device}", f"{num} runs one after the other",
                 rates[num].tolist(), rates[1].tolist(), threads=args.threads, least=least, aim=aim,
             )
@@ -215,13 +191,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         curves.append(curve(f"CVL, critic {size}", rates, f"{how}{CVL_BATCH}, bank {config.bank_size}"))
     rates = rates_by_seeds(occupancy, CRITIC, nums, data, CRITIC_BATCH, settings, args.rounds, args.updates)
     curves.append(curve("Occupancy critic", rates, f"{how}{CRITIC_BATCH}"))
-    for one in curves:
-        show(one)
-    found = {
-        "comparisons": comparisons, "curves": curves, "settings": settings.as_dict(), "rounds": args.rounds,
-        "machine": before, "load_average_after": machine()["load_average"],
-    }  # fmt: skip
-    finish(found, args)
+    return {"comparisons": comparisons, "curves": curves, "settings": settings.as_dict(), "rounds": args.rounds}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    made = common.parser(__doc__, rounds=5, updates=64, rows=500_000, forms=True, device=True)
+    made.add_argument("--together", type=int, default=5, help="seeds of the comparisons")
+    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 5, 8], help="numbers of seeds of the curves")
+    made.add_argument("--seconds", type=float, default=3.0, help="of SAC's turns")
+    common.main(made, benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from common import finish, machine, parser, versus
+import common
 
 LIMIT, AIM = 0.5, 0.3  # seconds
 SCRIPT = "from cvlctl.__main__ import main; main()"  # what the script `cvlctl` does
@@ -21,24 +21,19 @@ COMMAND = [sys.executable, "-P", "-c", SCRIPT, "--help"]
 
 
 def benchmark(runs: int) -> dict[str, Any]:
-    before = machine()
-    seconds = []
-    for _ in range(1 + runs):
-        begin = time.perf_counter()
-        subprocess.run(COMMAND, check=True, stdout=subprocess.DEVNULL)
-        seconds.append(time.perf_counter() - begin)
-    limit = versus(
+    start = partial(subprocess.run, COMMAND, check=True, stdout=subprocess.DEVNULL)
+    seconds = common.timed({"help": start}, 1 + runs)["help"]
+    limit = common.versus(
         "cvlctl --help", f"a limit of {LIMIT} s", seconds[1:], [LIMIT] * runs, unit="seconds", threads=1,
         least=1, aim=round(LIMIT / AIM, 2),
     )  # fmt: skip
-    return {"comparisons": [limit], "machine": before, "load_average_after": machine()["load_average"]}
+    return {"comparisons": [limit]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, threads=None)
+    options = common.parser(__doc__, threads=None)
     options.add_argument("--runs", type=int, default=10)
-    args = options.parse_args(arguments)
-    finish(benchmark(args.runs), args)
+    common.main(options, lambda a: benchmark(a.runs), arguments)
 
 
 if __name__ == "__main__":

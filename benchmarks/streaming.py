@@ -10,6 +10,7 @@ after loading; memory is the process's peak, less the peak of a process that tra
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
-from common import finish, machine, parser, versus
 
 import cvlctl
 from cvlctl.data.stream import row_bytes
@@ -58,41 +59,40 @@ def train(folder: Path, store: Path, name: str, memory_gb: float | str, updates:
 
 
 def benchmark(rows: int, share: float, updates: int, rounds: int) -> dict[str, Any]:
-    before = machine()
-    found: dict[str, list[dict[str, Any]]] = {"in memory": [], "streamed": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         store = cvlctl.write_store(folder / "big.zarr", episodes(rows), task="synthetic")
         small = cvlctl.write_store(folder / "small.zarr", episodes(int(rows * share / 10)), task="synthetic")
         data_mb = store.num_rows * row_bytes(store) / 1e6
         bare = train(folder, small.path, "bare", "auto", 50)["megabytes"]
-        for i in range(rounds):
-            for name, memory in (("in memory", 2 * data_mb / 1e3), ("streamed", share * data_mb / 1e3)):
-                found[name].append(train(folder, store.path, f"{name}-{i}".replace(" ", "-"), memory, updates))
+        numbers = map(str, itertools.count())  # of the runs: each round trains anew
+        ways = {
+            name: lambda gb=gb: train(folder, store.path, next(numbers), gb, updates)  # type: ignore[misc]
+            for name, gb in (("in memory", 2 * data_mb / 1e3), ("streamed", share * data_mb / 1e3))
+        }
+        found = common.turns(ways, rounds)
     memory_rates, streamed_rates = ([one["updates_per_second"] for one in found[name]] for name in found)
     work = f"critic's training, data streamed, {share:.0%} of it in memory"
-    row = versus(work, "the same, all in memory", streamed_rates, memory_rates, threads=1, least=0.5)
+    row = common.versus(work, "the same, all in memory", streamed_rates, memory_rates, threads=1, least=0.5)
     return {
         "comparisons": [row],
         "rows": rows, "data_megabytes": round(data_mb), "allowed_megabytes": round(share * data_mb),
         "bare_megabytes": bare, "rounds": found,
-        "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__, threads=None)
-    options.add_argument("--rows", type=int, default=3_000_000)
-    options.add_argument("--share", type=float, default=0.1, help="of what the rows take: what they may take in memory")
-    options.add_argument("--updates", type=int, default=600)
-    options.add_argument("--rounds", type=int, default=3)
-    args = options.parse_args(arguments)
-    found = benchmark(args.rows, args.share, args.updates, args.rounds)
-    print(f"{found['data_megabytes']} MB of data, {found['allowed_megabytes']} MB allowed; {args.updates} updates")
+def told(found: dict[str, Any]) -> dict[str, Any]:
+    print(f"{found['data_megabytes']} MB of data, {found['allowed_megabytes']} MB allowed")
     for name, results in found["rounds"].items():
         peaks = ", ".join(f"{one['megabytes'] - found['bare_megabytes']}" for one in results)
         print(f"{name:<10} MB beyond a bare run {peaks}")
-    finish(found, args)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = common.parser(__doc__, threads=None, rounds=3, updates=600, rows=3_000_000)
+    options.add_argument("--share", type=float, default=0.1, help="of what the rows take: what they may take in memory")
+    common.main(options, lambda a: told(benchmark(a.rows, a.share, a.updates, a.rounds)), arguments)
 
 
 if __name__ == "__main__":

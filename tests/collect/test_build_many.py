@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 import os
@@ -239,19 +238,3 @@ def test_the_table_shows_who_runs_and_who_failed(tmp_path: Path) -> None:
     build_many.render([{"task": job.task} | (job.result or {}) for job in (failed, done)], console)
     table = console.export_text()
     assert "try again" in table and "50%" in table and "built" in table
-
-
-def test_the_benchmark_builds_the_same_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    building = importlib.import_module("building")
-    asked = []
-
-    def in_process(recipe: BuildManyRecipe) -> list[dict[str, Any]]:
-        asked.append(recipe.processes)
-        return [{"task": one.task, **build(one)} for one in recipe.recipes]
-
-    monkeypatch.setattr(building, "build_many", in_process)
-    source = {"name": "sac", "steps": 30, "learning_starts": 20, "hidden": [8], "batch_size": 8}
-    found = building.benchmark([PENDULUM, CAR], source, 1, False)
-    assert asked == [1, 2] and found["same_stores"] and found["comparisons"][0]["ratio"] > 0
-    sys.modules.pop("building")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import sys
@@ -324,16 +323,3 @@ def test_every_other_task_has_a_name_in_envpool() -> None:
     for task in envs.list_tasks():
         if not task.endswith("-fixed"):
             assert envpool_backend.name_of(task) in known
-
-
-def test_benchmark_of_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("envpool")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    backends = importlib.import_module("backends")
-    found = backends.benchmark(["gym/Pendulum-v1"], episodes=2, rounds=1)
-    rates = found["tasks"][0]["steps_per_second"]
-    assert list(rates) == ["gymnasium", "processes", "envpool"] and min(map(min, rates.values())) > 0
-    done = backends.play({"task": "gym/Pendulum-v1", "episodes": [0, 1]})
-    assert done["steps"] == 400 and found["machine"]["cpus"] >= 1
-    for name in ("backends", "critic"):
-        sys.modules.pop(name, None)

@@ -224,9 +224,9 @@ def test_intervals_repeat_under_a_seed_and_ignore_the_company() -> None:
 
 def test_two_thousand_resamples_are_quick() -> None:
     table = np.random.default_rng(0).normal(size=(10, 50))
-    start = time.perf_counter()
+    start = time.process_time()  # the machine may be busy with other things
     bootstrap(iqm, table, resamples=2000)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 # ---- tables

@@ -1,0 +1,153 @@
+"""The benchmarks of evaluation, collection, stores and files, and of Mountain Car, in small."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from toy_stores import many
+
+import cvlctl
+from cvlctl.collect.build import build
+from cvlctl.collect.recipe import BuildManyRecipe
+from cvlctl.data.writer import write_store
+from cvlctl.play import envs
+from cvlctl.play.rollout import collect_episode
+from cvlctl.types import Episode
+
+Script = Callable[[str], Any]
+
+
+def test_evaluation_script_plays_the_same_episodes(script: Script, tmp_path: Path) -> None:
+    evaluation = script("evaluation")
+    evaluation.main(
+        ["--tasks", "gym/Pendulum-v1", "--episodes", "3", "--rounds", "1", "--threads", "1",
+         "--json", str(tmp_path / "found.json")]
+    )  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text())
+    with_sb3 = importlib.util.find_spec("stable_baselines3") is not None
+    with_envpool = importlib.util.find_spec("envpool") is not None
+    assert len(found["disagreement"]) == 1 + with_sb3
+    assert len(found["comparisons"]) == (1 + with_sb3) * (1 + with_envpool)
+    assert all(difference < 1e-3 for difference in found["disagreement"].values())
+    assert all(row["ours"] > 0 and row["unit"] == "seconds" for row in found["comparisons"])
+
+
+def episode(length: int, terminated: bool) -> Episode:
+    rewards = np.zeros(length, dtype=np.float32)
+    rewards[-1] = 100.0
+    return Episode(np.zeros((length + 1, 2)), np.zeros((length, 1)), rewards, terminated=terminated)
+
+
+def test_returns_by_hand_and_steps_near_a_time_limit_left_out(script: Script) -> None:
+    mountain_car = script("mountain_car")
+    found = mountain_car.discounted_returns(np.array([1.0, 2.0, 4.0]), 0.5)
+    assert found.tolist() == [3.0, 4.0, 4.0]
+    pairs = mountain_car.pairs_of([episode(3, True), episode(400, False)], 0.99)
+    assert (pairs.episode == 0).sum() == 3
+    assert (pairs.episode == 1).sum() == 400 - 390 + 1  # 0.99^390 < 2 % < 0.99^389
+    assert pairs.returns[:3] == pytest.approx([98.01, 99.0, 100.0])
+
+
+def test_correlations_of_a_perfect_and_a_reversed_estimate(script: Script) -> None:
+    mountain_car = script("mountain_car")
+    rng = np.random.default_rng(0)
+    observations = np.stack([np.repeat([-1.0, -0.5, 0.0, 0.3], 50), rng.uniform(0.001, 0.009, 200)], axis=1)
+    returns = observations[:, 0] + rng.uniform(0, 0.1, 200)
+    pairs = mountain_car.Pairs(observations, np.zeros((200, 1)), returns, np.arange(200) % 5)
+    for sign in (1, -1):
+        found = mountain_car.correlations(sign * returns, pairs, 10)
+        assert [found[kind] for kind in mountain_car.KINDS] == [sign, sign, sign]
+        assert found["spearman_interval"] == [sign, sign]
+
+
+def test_mountain_car_script(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mountain_car = script("mountain_car")
+    monkeypatch.chdir(tmp_path)
+    env = envs.make("gym/MountainCarContinuous-v0", 0)
+    pushes = [collect_episode(env, lambda o, _: np.sign(o[1:] + 1e-9), number) for number in range(10)]
+    cvlctl.write_store("swings.zarr", pushes, task=env.task, horizon=env.spec.horizon)
+    arguments = [
+        "--store", "swings.zarr", "--out", "run", "--pairs", "300", "--bank", "500", "--resamples", "5",
+        "--json", "found.json", "--set", "steps=20", "batch_size=32", "critic.hidden=[16]", "seeds=[0]",
+        "compile=false", "threads=1",
+    ]  # fmt: skip
+    mountain_car.main(arguments)
+    mountain_car.main(arguments)  # finds replay and critic finished
+    found = json.loads(Path("found.json").read_text())
+    assert found["episodes_at_the_goal"] == 10
+    assert found["pairs"] > 100
+    assert found["correlation"]["yardstick: nearest training returns"]["spearman"] > 0
+    assert Path("run/mountain-car.png").stat().st_size > 10_000
+    assert "normaliser self, seed 0" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        mountain_car.main([*arguments, "batch_size=16"])
+    assert left.value.code == 2
+
+
+def test_streaming_and_memory_train_the_same_store(script: Script) -> None:
+    found = script("streaming").benchmark(rows=100_000, share=0.3, updates=20, rounds=1)
+    assert found["data_megabytes"] == 23 and found["allowed_megabytes"] == 7
+    streamed, whole = (found["rounds"][name][0] for name in ("streamed", "in memory"))
+    (row,) = found["comparisons"]
+    assert row["ours"] == pytest.approx(streamed["updates_per_second"], rel=1e-3)
+    assert row["theirs"] == pytest.approx(whole["updates_per_second"], rel=1e-3)
+    assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"], rel=1e-2)
+
+
+def test_benchmark_of_imports(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MINARI_DATASETS_PATH", raising=False)  # put back afterwards: the script sets it
+    importing = script("importing")
+    write_store(tmp_path / "a.zarr", many(5), task="toy")
+    out = tmp_path / "found.json"
+    importing.main(["--transitions", "3000", "--store", str(tmp_path / "a.zarr"), "--rounds", "1", "--json", str(out)])
+    found = json.loads(out.read_text())
+    assert found["import"]["times"][importing.RAW]["ratio"] == 1.0
+    assert found["import"]["times"][importing.IMPORT]["seconds"] > 0
+    assert found["load"]["times"][importing.LOAD]["size_mb"] >= 0
+    assert (importing.MINARI in found["load"]["times"]) == bool(importlib.util.find_spec("minari"))
+    assert "cvlctl imports" in capsys.readouterr().out
+
+
+def test_the_benchmark_builds_the_same_both_ways(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    building = script("building")
+    asked = []
+
+    def in_process(recipe: BuildManyRecipe) -> list[dict[str, Any]]:
+        asked.append(recipe.processes)
+        return [{"task": one.task, **build(one)} for one in recipe.recipes]
+
+    monkeypatch.setattr(building, "build_many", in_process)
+    source = {"name": "sac", "steps": 30, "learning_starts": 20, "hidden": [8], "batch_size": 8}
+    found = building.benchmark(["gym/Pendulum-v1", "gym/MountainCarContinuous-v0"], source, 1, False)
+    assert asked == [1, 2] and found["same_stores"] and found["comparisons"][0]["ratio"] > 0
+
+
+def test_benchmark_of_backends(script: Script, tmp_path: Path) -> None:
+    pytest.importorskip("envpool")
+    backends = script("backends")
+    small = ["--tasks", "gym/Pendulum-v1", "--episodes", "2", "--rounds", "1"]
+    backends.main([*small, "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    rates = found["tasks"][0]["steps_per_second"]
+    assert list(rates) == ["gymnasium", "processes", "envpool"] and min(map(min, rates.values())) > 0
+    done = backends.play({"task": "gym/Pendulum-v1", "episodes": [0, 1]})
+    assert done["steps"] == 400 and found["machine"]["cpus"] >= 1
+
+
+def test_references_are_measured(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = script("measure_references")
+    monkeypatch.setattr(measured, "RANDOM_EPISODES", 1)
+    monkeypatch.setattr(measured, "SCRIPTED_EPISODES", 1)
+    row = measured.measure({"task": "metaworld/drawer-close-v3"})["row"]
+    assert row["scripted_success"] == 1.0 and row["max"] > row["min"]
