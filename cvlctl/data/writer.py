@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from cvlctl.data.provenance import environment, jsonable
 from cvlctl.data.store import LABEL_ARRAYS, META, Store, json_digest, open_store, split
 from cvlctl.data.tails import TAIL, Tail
 from cvlctl.errors import CvlctlError
-from cvlctl.folders import Folder, put_in_place
+from cvlctl.folders import LOCK, MARKER, Folder, put_in_place
 from cvlctl.types import Episode
 
 CHUNK_ROWS = 100_000  # 500k rows load in tens of ms; chunks of 1k rows take ten times as long
@@ -268,9 +268,6 @@ class StoreWriter:
 
     def _restore(self) -> None:
         """Take up what was flushed, and remove what was not."""
-        for cut_off in [*self.partial.glob(".*.tmp"), *self.partial.rglob("*.partial")]:  # ours, and zarr's
-            if cut_off.is_file():
-                cut_off.unlink()
         if (self.partial / TAIL).exists():
             try:
                 self._read_tail()
@@ -290,12 +287,11 @@ class StoreWriter:
         self._table, self._tasks = tail.table, {task: number for number, task in enumerate(tail.tasks)}
         self._pending = {name: [rows] for name, rows in tail.rest.items()}
         self._chunk_rows, self._written = tail.chunk_rows, tail.written
-        flushed = {str(i) for i in range(tail.written // tail.chunk_rows)}
-        for name in tail.rest:
-            for chunk in (self.partial / name / "c").glob("*"):
-                if chunk.name not in flushed:
-                    shutil.rmtree(chunk) if chunk.is_dir() else chunk.unlink()
-        if tail.written:  # the arrays' metadata may count chunks that were just removed
+        flushed = {
+            self.partial / name / "c" / str(i) for name in tail.rest for i in range(tail.written // tail.chunk_rows)
+        }
+        _prune(self.partial, {*flushed, *(self.partial / name for name in (LOCK, MARKER, TAIL))})
+        if tail.written:
             self._write(tail.written, {name: rows[:0] for name, rows in tail.rest.items()})
 
     def _rest(self) -> dict[str, np.ndarray]:
@@ -320,6 +316,17 @@ class StoreWriter:
         counts = {"episodes": self.num_episodes, "transitions": self.num_transitions, "rows": self._num_rows}
         described = {"task": self._task, "tasks": list(self._tasks), "spec": spec, "counts": counts}
         return {"format": FORMAT, "version": VERSION, **described, "provenance": self._provenance}
+
+
+def _prune(folder: Path, kept: set[Path]) -> None:
+    """Remove all but `kept` and what is above: it came after the last flush, and power may have cut it off."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink() and entry not in kept:
+            _prune(entry, kept)
+            with contextlib.suppress(OSError):  # it holds some of them
+                entry.rmdir()
+        elif entry not in kept:
+            entry.unlink()
 
 
 def _form(name: str, rows: dict[str, np.ndarray]) -> tuple[tuple[int, ...], np.dtype] | None:

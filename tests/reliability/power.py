@@ -139,12 +139,12 @@ def promises(disk: Disk) -> None:
 
     plain, flush = files.write_atomically, writer.StoreWriter.flush
 
-    def write(path: Path, data: bytes | memoryview, *more: Any, **options: Any) -> None:
-        name, digest = os.path.relpath(os.path.abspath(path), disk.root), hashlib.sha256(data).hexdigest()
+    def write(path: Path, *data: bytes | memoryview) -> None:
+        name, digest = os.path.relpath(os.path.abspath(path), disk.root), hashlib.sha256(b"".join(data)).hexdigest()
         before = disk.saved.get(name, [])
         if before:
             disk.saved[name] = [*before, digest]
-        plain(path, data, *more, **options)
+        plain(path, *data)
         if ".partial" not in name:  # of a store that is being written the number of episodes tells
             disk.saved[name] = [digest]
 
