@@ -11,7 +11,7 @@ def main() -> None:
         from cvlctl import interrupts, streams
 
         streams.secure()
-        with interrupts.watched():
+        with interrupts.watched(program=True):
             from cvlctl.cli.app import app
             from cvlctl.cli.console import execute
 

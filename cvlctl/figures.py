@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cvlctl.files import write_atomically
+from cvlctl.terminal import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
 
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
+LONGEST = 80  # characters of a caption
 
 
 def short_names(tasks: Sequence[str]) -> dict[str, str]:
     """Tasks without the family before the slash, where that stays unambiguous."""
     short = {task: task.rsplit("/", 1)[-1] for task in tasks}
     return short if len(set(short.values())) == len(short) else {}
+
+
+def caption(text: str) -> str:
+    """Text out of files as a picture shows it: no control characters, no end of length, and dollars are no formulas."""
+    shown = visible(text.replace("\n", " "))
+    return (shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 3]}...").replace("$", r"\$")
 
 
 def make_panels(wanted: Iterable[tuple[str, str]], height: float) -> tuple[Figure, dict[tuple[str, str], Axes]]:
@@ -37,7 +45,8 @@ def make_panels(wanted: Iterable[tuple[str, str]], height: float) -> tuple[Figur
     panels = {}
     for position, (metric, task) in enumerate(wanted, start=1):
         axes = panels[metric, task] = figure.add_subplot(down, across, position)
-        axes.set_title(short_names(tasks).get(task, task) if metric else task, fontsize=10, loc="left", color="#333333")
+        title = caption(short_names(tasks).get(task, task) if metric else task)
+        axes.set_title(title, fontsize=10, loc="left", color="#333333")
         axes.tick_params(labelsize=8, color="#999999")
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#999999")
@@ -47,8 +56,8 @@ def make_panels(wanted: Iterable[tuple[str, str]], height: float) -> tuple[Figur
 
 
 def label_axes(axes: Axes, x: str, y: str = "") -> None:
-    axes.set_xlabel(x, fontsize=9)
-    axes.set_ylabel(y, fontsize=9)
+    axes.set_xlabel(caption(x), fontsize=9)
+    axes.set_ylabel(caption(y), fontsize=9)
     for name, axis, limit in ((x, axes.xaxis, axes.set_xlim), (y, axes.yaxis, axes.set_ylim)):
         if name == "success":
             limit(-0.03, 1.03)

@@ -8,14 +8,17 @@ a destructor), `check` raises it again.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 AGAIN_SECONDS = 0.5  # shells and launchers pass on what the terminal has sent: two so close together are one
 
+_program = False
 _came = 0.0  # when the first one came; 0: none has
 _held = 0
 
@@ -27,23 +30,37 @@ def _handler(number: int, frame: FrameType | None) -> None:
     _came = _came or now
     waits = _held > 0 if first else now - _came < AGAIN_SECONDS
     if not waits:
+        if _program:
+            _hush()
         raise KeyboardInterrupt
 
 
+def _hush() -> None:
+    """Objects and threads that the exception leaves half made would complain as they go; what matters is told by us."""
+    sys.unraisablehook = lambda _: None
+    threading.excepthook = lambda _: None
+    warnings.simplefilter("ignore")
+    if "logging" in sys.modules:
+        sys.modules["logging"].disable()
+
+
 @contextmanager
-def watched() -> Iterator[None]:
+def watched(program: bool = False) -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and SIGHUP (unless it is ignored, as under nohup) raise KeyboardInterrupt.
 
     In other threads than the main one nothing changes: whoever runs us deals with signals.
+
+    Args:
+        program: the process ends with this; after a signal no library speaks any more.
     """
-    global _came
+    global _came, _program
     if not _is_main() or signal.getsignal(signal.SIGINT) is _handler:  # an outer one watches
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     if before[signal.SIGHUP] is signal.SIG_IGN:
         del before[signal.SIGHUP]
-    _came = 0.0
+    _came, _program = 0.0, program
     try:
         for number in before:
             signal.signal(number, _handler)
@@ -52,7 +69,7 @@ def watched() -> Iterator[None]:
         for number, old in before.items():
             if signal.getsignal(number) is _handler:  # else released
                 signal.signal(number, signal.SIG_DFL if old is None else old)
-        _came = 0.0
+        _came, _program = 0.0, False
 
 
 def release() -> None:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from cvlctl import streams
+from cvlctl.terminal import console, visible
 
 PLAIN_LINE_SECONDS = 10.0
 
@@ -27,13 +28,12 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int, unit: str, start: int = 0) -> None:
-        self.what, self.total, self.unit, self.start = what, total, unit, start
+        self.what, self.total, self.unit, self.start = visible(what), total, unit, start
         self._begin = self._said = time.monotonic()
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
         if streams.is_terminal(sys.stderr):
-            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as RichProgress
             from rich.table import Column
@@ -49,10 +49,11 @@ class Progress:
 
             # on a narrow terminal the bar and the text shrink: count, rate and time left are what people look for
             self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.description}", markup=False), BarColumn(20),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TextColumn("{task.fields[rate]}"), TimeRemainingColumn(table_column=Column(no_wrap=True)),
                 Rest("{task.fields[text]}", markup=False, table_column=Column()),
-                console=Console(stderr=True), transient=True,
+                console=console(stderr=True), transient=True,
             )  # fmt: skip
             self._bar.start()
             self._task = self._bar.add_task(self.what, total=self.total, completed=self.start, rate="", text="")
@@ -63,7 +64,7 @@ class Progress:
         now = time.monotonic()
         rate = (done - self.start) / max(now - self._begin, 1e-9)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=f"{rate:.0f} {self.unit}/s", text=text)
+            self._bar.update(self._task, completed=done, rate=f"{rate:.0f} {self.unit}/s", text=visible(text))
         elif now - self._said >= PLAIN_LINE_SECONDS:
             self._said = now
             left = (self.total - done) / max(rate, 1e-9)

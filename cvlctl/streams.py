@@ -8,6 +8,8 @@ import os
 import sys
 from typing import Any, TextIO
 
+from cvlctl.terminal import visible
+
 
 def secure() -> None:
     """Give closed standard streams a place, and let stderr forget what cannot be written. For whole programs alone.
@@ -40,7 +42,7 @@ def tell(line: str) -> None:
     """One plain line for people, on stderr, or nowhere."""
     with contextlib.suppress(OSError, ValueError):  # a full disk, a lost terminal, a closed stream
         if sys.stderr is not None:  # where it is, print would take stdout
-            print(line, file=sys.stderr, flush=True)
+            print(visible(line), file=sys.stderr, flush=True)
 
 
 def let_go(stream: TextIO) -> None:

@@ -26,6 +26,7 @@ ROOMS = [
     ["checkpoints", "children", "figures", "interrupts", "progress"],
     ["files", "paths", "types"],
     ["machine", "streams", "version", "errors"],
+    ["terminal"],
 ]
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 LIGHT = {"torch", "numpy", "cvlctl", "math", "dataclasses", "typing", "collections", "__future__", "types"}

@@ -13,6 +13,7 @@ from cvlctl.cli import data
 from cvlctl.cli.console import console, present
 from cvlctl.cli.options import Json, Quiet, register
 from cvlctl.errors import CvlctlError
+from cvlctl.terminal import print_text
 from cvlctl.version import __version__
 
 HELP = "From logged trajectories to policies and honest score tables: contrastive occupancy critics for offline RL."
@@ -116,7 +117,7 @@ def evaluate(
         from cvlctl.score import evaluate as command
 
         if form in (Form.csv, Form.markdown):
-            print(command.as_text(result, form.value), end="")
+            print_text(command.as_text(result, form.value), end="")
         else:
             command.render(result, console())
 
@@ -228,4 +229,4 @@ def _line(result: dict[str, Any]) -> None:
     place = result.get("out") or result.get("path")
     plain = {key: value for key, value in result.items() if isinstance(value, int | float | str)}
     facts = ", ".join(f"{key} {value}" for key, value in plain.items() if key not in ("status", "out", "path"))
-    print(f"{result['status']}: {place} ({facts})")
+    print_text(f"{result['status']}: {place} ({facts})")

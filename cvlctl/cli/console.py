@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cvlctl import interrupts, streams
+from cvlctl import interrupts, streams, terminal
 from cvlctl.errors import CvlctlError
 from cvlctl.files import HINTS, SHORTAGES
 
@@ -36,19 +36,25 @@ def present(work: Callable[[], Any], show: Callable[[Any], None], as_json: bool,
         result = work()
         interrupts.check()
     if as_json:
-        print(json.dumps(result, indent=1, default=str))
+        print(_as_json(result))
     else:
         show(result)
     return result
 
 
+def _as_json(result: Any) -> str:
+    try:
+        return json.dumps(result, indent=1, default=str)
+    except RecursionError as error:  # provenance is whatever its writers made of it
+        raise CvlctlError("the result is nested too deep to be printed as JSON", "leave --json out") from error
+
+
 def console() -> Console:
     """For results, on stdout."""
-    from rich.console import Console
-
-    made = Console(highlight=False)
+    made = terminal.console(highlight=False)
     # into a file or a pipe, tables must not be squeezed to the 80 columns of a terminal that is not there
-    return made if made.is_terminal else Console(highlight=False, width=shutil.get_terminal_size((110, 24)).columns)
+    width = shutil.get_terminal_size((110, 24)).columns
+    return made if made.is_terminal else terminal.console(highlight=False, width=width)
 
 
 def execute(app: Callable[..., Any], args: Sequence[str]) -> int:
@@ -104,7 +110,7 @@ def _is_memory(error: Exception) -> bool:
 
 def _bug(args: Sequence[str], error: Exception) -> int:
     """What nobody foresaw: the traceback on stderr, and for programs one JSON document all the same."""
-    traceback.print_exception(error)
+    print(terminal.visible("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     what = f"internal error: {type(error).__name__}: {error}"
     return _fail(args, what, "please report this, with the traceback on stderr", 70)
 
@@ -115,11 +121,10 @@ def _fail(args: Sequence[str], what: str, hint: str, code: int = 2) -> int:
         if as_json:
             print(json.dumps({"error": what, "hint": hint}), flush=True)
         else:
-            from rich.console import Console
             from rich.text import Text
 
-            screen = Console(stderr=True, highlight=False, soft_wrap=True)
+            stderr = terminal.console(stderr=True, highlight=False, soft_wrap=True)
             for title, text in (("error: ", what), ("hint: ", hint)):
                 if text:
-                    screen.print(Text.assemble((title, "bold red" if title == "error: " else "bold"), text))
+                    stderr.print(Text.assemble((title, "bold red" if title == "error: " else "bold"), text))
     return code

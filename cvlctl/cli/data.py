@@ -11,6 +11,7 @@ import typer
 from cvlctl.cli.console import console, present
 from cvlctl.cli.options import Force, Format, Json, Label, Out, Quiet, Rule, Seed, Store, register, stores
 from cvlctl.paths import expanded
+from cvlctl.terminal import print_text
 
 app = typer.Typer(
     help="Stores of episodes: what there is, what is in them, whether they are sound; new ones made of them."
@@ -24,7 +25,7 @@ def _show(work: Callable[[], dict[str, Any]], as_json: bool, quiet: bool) -> Non
     from cvlctl.progress import say
 
     try:
-        present(work, lambda result: print(in_words(result)), as_json, quiet)
+        present(work, lambda result: print_text(in_words(result)), as_json, quiet)
     except KeyboardInterrupt as stop:
         say(str(stop) or "nothing was written: the same command starts over")
         raise
@@ -71,7 +72,9 @@ def plot(
     """Draw a store as a PNG: returns over collection, state coverage (two principal components), episode lengths."""
     from cvlctl.data import plots
 
-    present(lambda: plots.plot(store, out, label=label, force=force), lambda result: print(result["path"]), as_json)
+    present(
+        lambda: plots.plot(store, out, label=label, force=force), lambda result: print_text(result["path"]), as_json
+    )
 
 
 @register(app, "merge", MAKE, "cvlctl data merge data/a.zarr data/b.zarr --out data/both.zarr")
@@ -303,7 +306,7 @@ def export(
 
     def line(result: dict[str, Any]) -> None:
         status = "" if result["status"] == "written" else f"{result['status']}: "
-        print(f"{status}{result['path']}: {result['episodes']:,} episodes as {result['format']}")
+        print_text(f"{status}{result['path']}: {result['episodes']:,} episodes as {result['format']}")
 
     present(lambda: exchange.export(store, format, out, label=label, force=force), line, as_json, quiet)
 
@@ -326,4 +329,4 @@ def fetch(
     def work() -> dict[str, Any]:
         return exchange.fetch(name, out, mirror=mirror, sha256=sha256, force=force)
 
-    present(work, lambda result: print(exchange.fetched_in_words(result)), as_json, quiet)
+    present(work, lambda result: print_text(exchange.fetched_in_words(result)), as_json, quiet)

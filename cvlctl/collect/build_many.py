@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from cvlctl import children, streams
+from cvlctl import children, streams, terminal
 from cvlctl.collect.build import build, finished
 from cvlctl.collect.recipe import BuildManyRecipe, BuildRecipe
 from cvlctl.errors import CvlctlError
@@ -194,10 +194,11 @@ class _Screen:
 
     def __enter__(self) -> _Screen:
         if streams.is_terminal(sys.stderr):
-            from rich.console import Console
             from rich.live import Live
 
-            self._live = Live(self._table(), console=Console(stderr=True), transient=True, refresh_per_second=4)
+            self._live = Live(
+                self._table(), console=terminal.console(stderr=True), transient=True, refresh_per_second=4
+            )
             self._live.start()
         return self
 
@@ -333,7 +334,7 @@ def serve() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     recipe = BuildRecipe.model_validate(request["recipe"])
     try:
-        with watched():
+        with watched(program=True):
             result = build(recipe, force=request["force"], progress=_Reported)
     except KeyboardInterrupt:  # SIGTERM of the parent's, by now everything is saved
         sys.exit(130)

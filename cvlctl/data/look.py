@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.verify import verify_store
@@ -88,12 +88,12 @@ def render_ls(result: list[dict[str, Any]], console: Console) -> None:
         table.add_column(name, justify="right")
     for row in result:
         if row["problem"]:
-            problem = f"[red]{escape(row['problem'])}[/red]"
-            table.add_row(escape(row["path"]), problem, *[""] * 4, f"{row['size_mb']:.1f}")
+            problem = Text(row["problem"], style="red")
+            table.add_row(Text(row["path"]), problem, *[""] * 4, f"{row['size_mb']:.1f}")
             continue
         table.add_row(
-            escape(row["path"]),
-            escape(row["task"]),
+            Text(row["path"]),
+            Text(row["task"]),
             f"{row['episodes']:,}",
             f"{row['transitions']:,}",
             _number(row["return_mean"]),
@@ -105,12 +105,12 @@ def render_ls(result: list[dict[str, Any]], console: Console) -> None:
 
 def render_info(result: dict[str, Any], console: Console) -> None:
     """Print the result of `info`: a table of facts, then a histogram of the returns for each label."""
-    table = Table("", "", title=escape(result["path"]), show_header=False)
+    table = Table("", "", title=Text(result["path"]), show_header=False)
     for name, value in _facts(result):
-        table.add_row(name, escape(value))
+        table.add_row(Text(name), Text(value))
     console.print(table)
     for label, histogram in result["histogram"].items():
-        bars = Table("return", "episodes", "", title=f"returns ({escape(label)})")
+        bars = Table("return", "episodes", "", title=Text(f"returns ({label})"))
         bars.columns[1].justify = "right"
         edges, tallest = histogram["edges"], max(histogram["counts"])
         for low, high, count in zip(edges[:-1], edges[1:], histogram["counts"], strict=True):

@@ -11,6 +11,7 @@ import numpy as np
 from cvlctl import files
 from cvlctl.data.derive import Part, bounds, column_rows
 from cvlctl.data.store import Column, Store, open_store
+from cvlctl.figures import caption
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +39,8 @@ def plot(path: Path, out: Path | None = None, *, label: str = "given", force: bo
         store.require_label(label)
     names = [*(["returns"] if store.has_label(label) else []), "coverage", "lengths"]
     figure = Figure(figsize=(4.2 * len(names) + 0.4, 3.7), layout="constrained")
-    figure.suptitle(f"{Path(path).name}: {store.task}, {store.num_episodes:,} episodes", fontsize=11, color="#333333")
+    named = f"{caption(Path(path).name)}: {caption(store.task)}, {store.num_episodes:,} episodes"
+    figure.suptitle(named, fontsize=11, color="#333333")
     axes = dict(zip(names, figure.subplots(1, len(names)), strict=True))
     for panel in axes.values():
         panel.tick_params(labelsize=8, color="#999999")
@@ -83,7 +85,16 @@ def _returns(axes: Axes, store: Store, label: str) -> None:
         solved = np.array([rows.any() for rows in column_rows([part], f"labels/{label}/success")])
         groups = {"no success": ~solved, "success": solved}
     for colour, (name, chosen) in zip(COLOURS, groups.items(), strict=False):
-        axes.plot(x[chosen], returns[chosen], "o", color=colour, markersize=3, alpha=0.5, markeredgewidth=0, label=name)
+        axes.plot(
+            x[chosen],
+            returns[chosen],
+            "o",
+            color=colour,
+            markersize=3,
+            alpha=0.5,
+            markeredgewidth=0,
+            label=caption(name),
+        )
     order = np.argsort(x, kind="stable")
     pieces = np.array_split(order, min(20, max(1, store.num_episodes // 5)))
     axes.plot(
@@ -91,7 +102,7 @@ def _returns(axes: Axes, store: Store, label: str) -> None:
         color="#333333", linewidth=1.4, label="median",
     )  # fmt: skip
     axes.legend(frameon=False, fontsize=7)
-    _label(axes, f"returns ({label})", "environment step of collection" if told else "episode", "return")
+    _label(axes, f"returns ({caption(label)})", "environment step of collection" if told else "episode", "return")
 
 
 def _coverage(axes: Axes, store: Store) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import re
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -27,12 +28,13 @@ def environment() -> dict[str, Any]:
 
 
 def jsonable(what: str, value: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `value` as JSON has it.
+    """A copy of `value` as JSON has it. Halves of surrogates (bytes of a file's name that are no text) are spelt out.
 
     Raises:
         CvlctlError: it holds what JSON lacks; `what` says whose it is.
     """
     try:
-        return dict(json.loads(json.dumps(value, allow_nan=False)))
-    except (TypeError, ValueError) as error:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
+        return dict(json.loads(re.sub("[\ud800-\udfff]", lambda half: f"\\\\u{ord(half[0]):04x}", text)))
+    except (TypeError, ValueError, RecursionError) as error:
         raise CvlctlError(f"the {what} of a store cannot be written as JSON: {error}") from error

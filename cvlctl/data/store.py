@@ -212,9 +212,14 @@ class Store:
 
     def _compare(self, name: str, checksum: str) -> None:
         if self._checksums.get(name) != checksum:
-            what = f"{name}: the content is not what the recorded checksum says (each chunk reads well by itself)"
-            raise damaged(self.path, what, self.path / name)
+            raise damaged(self.path, f"{name}: {self.mismatch(name)}", self.path / name)
         self._checked.add(name)
+
+    def mismatch(self, name: str) -> str:
+        """Why the content of an array is not the store's."""
+        if name not in self._checksums:
+            return "the store records no checksum of it: it is none of its own arrays"
+        return "the content is not what the recorded checksum says (each chunk reads well by itself)"
 
     def check(self, names: Iterable[str] = DATA) -> None:
         """Hold whole arrays to their sha256, reading them chunk by chunk; those that were before are not read again.

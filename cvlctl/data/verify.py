@@ -56,4 +56,4 @@ def _verify_array(store: Store, name: str) -> Iterator[str]:
         if rows.dtype == np.float32 and (problem := store._problem(name, rows)):
             yield f"{chunk.name}: {problem}"
     if readable and store._checksums.get(name) != total.hexdigest():
-        yield f"{name}: the content is not what the recorded checksum says (each chunk reads well by itself)"
+        yield f"{name}: {store.mismatch(name)}"

@@ -237,7 +237,7 @@ class StoreWriter:
             own["chunk_crc32c"] = {name: trailers(self.partial, name) for name in own["checksums"]}
             if clash := sorted(set(extra) & set(own)):
                 raise CvlctlError(f"the store's own attribute {clash[0]!r} cannot be given to finish()")
-            zarr.open_group(self.partial, mode="r+", zarr_format=3).attrs.put({**extra, **own})
+            zarr.open_group(self.partial, mode="r+", zarr_format=3).attrs.put(jsonable("attributes", {**extra, **own}))
             files.sync_all(self.partial)
         if not self._in_place:
             return open_store(self.partial)

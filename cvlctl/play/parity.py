@@ -33,6 +33,7 @@ from cvlctl.play import envpool, envs
 from cvlctl.play.policies import RandomPolicy
 from cvlctl.play.rollout import collect_episode, outcome
 from cvlctl.progress import Progress
+from cvlctl.terminal import print_text
 from cvlctl.types import Episode
 
 TASKS = (
@@ -87,7 +88,7 @@ def render(rows: Sequence[dict[str, Any]], console: Console) -> None:
         before = row["task"]
     console.print(table)
     different = dict.fromkeys(row["task"] for row in rows if not row["agrees"])
-    print(f"differs: {', '.join(different)}" if different else "no difference beyond what is tolerated")
+    print_text(f"differs: {', '.join(different)}" if different else "no difference beyond what is tolerated")
 
 
 def _compared(task: str, episodes: int) -> list[dict[str, Any]]:

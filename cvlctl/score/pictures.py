@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from cvlctl.figures import colours_of, label_axes, make_panels, save_figure
+from cvlctl.figures import caption, colours_of, label_axes, make_panels, save_figure
 from cvlctl.score.rows import Record
 from cvlctl.score.statistics import Confidence
 from cvlctl.score.tables import curve
@@ -31,7 +31,9 @@ def plot_curves(
                 if record["low"] is not None:
                     axes.fill_between(steps, record["low"], record["high"], color=colour, alpha=0.15, linewidth=0)
         label_axes(axes, x="training steps", y=metric)
-    handles = [axes.plot([], [], color=colour, linewidth=2.5, label=name)[0] for name, colour in colours.items()]
+    handles = [
+        axes.plot([], [], color=colour, linewidth=2.5, label=caption(name))[0] for name, colour in colours.items()
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=9)
     return save_figure(figure, path)
 
@@ -53,7 +55,7 @@ def plot_scores(records: Sequence[Record], path: str | os.PathLike[str]) -> Path
             axes.plot(runs, [y + 0.27] * len(runs), "o", color=colour, markersize=3, alpha=0.5, markeredgewidth=0)
             axes.plot([value], [y], "o", color=colour, markersize=6.5, markeredgecolor="white")
         label_axes(axes, x=metric)
-        axes.set_yticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), list(map(caption, names)))
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")

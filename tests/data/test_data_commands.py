@@ -18,7 +18,6 @@ import pytest
 import zarr
 from rich.console import Console
 
-from cvlctl import files
 from cvlctl.cli import app, options
 from cvlctl.cli.console import execute
 from cvlctl.cli.options import FORMATS, stores
@@ -45,10 +44,7 @@ def printed(render: Callable[[Any, Console], None], result: object) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No power is lost in these tests."""
-    monkeypatch.setattr(files, "sync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ import h5py
 import numpy as np
 import pytest
 
-from cvlctl import files
 from cvlctl.data import formats
-from cvlctl.data.formats import hdf5, minari, sources
+from cvlctl.data.formats import hdf5, minari
 from cvlctl.data.store import Store
 from cvlctl.data.writer import write_store
 from cvlctl.errors import CvlctlError
@@ -30,12 +28,7 @@ from cvlctl.types import Episode
 WRITTEN = {"d4rl": "out.hdf5", "minari": "out-v0", "ogbench": "out.npz", "npz": "out.npz"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "sync", lambda _: None)
-        patch.setattr(sources, "sync", lambda _: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def store_at(path: Path, count: int = 2, length: int = 4) -> Store:

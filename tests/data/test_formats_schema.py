@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ import h5py
 import numpy as np
 import pytest
 
-from cvlctl import files
 from cvlctl.cli import app
 from cvlctl.cli.console import execute
 from cvlctl.data import exchange, formats
-from cvlctl.data.formats import sources
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
 
@@ -24,12 +21,7 @@ Arrays = dict[str, Any]
 STEPS = 6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "sync", lambda _: None)
-        patch.setattr(sources, "sync", lambda _: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def robomimic(path: Path, *demos: Arrays) -> Path:

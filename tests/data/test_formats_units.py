@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import h5py
 import numpy as np
 import pytest
 
-from cvlctl import files
 from cvlctl.collect.build import build
 from cvlctl.collect.recipe import BuildRecipe
 from cvlctl.data import formats, transform
 from cvlctl.data.criteria import Criteria
-from cvlctl.data.formats import sources, units
+from cvlctl.data.formats import units
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import write_store
 from cvlctl.errors import CvlctlError
@@ -29,12 +27,7 @@ PENDULUM = "gym/Pendulum-v1"
 ODD = [[-0.4, -3.0, 0.1], [0.4, 7.0, 0.7]]  # bounds of three dimensions, no powers of two
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_fsync() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "sync", lambda _: None)
-        patch.setattr(sources, "sync", lambda _: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def some(actions: int, length: int = 40, count: int = 2) -> list[Episode]:

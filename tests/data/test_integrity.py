@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cvlctl import files
 from cvlctl.cli.app import app
 from cvlctl.cli.console import execute
 from cvlctl.data import arrays, chunks, exchange, load, look, transform
@@ -29,11 +28,7 @@ from cvlctl.types import Episode
 NAMES = ("data/observation", "data/action", "labels/given/reward")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_fsync() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "sync", lambda _: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def store_of(path: Path, seed: int, chunk: int = 20, count: int = 10) -> Path:
@@ -304,7 +299,23 @@ def test_json_nested_deep_is_one_damaged_store_among_the_others(
     assert "Traceback" not in capsys.readouterr().err
 
 
-WRONG: tuple[Any, ...] = (None, 5, -1, 1.5, True, "x", [], [[]], {}, {"x": 1}, 2**70, float("inf"), [None])
+WRONG: tuple[Any, ...] = (
+    None,
+    5,
+    -1,
+    1.5,
+    True,
+    "x",
+    "\ud800",
+    "\x1b[2J",
+    [],
+    [[]],
+    {},
+    {"x": 1},
+    2**70,
+    float("inf"),
+    [None],
+)
 KEYS = (
     "version", "task", "tasks", "spec", "spec.observation_shape", "spec.action_dim", "spec.horizon", "spec.pixels",
     "counts", "counts.episodes", "counts.transitions", "counts.rows", "checksums", "checksums.data/action",

@@ -10,21 +10,18 @@ from typing import Any
 
 import pytest
 from reliability import driver
-from reliability.cases import make_inputs
 
 
 @pytest.fixture(scope="session")
-def runner() -> Iterator[driver.Runner]:
-    made = driver.Runner()
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[driver.Runner]:
+    made = driver.Runner(tmp_path_factory.mktemp("inputs"))
     yield made
     made.close()
 
 
 @pytest.fixture(scope="session")
-def inputs(runner: driver.Runner, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder, runner)
-    return folder
+def inputs(runner: driver.Runner) -> Path:
+    return runner.inputs
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +50,17 @@ def mirror(inputs: Path) -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist: this is one of several processes
+        session.config.workeroutput["reliability"] = driver.COUNTS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    for what, counted in getattr(node, "workeroutput", {}).get("reliability", {}).items():
+        driver.count(what, *counted)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

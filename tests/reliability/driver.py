@@ -20,12 +20,16 @@ PASSING = ("created", "versions", "platform", "git_commit", "seconds", "updates_
 
 
 class Runner:
-    """`runner.py` in a process of its own: commands in forks of it."""
+    """`runner.py` in a process of its own: commands in forks of it. It fills the folder `inputs`."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Path) -> None:
+        self.inputs = inputs
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, str(HERE / "runner.py")], env=environment, **pipes)
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "runner.py"), str(inputs)], env=environment, **pipes
+        )
+        assert self.process.stdout and self.process.stdout.readline() == "ready\n"
 
     def __call__(self, cwd: Path, *args: str, **more: Any) -> dict[str, Any]:
         """Run `cvlctl ARGS` in `cwd`: {"code", "trace", "out", "err"}, or {"pid"} where it was halted."""

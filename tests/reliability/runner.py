@@ -1,6 +1,8 @@
 """Runs commands in forks of one warm process, each watched at every change of the file system that it is about to make.
 
-    python runner.py    requests on standard input, a JSON object a line; one answer a line
+    python runner.py INPUTS    requests on standard input, a JSON object a line; one answer a line
+
+The folder INPUTS is filled with what the cases need.
 
 A change is a file opened for writing, a rename, a removal, a folder made or removed, a truncation or a link, anywhere
 under the command's current directory. Python's audit hook tells of each just before it happens, so that a process which
@@ -47,13 +49,14 @@ def changed(event: str, args: tuple[Any, ...]) -> list[str]:
 
 
 class Watch:
-    """Counts the changes under `root`, and ends the process ("kill", "torn") or halts it ("stop") before change `at`.
+    """Counts the changes under `root`, and ends the process ("kill", "torn"), halts it ("stop") or sends it a `number`
+    ("signal") before change `at`.
 
     "torn" ends it in the middle of the write before: whatever that write made longer is cut to half of what came.
     """
 
-    def __init__(self, root: str, at: int, how: str) -> None:
-        self.root, self.at, self.how = root, at, how
+    def __init__(self, root: str, at: int, how: str, number: int = signal.SIGINT) -> None:
+        self.root, self.at, self.how, self.number = root, at, how, number
         self.trace: list[str] = []
         self._busy, self._lock = threading.local(), threading.Lock()
         self._sizes: dict[str, int] = {}
@@ -77,8 +80,8 @@ class Watch:
             if event == "open" and ("w" in str(args[1]) or args[2] & os.O_TRUNC):
                 self._sizes[paths[0]] = 0
         if len(self.trace) == self.at:
-            if self.how == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
+            if self.how in ("stop", "signal"):
+                os.kill(os.getpid(), signal.SIGSTOP if self.how == "stop" else self.number)
                 return
             if self.how == "torn":
                 for path, now in sizes(self.root).items():
@@ -116,8 +119,24 @@ def command() -> Any:
     return get_command(app)
 
 
+def set_streams(request: dict[str, Any]) -> None:
+    """Standard streams as a shell makes them: `closed`, or on a disk that is `full`; by their numbers."""
+    for number in request.get("full", ()):
+        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    for number in request.get("closed", ()):
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+
+
+def set_alarm(request: dict[str, Any]) -> None:
+    """Let the signal `number` come `after` so many seconds of CPU."""
+    signal.signal(signal.SIGPROF, lambda *_: os.kill(os.getpid(), request["number"]))
+    signal.setitimer(signal.ITIMER_PROF, request.get("after", 0))
+
+
 def work(request: dict[str, Any]) -> None:
-    """A fork's life: one command."""
+    """A fork's life: one command, as `cvlctl.__main__` runs it."""
+    from cvlctl import interrupts, streams
     from cvlctl.cli.console import execute
 
     os.chdir(request["cwd"])
@@ -131,12 +150,16 @@ def work(request: dict[str, Any]) -> None:
 
         watch = Disk(root, request["keep"], request["at"])
     else:
-        os.fsync = lambda handle: None  # a kill loses nothing of what was written; power.py is for what does
-        watch = Watch(root, request.get("at", 0), request.get("how", "kill"))
+        watch = Watch(root, request.get("at", 0), request.get("how", "kill"), request.get("number", signal.SIGINT))
     sys.addaudithook(watch)
     try:
-        code = execute(command(), request["args"])
-        sys.stdout.flush()
+        set_streams(request)
+        streams.secure()
+        with interrupts.watched(program=True):
+            set_alarm(request)
+            code = execute(command(), request["args"])
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        streams.let_go(sys.stdout)
         if request.get("how") == "lose":
             watch.at.add(len(watch.trace) + 1)
             watch.moment("its end")
@@ -192,7 +215,7 @@ class Server:
 
 
 def warm(folder: Path) -> None:
-    """Import everything, and do everything once: caches fill that every fork would fill anew."""
+    """Import everything, and make the cases' inputs: caches fill that every fork would fill anew."""
     from reliability.cases import make_inputs
 
     import cvlctl
@@ -203,8 +226,7 @@ def warm(folder: Path) -> None:
             import_module(module.name)
     here = Path.cwd()
     os.chdir(folder)
-    make_inputs(folder, lambda _, *args: {"code": execute(command(), args), "err": ""})
-    execute(command(), ["data", "plot", "a.zarr"])
+    make_inputs(folder, lambda args: execute(command(), args))
     os.chdir(here)
 
 
@@ -222,11 +244,13 @@ def main() -> None:
 
     torch.set_num_threads(1)
     matplotlib.figure.Figure.savefig = draw  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as folder:
-        warm(Path(folder))
+    os.fsync = lambda handle: None  # a kill loses nothing of what was written; power.py is for what does
+    warm(Path(sys.argv[1]))
     gc.collect()
     gc.freeze()  # else every fork's first collection copies all of it
     server = Server()
+    answers.write("ready\n")
+    answers.flush()
     for line in sys.stdin:
         answers.write(json.dumps(server.answer(json.loads(line))) + "\n")
         answers.flush()
