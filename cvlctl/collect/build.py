@@ -74,7 +74,7 @@ def finished(recipe: BuildRecipe) -> dict[str, Any]:
         what = f"{recipe.out} holds a store of another recipe"
         raise CvlctlError(what, "choose another out, or --force to replace it")
     if isinstance(recipe.source, OnlineSource):
-        online.finish_run(recipe, recipe.source)
+        online.finish_run(recipe, recipe.source, store)
     return _summary(store, "finished already", 0.0)
 
 

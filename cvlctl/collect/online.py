@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvlctl import checkpoints, interrupts
+from cvlctl import checkpoints, files, interrupts
 from cvlctl.collect import replay
 from cvlctl.collect.recipe import BuildRecipe, ContrastiveSource, OnlineSource, SacSource
 from cvlctl.data.store import Store
@@ -93,17 +93,18 @@ def _take(run: Run, force: bool) -> None:
         run.open(force=True)
 
 
-def finish_run(recipe: BuildRecipe, source: OnlineSource) -> None:
+def finish_run(recipe: BuildRecipe, source: OnlineSource, store: Store) -> None:
     """The store is finished: mark the run beside it as finished too, where a kill came between the two."""
     run = _run(recipe)
     if (run.out / "run.json").exists() and read_run(run.out)["status"] != "finished":
         run.open()
-        _finish(run, recipe, source)
+        _finish(run, recipe, source, settings=store.attributes.get("collector", {}).get("settings"))
 
 
 def _finish(run: Run, recipe: BuildRecipe, source: OnlineSource, **more: Any) -> None:
     for file in run.checkpoints.glob("episodes-*.safetensors"):
         file.unlink()
+    files.sync(run.checkpoints)  # a finished run is not looked at again: nothing must come back where power is lost
     run.finish(algorithm=source.name, task=recipe.task, seeds=[recipe.seed], steps=source.steps, **more)
 
 

@@ -74,8 +74,8 @@ def test_what_is_finished_is_found_finished(earlier: Path, runner: Runner, line:
     result = runner(earlier, *line.split(), "--json")
     assert result["code"] == 0, result["err"]
     assert json.loads(result["out"])["status"] == "finished already"
-    after = {path: path.read_bytes() for path in (earlier / finished).rglob("*") if path.is_file()}
-    assert before == after
+    changed = [path.name for path, content in before.items() if path.read_bytes() != content]
+    assert changed in ([], ["evaluation.json"])  # whose tables have had a digest since
 
 
 def test_a_collection_goes_on(earlier: Path, runner: Runner) -> None:
@@ -113,10 +113,12 @@ def test_an_evaluation_goes_on(earlier: Path, runner: Runner) -> None:
     np.testing.assert_allclose(*([row.episode_return for row in found] for found in (rows, whole)), rtol=1e-3)
 
 
-@pytest.mark.xfail(strict=False, reason="known: item 9 of the reliability issue")
-def test_a_merge_that_died_starts_over(earlier: Path, runner: Runner) -> None:
-    result = runner(earlier, "data", "merge", "a.zarr", "b.zarr", "--out", "merged.zarr")
-    assert result["code"] == 0, result["err"]
+def test_a_merge_that_died_is_not_taken_for_nobodys(earlier: Path, runner: Runner) -> None:
+    """Earlier versions did not mark what may be resumed: what is unfinished might be a collection's, and is kept."""
+    merge = ("data", "merge", "a.zarr", "b.zarr", "--out", "merged.zarr")
+    result = runner(earlier, *merge)
+    assert result["code"] == 2 and "merged.zarr.partial holds 5 episodes" in result["err"]
+    assert runner(earlier, *merge, "--force")["code"] == 0
     assert open_store(earlier / "merged.zarr").num_episodes == 5
     assert not (earlier / "merged.zarr.partial").exists()
 
