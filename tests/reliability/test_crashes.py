@@ -15,7 +15,6 @@ from reliability.runner import CRASHED
 
 FEW = 4  # points of a case in the default run
 Point = tuple[int, str]  # before which change, and how
-pytestmark = pytest.mark.xfail(strict=False, reason="known: items 2, 9 to 12 of the reliability issue")
 
 
 def points(trace: list[str]) -> list[Point]:

@@ -23,7 +23,6 @@ NAMES = (
     "build random", "build sac", "pretrain", "finetune oril", "evaluate", "run", "import npz", "merge over another",
     "split over others", "examples over others", "export npz", "export minari", "plot", "fetch",
 )  # fmt: skip
-pytestmark = pytest.mark.xfail(strict=False, reason="known: items 9 to 12; names and pictures that are not synced")
 
 
 def broken_promises(folder: Path, told: dict[str, Any]) -> list[str]:

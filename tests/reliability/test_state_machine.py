@@ -25,7 +25,6 @@ from cvlctl.data.store import open_store
 from cvlctl.data.verify import verify_store
 
 Rows = np.ndarray
-pytestmark = pytest.mark.xfail(strict=False, reason="known: item 12")
 
 
 class Episode(NamedTuple):

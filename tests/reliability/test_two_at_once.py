@@ -13,7 +13,6 @@ from reliability.driver import Runner, count, described, difference
 FEW = 2  # moments of a case in the default run
 NAMES = list(CASES)
 UNLOCKED = ("examples", "plot")  # one file, made in memory and replaced whole: both may write the same one
-pytestmark = pytest.mark.xfail(strict=False, reason="known: items 9 and 13 of the reliability issue")
 
 
 def faults(
