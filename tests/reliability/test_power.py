@@ -18,7 +18,7 @@ from reliability.power import KINDS
 from cvlctl.data.store import open_store
 from cvlctl.errors import CvlctlError
 
-FEW = 2  # moments of a case in the default run, each in three ways
+FEW = 1  # moments of a case in the default run, each in three ways
 NAMES = (
     "build random", "build sac", "pretrain", "finetune oril", "evaluate", "run", "import npz", "merge over another",
     "split over others", "examples over others", "export npz", "export minari", "plot", "fetch",

@@ -10,7 +10,7 @@ import pytest
 from reliability.cases import CASES, Case, lay
 from reliability.driver import Runner, count, described, difference
 
-FEW = 2  # moments of a case in the default run
+FEW = 1  # moments of a case in the default run
 NAMES = list(CASES)
 UNLOCKED = ("examples", "plot")  # one file, made in memory and replaced whole: both may write the same one
 
