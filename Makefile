@@ -11,6 +11,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # processes that test, each of which computes on one thread
 WORKERS ?= 2
+# what is quick: equations, index maths, recipes, tables, layers, files
+UNIT := tests/test_layers.py tests/test_files.py tests/recipes tests/learn/test_losses.py tests/learn/test_readouts.py \
+  tests/data/test_samplers.py tests/score/test_scores.py tests/score/test_report.py tests/play/test_policies.py
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 # The default torch wheels bring gigabytes of CUDA. For the CPU ones: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=

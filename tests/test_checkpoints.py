@@ -58,7 +58,7 @@ def test_what_was_saved_is_loaded_and_others_can_read_it(path: Path, tmp_path: P
 def test_the_same_state_is_the_same_bytes_in_every_process(path: Path, tmp_path: Path) -> None:
     script = f"from test_checkpoints import *; checkpoints.save(Path({str(tmp_path / 'b')!r}), STATE, METADATA)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    subprocess.run([sys.executable, "-P", "-c", script], env=environment, check=True)
     assert (tmp_path / "b").read_bytes() == path.read_bytes()
 
 

@@ -186,8 +186,8 @@ def test_results_fit_any_terminal(tmp_path: Path) -> None:
     (tmp_path / "\u00e9.yaml").write_text("runs: [x]\nout: y\n", encoding="utf-8")
     for columns in ("abc", "0", "40"):
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "cvlctl", "recipes", "ls", str(tmp_path)],
-            capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": columns},
+            [sys.executable, "-P", "-m", "cvlctl", "recipes", "ls", "."],
+            capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": columns},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "?.yaml" in done.stdout.replace("\n", "")

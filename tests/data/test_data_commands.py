@@ -338,7 +338,7 @@ def test_completion_of_stores(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_shell_gets_completions_without_anything_heavy(root: Path) -> None:
     write_store(root / "data" / "b.zarr", EPISODES, task="toy")
-    code = "from cvlctl.cli.app import main\ntry: main()\nfinally: print([m for m in HEAVY if m in sys.modules])"
+    code = "from cvlctl.__main__ import main\ntry: main()\nfinally: print([m for m in HEAVY if m in sys.modules])"
     code = "import sys; HEAVY = ('numpy', 'zarr', 'torch'); " + code
     env = {**os.environ, "_CVLCTL_COMPLETE": "complete_bash", "COMP_WORDS": "cvlctl data info da", "COMP_CWORD": "3"}
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=env, cwd=root)

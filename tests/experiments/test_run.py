@@ -150,7 +150,10 @@ def test_nothing_starts_where_a_later_stage_is_wrong(experiment: Path, tmp_path:
     assert not (tmp_path / "e").exists()
 
 
-def test_the_plan_has_sizes_and_estimates_that_grow(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_has_sizes_and_estimates_that_grow(
+    experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # however long the folder's name: nothing is wrapped
     small = run(experiment, dry_run=True)
     assert [stage["size"] for stage in small["stages"]] == [
         "2 episodes", "4 steps x 2 seeds", "4 steps x 2 seeds", "4 steps x 2 seeds", "4 steps x 2 seeds",
