@@ -187,7 +187,8 @@ def test_results_fit_any_terminal(tmp_path: Path) -> None:
     for columns in ("abc", "0", "40"):
         done = subprocess.run(
             [sys.executable, "-P", "-m", "cvlctl", "recipes", "ls", "."],
-            capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": columns},
+            capture_output=True, text=True,
+            cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": columns},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "?.yaml" in done.stdout.replace("\n", "")
