@@ -58,7 +58,6 @@ FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (RO
 MODULES = [Path(name).with_suffix("").parts for name in FILES if name.startswith("cvlctl/") and name.endswith(".py")]
 # of other projects and of users; and one of an earlier version, of which is told what became
 NOT_OURS = {"infos.py", "minari.load_dataset", "ogbench.utils.load_dataset", "json.py", "learn/training.py"}
-NOT_YET = {"tests/reliability/test_signals.py", "test_signals.py"}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -66,9 +65,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 def test_paths_that_a_page_names_are_there(page: Path) -> None:
     text = page.read_text()
     for path in re.findall(r"(?<![\w/.-])(?:cvlctl|tests|recipes|docs|benchmarks)/[\w./-]*\w", text):
-        known = (ROOT / path).exists() or f"cvlctl/{path}" in FILES or path in NOT_YET
-        assert "." not in path or known, path
-    for name in set(re.findall(r"`([\w/]+\.py)`", text)) - NOT_OURS - NOT_YET:
+        assert "." not in path or (ROOT / path).exists() or f"cvlctl/{path}" in FILES, path
+    for name in set(re.findall(r"`([\w/]+\.py)`", text)) - NOT_OURS:
         assert any(f"/{file}".endswith(f"/{name}") for file in FILES), name
 
 

@@ -32,10 +32,12 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _handlers_stay() -> Iterator[None]:
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may ignore it: nohup
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert interrupts._held == 0
+    signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
