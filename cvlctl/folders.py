@@ -17,6 +17,7 @@ from typing import Any
 
 from cvlctl import files
 from cvlctl.errors import CvlctlError
+from cvlctl.interrupts import held
 from cvlctl.progress import say
 
 LOCK, MARKER, TAIL = "lock", "unfinished.json", "tail.npz"
@@ -79,6 +80,7 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
     """
     work = Folder(path)
     try:
+        files.sweep(work.path.parent, work.path.name)  # earlier versions wrote there
         work.empty()
         with files.disk(path):
             yield work.partial if folder else work.partial / CONTENT
@@ -97,35 +99,29 @@ def put_in_place(folders: Sequence[Folder]) -> None:
 
     Raises:
         CvlctlError: the disk refuses. Everything is as it was, the folders still in `partial`.
-        KeyboardInterrupt: likewise; after the last rename it comes too late, and carries a word to that effect.
+        KeyboardInterrupt: when it is done, with a word to that effect. A second one, before the last rename: everything
+            is as it was.
     """
     parent = folders[0].path.parent
     if any(one.path.parent != parent for one in folders):
         what = f"{folders[0].path} and {folders[1].path} lie in different folders: they cannot be replaced together"
         raise CvlctlError(what, "choose another out: these are links")
     names, together = [one.path.name for one in folders], os.urandom(8).hex()
+    placed = False
     try:
-        with files.disk(parent):
-            for one in folders:
-                _announce(one, names, together)
-            for one in folders:
-                _swap(one.path, together)
-    except BaseException:
-        try:
-            for one in folders:
-                _put_back(one.path, together)
-        except BaseException:  # all stays as it lies: the next command on one of these paths tries again
+        with held():
+            _swap_all(folders, names, together)
+            placed = True
+            with contextlib.suppress(OSError):  # the next command on one of these paths tries again
+                _settle(parent, names, together)
+    except KeyboardInterrupt as error:
+        if placed:
+            raise KeyboardInterrupt("written all the same") from error
+        raise
+    finally:
+        if placed:
             for one in folders:
                 one.close(discard=False)
-        raise
-    try:
-        with contextlib.suppress(OSError):  # likewise
-            _settle(parent, names, together)
-    except KeyboardInterrupt as error:
-        raise KeyboardInterrupt("written all the same: the same command tidies up") from error
-    finally:
-        for one in folders:
-            one.close(discard=False)
 
 
 def put_right(path: Path) -> bool:
@@ -169,6 +165,24 @@ def _announce(one: Folder, names: list[str], together: str) -> None:
         "old": _free_name(one.path) if there else None, "inode": os.lstat(one.path).st_ino if there else None,
     }  # fmt: skip
     files.write_json(one.partial / MARKER, about)
+
+
+def _swap_all(folders: Sequence[Folder], names: list[str], together: str) -> None:
+    """All of them, or none."""
+    try:
+        with files.disk(folders[0].path.parent):
+            for one in folders:
+                _announce(one, names, together)
+            for one in folders:
+                _swap(one.path, together)
+    except BaseException:
+        try:
+            for one in folders:
+                _put_back(one.path, together)
+        except BaseException:  # all stays as it lies: the next command on one of these paths tries again
+            for one in folders:
+                one.close(discard=False)
+        raise
 
 
 def _swap(path: Path, together: str) -> None:

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from killing import forked, run_script
 from cvlctl import files, folders
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import Folder, partial_of, put_in_place, put_right, replacing
+from cvlctl.interrupts import watched
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 SCENARIOS = {  # what is there before, and what is written
@@ -260,6 +262,22 @@ def test_where_a_rename_fails_everything_is_as_it_was(
             put_in_place(made)
     assert [seen(tmp_path / "root" / name) for name in "ab"] == ["old", "old"]
     put_in_place(made)  # they are still there, and locked
+    assert tree(tmp_path / "root") == {"a": "new", "a.old": "mine", "b": "new", "x.partial": "mine"}
+
+
+def test_ctrl_c_waits_until_all_have_their_places(tmp_path: Path) -> None:
+    lay(tmp_path / "root", "a b")
+    made = [new(tmp_path / "root" / name) for name in "ab"]
+    rename = os.rename
+
+    def interrupted(*args: Path) -> None:
+        os.rename = rename
+        os.kill(os.getpid(), signal.SIGTERM)
+        rename(*args)
+
+    with watched(), pytest.raises(KeyboardInterrupt, match="written all the same"):
+        os.rename = interrupted
+        put_in_place(made)
     assert tree(tmp_path / "root") == {"a": "new", "a.old": "mine", "b": "new", "x.partial": "mine"}
 
 
