@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import IO, Any, Self, TextIO
 
 from cvlctl.errors import CvlctlError
 
+LARGEST = 2**31  # bytes of a file that is read at once: documents, and rows by the line
 _TEMPORARY = re.compile(r"\.(.+)\.(\d{1,10})\.tmp")  # .NAME.PID.tmp: what `write_atomically` writes before it replaces
 _SPACE = "free some space and run the same command again: nothing that was flushed is lost"
 _PERMISSION = "choose another place, or change its permissions"
@@ -185,26 +187,36 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is none."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
 
-def read_regular(path: Path, most: int) -> bytes:
-    """The content of a regular file. A device or a pipe, or a link to one, may never come to an end.
+def open_regular(path: Path) -> io.BufferedReader:
+    """A regular file, to be read. A device or a pipe, or a link to one, may never come to an end.
+
+    Raises:
+        OSError: it is anything else, or cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a pipe, the opening alone would wait
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(handle, "rb")
+
+
+def read_regular(path: Path, most: int = LARGEST) -> bytes:
+    """The content of a regular file.
 
     Raises:
         OSError: it is anything else, is larger than `most` bytes, or cannot be read.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # of a pipe, the opening alone would wait
-    with open(handle, "rb") as file:
-        about = os.fstat(handle)
-        if not stat.S_ISREG(about.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        if about.st_size > most:
-            raise OSError(errno.EINVAL, f"{about.st_size:,} bytes are too many for what it should hold", str(path))
-        return file.read(about.st_size)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EINVAL, f"{size:,} bytes are too many for what it should hold", str(path))
+        return file.read(size)
 
 
 class Lock:
@@ -302,7 +314,7 @@ def entries(folder: Path) -> list[str]:
 def sha256(path: Path) -> str:
     """The digest of a file's content."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CvlctlError(f"{path}: {error.strerror}") from error

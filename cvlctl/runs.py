@@ -17,7 +17,18 @@ from typing import Any
 import yaml
 
 from cvlctl.errors import CvlctlError
-from cvlctl.files import Lock, disk, entries, lock, sweep, sync, temporary_of, write_atomically, write_json
+from cvlctl.files import (
+    Lock,
+    disk,
+    entries,
+    lock,
+    read_regular,
+    sweep,
+    sync,
+    temporary_of,
+    write_atomically,
+    write_json,
+)
 from cvlctl.version import versions
 
 LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
@@ -164,7 +175,7 @@ def read_run(out: Path) -> dict[str, Any]:
     """
     path = out / "run.json"
     try:
-        record: dict[str, Any] = json.loads(path.read_bytes().decode())
+        record: dict[str, Any] = json.loads(read_regular(path).decode())
         record.setdefault("recipe", {})
         for key, kind in (("status", str), ("inputs", dict), ("recipe", dict)):
             if not isinstance(record[key], kind):
@@ -184,7 +195,7 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     """
     path, lines = out / "metrics.jsonl", []
     try:
-        *whole, rest = path.read_bytes().split(b"\n")
+        *whole, rest = read_regular(path).split(b"\n")
     except OSError as error:
         raise CvlctlError(f"cannot read {path}: {error.strerror}", "--force starts the run over") from error
     for number, line in enumerate(whole, start=1):

@@ -21,7 +21,25 @@ class _Strict:
         return handler(source) | {"strict": True}
 
 
+class _NoFlag:
+    """Tells pydantic, where a schema is made of the type, to take no true and false for it."""
+
+    def __init__(self, expected: str) -> None:
+        self._expected = expected
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        check = {"type": "no-info", "function": self._check}
+        return {"type": "function-before", "function": check, "schema": handler(source)}
+
+    def _check(self, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError(f"expected {self._expected}, given {str(value).lower()}")
+        return value
+
+
 Flag = Annotated[bool, _Strict()]  # true or false: pydantic would read "yes" and 1 as true
+Whole = Annotated[int, _NoFlag("a whole number")]  # pydantic would read true as 1
+Number = Annotated[float, _NoFlag("a number")]
 
 
 def check_widths(hidden: Sequence[int], name: str = "hidden") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,17 @@ def test_sha256_of_a_file_and_of_none(tmp_path: Path) -> None:
     assert files.sha256(tmp_path / "a").startswith("ba7816bf8f01cfea")  # FIPS 180-2, appendix B.1
     with pytest.raises(CvlctlError, match="No such file"):
         files.sha256(tmp_path / "b")
+
+
+@pytest.mark.parametrize("read", [files.read_regular, files.sha256, files.read_json])
+def test_what_is_no_file_is_not_waited_for(read: Callable[[Path], object], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("pipe", "endless", "."):
+        try:
+            assert read(tmp_path / name) is None
+        except (OSError, CvlctlError) as error:
+            assert "regular file" in str(error) or "directory" in str(error)
 
 
 def test_a_file_in_the_place_of_a_directory(tmp_path: Path) -> None:

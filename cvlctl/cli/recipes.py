@@ -17,18 +17,23 @@ from cvlctl.experiments.commands import kind_of, load
 from cvlctl.recipes.yamlfile import read
 
 
+def _in(folder: Path) -> list[Path]:
+    """The files of recipes under a folder. A pipe is waited for where it is named, not where it just lies."""
+    return sorted(path for path in folder.rglob("*.yaml") if not path.is_fifo())
+
+
 def ls(root: Path) -> list[dict[str, Any]]:
     """The recipes under `root`: path, command (None: not a recipe), about (its opening comment's start)."""
     if not root.is_dir():
         raise CvlctlError(f"no directory {root}", "name the directory that holds the recipes")
-    return [_row(path) for path in sorted(root.rglob("*.yaml"))]
+    return [_row(path) for path in _in(root)]
 
 
 def validate(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Each recipe among `paths` (files, or directories of them): path, command, ok, error, hint."""
     files: list[Path] = []
     for path in paths:
-        files += sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
+        files += _in(path) if path.is_dir() else [path]
     if not files:
         raise CvlctlError(f"no recipes under {', '.join(map(str, paths))}", "name a recipe, or a directory of recipes")
     results = []

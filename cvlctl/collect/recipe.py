@@ -53,7 +53,7 @@ class OnlineSource(Strict):
     random_share: PartOf = 0.0  # of the frames after that whose action is random, too
     update_every: Count = 1  # frames
     learning_rate: Rate = 3e-4
-    gamma: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    gamma: Annotated[float, BeforeValidator(not_bool), Field(ge=0, lt=1)] = 0.99
     policy_every_steps: Count | None = None  # policy checkpoints kept along the way; None: ten of them
 
     @property

@@ -43,7 +43,7 @@ def load(folder: Path) -> Tail:
         CvlctlError: it is damaged.
     """
     try:
-        with np.load(folder / TAIL, allow_pickle=False) as file:
+        with files.open_regular(folder / TAIL) as opened, np.load(opened, allow_pickle=False) as file:
             rest = {name: file[name] for name in file.files}
         table, state = rest.pop("episodes").tolist(), json.loads(rest.pop("state").tobytes())
         sizes = (state.pop("chunk_rows"), state.pop("written"))

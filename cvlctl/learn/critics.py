@@ -130,6 +130,8 @@ def critics_of(found: checkpoints.Saved, run: Path) -> Trained:
             if tuple(state[name].shape) != (len(seeds), *shape):
                 got = tuple(state[name].shape)
                 raise ValueError(f"{name} has shape {got}; expected {len(seeds)} members and width {shape[-1]}")
+            if state[name].dtype != torch.float32:
+                raise ValueError(f"{name} is {state[name].dtype}; expected float32")
         if any(value.dim() and len(value) != len(seeds) for value in state.values()):
             raise ValueError(f"not all tensors have {len(seeds)} members")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

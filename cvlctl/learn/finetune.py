@@ -73,7 +73,7 @@ def labels(name: str, recipe: FinetuneRecipe, reading: Reading, out: Path, data:
     file, shape = out / LABELS_FILE, (len(recipe.seeds), len(data.observation))
     if file.exists():
         reward = checkpoints.load(file)[0].get("reward")
-        if reward is None or tuple(reward.shape) != shape:
+        if reward is None or tuple(reward.shape) != shape or reward.dtype != torch.float32:
             what = f"{file} holds no rewards of {shape[0]} seeds and {shape[1]} rows"
             raise CvlctlError(what, "delete it, and they are learned again")
         return reward
@@ -107,7 +107,8 @@ def _begun_from(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, S
 def _policy(found: checkpoints.Saved, recipe: FinetuneRecipe, spec: Spec) -> State:
     """The finished policy that the recipe's algorithm evaluates: actor and normaliser, seed k's of seed k."""
     before = [policy_of(found, seed).spec for seed in recipe.seeds]  # it says what is amiss in the file
-    return _members(recipe, policy_part(checkpoints.unpack(found)), found.metadata["seeds"], before[0], spec)
+    state = {name: value.to(torch.float32) for name, value in policy_part(checkpoints.unpack(found)).items()}
+    return _members(recipe, state, found.metadata["seeds"], before[0], spec)
 
 
 def _members(recipe: FinetuneRecipe, state: State, seeds: list[int], before: Spec, spec: Spec) -> State:

@@ -149,7 +149,7 @@ def _learned_in(file: Path, store: Store, seed: int) -> np.ndarray:
     if tuple(reward.shape) != (len(seeds), rows) or metadata.get("digest") != store.digest():
         what = f"{file} holds no rewards of {store.path}"
         raise CvlctlError(what, f"they were learned of {', '.join(map(str, stores))}, whole and alone")
-    return _as_stored(reward[seeds.index(seed)].numpy())
+    return _as_stored(reward[seeds.index(seed)].float().numpy())
 
 
 def _as_stored(arrival: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from cvlctl.learn.losses import rewards
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.progress import Progress
-from cvlctl.types import check_widths
+from cvlctl.types import Number, Whole, check_widths
 
 LABELLERS = {
     "oril": "binary cross-entropy of examples against the store's states (Zolna et al. 2020)",
@@ -31,11 +31,11 @@ CHUNK = 65_536  # rows labelled at a time
 class Config:
     __pydantic_config__ = {"extra": "forbid"}
 
-    steps: int = 2_000
-    batch_size: int = 256
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4
-    positive_prior: float = 0.5  # [eta], purl only: the share of successes among the store's states
+    steps: Whole = 2_000
+    batch_size: Whole = 256
+    hidden: tuple[Whole, ...] = (256, 256)
+    learning_rate: Number = 3e-4
+    positive_prior: Number = 0.5  # [eta], purl only: the share of successes among the store's states
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)

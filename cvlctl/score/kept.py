@@ -21,7 +21,7 @@ from typing import Any
 
 from cvlctl.checkpoints import Saved
 from cvlctl.errors import CvlctlError
-from cvlctl.files import disk, entries, lock, read_json, sweep, temporary_of, write_atomically, write_json
+from cvlctl.files import disk, entries, lock, read_json, read_regular, sweep, temporary_of, write_atomically, write_json
 from cvlctl.play.rollout import PolicyJob
 from cvlctl.progress import say
 from cvlctl.score.recipe import EvaluateRecipe
@@ -115,7 +115,7 @@ def finished(record: dict[str, Any], before: dict[str, Any]) -> bool:
 def saved_result(out: Path, before: dict[str, Any]) -> dict[str, Any] | None:
     """What is in table.json; None where that is not what the record tells of. Those of earlier versions do not tell."""
     with suppress(OSError, ValueError, RecursionError):
-        written = (out / "table.json").read_bytes()
+        written = read_regular(out / "table.json")
         found = json.loads(written)
         if before.get("tables") in (None, hashlib.sha256(written).hexdigest()) and isinstance(found, dict):
             return found
@@ -153,7 +153,11 @@ def _rows_by_checkpoint(
 def _sound_rows(path: Path) -> list[EpisodeResult]:
     """The rows in a file, less damaged lines: their episodes can be played again."""
     rows, broken = [], 0
-    for line in path.read_bytes().split(b"\n"):
+    try:
+        lines = read_regular(path).split(b"\n")
+    except OSError as error:
+        raise CvlctlError(f"cannot read {path}: {error.strerror}", _REPLACE) from error
+    for line in lines:
         try:
             rows += [parse_row(line)] if line.strip() else []
         except (ValueError, TypeError, LookupError, RecursionError):

@@ -23,8 +23,8 @@ from cvlctl.recipes.values import Count, Device, Name, Out, Pattern, Rate, Seed,
 class Confidence(Strict):
     """Stratified bootstrap over runs."""
 
-    level: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    resamples: Count = 2000
+    level: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)] = 0.95
+    resamples: Annotated[Count, Field(le=1_000_000)] = 2000
     seed: Seed = 0
 
 
@@ -37,7 +37,7 @@ class EvaluationGoals(SuccessExamples):
 
     rule: Literal["successes", "last"] = "last"
     num: Count = 50
-    columns: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    columns: tuple[Annotated[int, BeforeValidator(not_bool), Field(ge=0)], ...] | None = None
     within: Rate | None = None
 
 
@@ -48,7 +48,7 @@ class EvaluateRecipe(Strict):
 
     runs: Annotated[tuple[Pattern, ...], Field(min_length=1)]  # run directories
     checkpoints: Literal["last", "all"] = "last"
-    episodes: Count = 50
+    episodes: Annotated[Count, Field(le=1_000_000)] = 50  # of each policy; their numbers and rows are in memory
     seed: Seed = 0
     goals: EvaluationGoals | None = None  # None: the environment commands them, or there are none
     horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit

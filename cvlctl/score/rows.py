@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cvlctl.errors import CvlctlError
-from cvlctl.files import write_atomically
+from cvlctl.files import read_regular, write_atomically
 from cvlctl.types import EpisodeResult
 
 METRICS = ("return", "success", "normalised")
@@ -43,7 +43,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[EpisodeResult]:
     """Read what `write_rows` wrote; other keys are ignored. CvlctlError on a missing file or a damaged line."""
     rows = []
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        lines = read_regular(Path(path)).split(b"\n")
     except OSError as error:
         raise CvlctlError(f"cannot read the rows in {path}: {error.strerror}", "evaluate first") from error
     for number, line in enumerate(lines, start=1):

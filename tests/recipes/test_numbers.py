@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from cvlctl.cli.app import app
 from cvlctl.cli.console import _is_memory, execute
@@ -14,6 +17,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import load
 from cvlctl.learn import labellers
 from cvlctl.learn.algorithms import ALGORITHMS, ONLINE, occupancy
+from cvlctl.recipes.values import Strict
 
 CONFIGS: dict[str, Any] = {name: module.Config for name, module in {**ALGORITHMS, **ONLINE}.items()}
 CONFIGS |= {"critic": occupancy.Config, "labeller": labellers.Config}
@@ -32,10 +36,51 @@ def test_all_widths_are_known() -> None:
     assert len(WIDTHS) >= 14
 
 
+def numeric(schema: dict[str, Any]) -> bool:
+    """Whether a JSON schema takes numbers, and neither true nor a mapping."""
+    kinds = [choice.get("type", "object") for choice in schema.get("anyOf", [schema])]
+    return bool({"integer", "number"} & set(kinds)) and not {"boolean", "object"} & set(kinds)
+
+
+def models(kind: type[Strict] = Strict) -> Iterator[type[Strict]]:
+    """All that make up recipes."""
+    for room in ("collect", "data", "experiments", "learn", "score"):
+        importlib.import_module(f"cvlctl.{room}.recipe")
+    for model in kind.__subclasses__():
+        yield model
+        yield from models(model)
+
+
+NUMBERS = [(kind, key, value) for kind in (*CONFIGS.values(), *models())
+           for key, schema in TypeAdapter(kind).json_schema()["properties"].items()
+           for value, inside in ((True, schema), ([False], schema.get("items", {})))
+           if numeric(inside) or any(numeric(choice.get("items", {})) for choice in schema.get("anyOf", ())
+                                     if value == [False])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "key", "value"), NUMBERS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_true_is_no_number(kind: Any, key: str, value: Any) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(kind).validate_python({key: value})
+    assert any(fault["loc"][0] == key for fault in caught.value.errors())
+
+
+def test_all_numbers_are_known() -> None:
+    assert len(NUMBERS) >= 150 and (occupancy.Config, "future_columns", [False]) in NUMBERS
+
+
 PRETRAIN = "stores: [a.zarr]\nsteps: 1\nout: runs/p\n"
 FINETUNE = PRETRAIN + "algorithm: {name: cvl}\n"
 BUILD = "task: gym/Pendulum-v1\nsource: {name: sac, steps: 10}\nout: x.zarr\n"
+EVALUATE = "runs: [p]\nout: s\n"
+RAREST = "algorithm: actor_every must lie in 1 to 10000"
 ABSURD = [
+    (PRETRAIN, "critic.latent_dim=true", "critic.latent_dim: expected a whole number, given true"),
+    (FINETUNE, "algorithm={name: cql, gamma: false}", "algorithm.gamma: expected a number, given false"),
+    (FINETUNE, "algorithm={name: td3_bc, actor_every: 1000000000}", RAREST),
+    (BUILD, "source={name: contrastive_ac, steps: 9, actor_every: 1000000000}", "actor_every lie in 1 to 10000"),
+    (EVALUATE, "episodes=1000000000000000000", "episodes: expected a number of at most 1000000"),
+    (EVALUATE, "confidence.resamples=1000000000000", "confidence.resamples: expected a number of at most 1000000"),
     (PRETRAIN, "critic.hidden=[0]", "critic: hidden must be one width or more"),
     (PRETRAIN, "critic.hidden=[]", "critic: hidden must be one width or more"),
     (FINETUNE, "algorithm.hidden=[0]", "algorithm: hidden must be"),

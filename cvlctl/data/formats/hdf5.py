@@ -107,13 +107,14 @@ def member(path: Path, group: h5py.Group, name: str, links: list[str] | None = N
         links: the soft links that led here.
 
     Raises:
-        CvlctlError: it lies in another file, or links lead from one to the next without an end.
+        CvlctlError: it lies in another file, the file is damaged, or links lead from one to the next without an end.
     """
     at: Any = group.file["/"] if name.startswith("/") else group
     links = [] if links is None else links
-    for part in name.strip("/").split("/"):
-        if part not in ("", "."):
-            at = _child(path, at, part, links)
+    with reading(f"{path}: {name}"):
+        for part in name.strip("/").split("/"):
+            if part not in ("", "."):
+                at = _child(path, at, part, links)
     return at
 
 

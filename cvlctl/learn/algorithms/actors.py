@@ -14,6 +14,8 @@ from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.types import OccupancyBatch, Spec, TransitionBatch
 
+RAREST = 10_000  # critic updates to one of the actor: as many programs stand in a list
+
 
 def init(hidden: Sequence[int], spec: Spec, seeds: Sequence[int]) -> State:
     """The actor's weights and its Adam moments."""

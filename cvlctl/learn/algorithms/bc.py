@@ -13,7 +13,7 @@ from cvlctl.learn.algorithms import actors
 from cvlctl.learn.losses import policy
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import OccupancyBatch, Spec, check_widths
+from cvlctl.types import Number, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "actions"
 
@@ -22,8 +22,8 @@ LEARNS_FROM = "actions"
 class Config:
     __pydantic_config__ = {"extra": "forbid"}
 
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4
+    hidden: tuple[Whole, ...] = (256, 256)
+    learning_rate: Number = 3e-4
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)

@@ -24,7 +24,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import support, td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, value_and_grad
-from cvlctl.types import Spec, TransitionBatch, check_widths
+from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
 PASSES = 14
@@ -36,25 +36,25 @@ class Config:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    gamma: float = 0.99
+    gamma: Number = 0.99
     gate: Literal["contrastive", "actor", "none"] = "contrastive"  # actor: holds it alone, no backup; none: plain TD3
-    slack: float = 4.0  # [k] of the gate w = min(1, k e^f): data are trusted down to 1/k of the contrast's density
-    hold_coefficient: float = 1.0  # of -log w, what the actor pays for an action outside the support
-    q_coefficient: float = 2.5  # of the actor's gated Q, divided by the mean absolute Q, beside it
-    contrast_coefficient: float = 1.0  # of the critic's loss on contrasted actions above V, and states off V_floor
-    expectile: float = 0.7  # of Q over logged actions, the safe value V
-    floor_quantile: float = 0.1  # of V over the batch: the safe value of a state that is itself unseen
-    shuffled_share: float = 0.25  # of contrasted actions, at the curriculum's end: logged in another state
-    policy_share: float = 0.5  # the policy's own, with TD3's smoothing noise; the rest is uniform, at first all are
-    far: float = 2.0  # contrasted states, in standard deviations: at first all are logged ones with this much noise,
-    near: float = 0.3  # in the end a third, with a third this little, and a third mixed of two logged states
-    curriculum_steps: int = 5_000  # updates over which the contrast hardens
-    policy_noise: float = 0.2  # [sigma] of the target policy's smoothing
-    noise_clip: float = 0.5  # [c]
-    actor_every: int = 2  # [d] critic updates to one of the actor and of the targets
-    ema_rate: float = 0.005  # [tau]
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4
+    slack: Number = 4.0  # [k] of the gate w = min(1, k e^f): data are trusted down to 1/k of the contrast's density
+    hold_coefficient: Number = 1.0  # of -log w, what the actor pays for an action outside the support
+    q_coefficient: Number = 2.5  # of the actor's gated Q, divided by the mean absolute Q, beside it
+    contrast_coefficient: Number = 1.0  # of the critic's loss on contrasted actions above V, and states off V_floor
+    expectile: Number = 0.7  # of Q over logged actions, the safe value V
+    floor_quantile: Number = 0.1  # of V over the batch: the safe value of a state that is itself unseen
+    shuffled_share: Number = 0.25  # of contrasted actions, at the curriculum's end: logged in another state
+    policy_share: Number = 0.5  # the policy's own, with TD3's smoothing noise; the rest is uniform, at first all are
+    far: Number = 2.0  # contrasted states, in standard deviations: at first all are logged ones with this much noise,
+    near: Number = 0.3  # in the end a third, with a third this little, and a third mixed of two logged states
+    curriculum_steps: Whole = 5_000  # updates over which the contrast hardens
+    policy_noise: Number = 0.2  # [sigma] of the target policy's smoothing
+    noise_clip: Number = 0.5  # [c]
+    actor_every: Whole = 2  # [d] critic updates to one of the actor and of the targets
+    ema_rate: Number = 0.005  # [tau]
+    hidden: tuple[Whole, ...] = (256, 256)
+    learning_rate: Number = 3e-4
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)
@@ -70,8 +70,8 @@ class Config:
             raise ValueError("slack must be above 0")
         if min(self.far, self.near, self.policy_noise, self.noise_clip) < 0:
             raise ValueError("far, near, policy_noise and noise_clip must be at or above 0")
-        if self.curriculum_steps < 1 or self.actor_every < 1:
-            raise ValueError("curriculum_steps and actor_every must be at least 1")
+        if self.curriculum_steps < 1 or not 1 <= self.actor_every <= actors.RAREST:
+            raise ValueError(f"curriculum_steps must be at least 1, actor_every lie in 1 to {actors.RAREST}")
         if self.learning_rate <= 0:
             raise ValueError("learning_rate must be above 0")
 

@@ -17,7 +17,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import policy, td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import Spec, TransitionBatch, check_widths
+from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
 PASSES = 8
@@ -29,15 +29,15 @@ class Config:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    gamma: float = 0.99
-    conservative_weight: float = 5.0  # [alpha]
-    num_actions: int = 10  # of each of three kinds: uniform, of pi(s), of pi(s')
+    gamma: Number = 0.99
+    conservative_weight: Number = 5.0  # [alpha]
+    num_actions: Whole = 10  # of each of three kinds: uniform, of pi(s), of pi(s')
     backup: Literal["mean", "sample"] = "mean"  # a' of the target: tanh of the mean, or drawn, as in the authors' code
-    ema_rate: float = 0.005
-    target_entropy: float | None = None  # None: minus the number of action dimensions
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4  # of the critic
-    actor_learning_rate: float = 1e-4  # and of the temperature
+    ema_rate: Number = 0.005
+    target_entropy: Number | None = None  # None: minus the number of action dimensions
+    hidden: tuple[Whole, ...] = (256, 256)
+    learning_rate: Number = 3e-4  # of the critic
+    actor_learning_rate: Number = 1e-4  # and of the temperature
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)

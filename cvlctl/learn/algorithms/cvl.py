@@ -14,7 +14,7 @@ from cvlctl.learn import networks
 from cvlctl.learn.algorithms import actors, occupancy, readouts
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import Flag, OccupancyBatch, Spec, check_widths
+from cvlctl.types import Flag, Number, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "rewards"
 
@@ -29,19 +29,19 @@ class Config:
     mode: Literal["auto", "scratch", "continue", "frozen"] = "auto"  # auto: continue with init_from, else scratch
     readout: Literal["exact", "fourier", "coreset"] = "exact"  # Eq. 11, Eq. 12, k-means centres of many banks
     normaliser: Literal["self", "none"] = "self"  # none is the paper's
-    bank_size: int = 1024  # futures with rewards drawn for each step's readout
-    num_features: int = 1024  # [d] frequencies of the Fourier readout
+    bank_size: Whole = 1024  # futures with rewards drawn for each step's readout
+    num_features: Whole = 1024  # [d] frequencies of the Fourier readout
     fourier_form: Literal["paired", "phase"] = "paired"  # phase is the paper's (Lemma 1)
     orthogonal: Flag = False  # frequencies at right angles: less spread
-    xi_ema_rate: float = 1.0  # [beta] of xi, and of the coreset's sums; 1 uses this step's bank alone
-    time_bins: int = 0  # fourier only: above 0, one xi for each such stretch of the episode [xi_0..xi_H]
-    coreset_size: int = 256  # centres
-    num_actions: int = 1  # [N_a] policy samples a state
+    xi_ema_rate: Number = 1.0  # [beta] of xi, and of the coreset's sums; 1 uses this step's bank alone
+    time_bins: Whole = 0  # fourier only: above 0, one xi for each such stretch of the episode [xi_0..xi_H]
+    coreset_size: Whole = 256  # centres
+    num_actions: Whole = 1  # [N_a] policy samples a state
     actor_form: Literal["reparameterised", "sampled"] = "reparameterised"  # sampled: Q is never differentiated
-    boltzmann_temperature: float = 0.1  # [tau] of Eq. 13, in units of the readout's mean |Q|
-    bc_coefficient: float = 0.2  # [lambda_BC] of Eq. 15
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4
+    boltzmann_temperature: Number = 0.1  # [tau] of Eq. 13, in units of the readout's mean |Q|
+    bc_coefficient: Number = 0.2  # [lambda_BC] of Eq. 15
+    hidden: tuple[Whole, ...] = (256, 256)
+    learning_rate: Number = 3e-4
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)

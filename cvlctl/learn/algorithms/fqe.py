@@ -19,7 +19,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import Spec, TransitionBatch, check_widths
+from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
 PASSES = 4
@@ -33,12 +33,12 @@ class Config:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    gamma: float = 0.99
-    ema_rate: float = 0.02  # of the target
-    num_initial: int = 512  # first observations of episodes, at most, that the estimate averages over
-    hidden: tuple[int, ...] = (256, 256)
-    policy_hidden: tuple[int, ...] = (256, 256)  # of the policy: init_from brings it
-    learning_rate: float = 3e-4
+    gamma: Number = 0.99
+    ema_rate: Number = 0.02  # of the target
+    num_initial: Whole = 512  # first observations of episodes, at most, that the estimate averages over
+    hidden: tuple[Whole, ...] = (256, 256)
+    policy_hidden: tuple[Whole, ...] = (256, 256)  # of the policy: init_from brings it
+    learning_rate: Number = 3e-4
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)

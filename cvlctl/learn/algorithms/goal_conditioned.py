@@ -26,7 +26,7 @@ from cvlctl.learn.algorithms import actors, occupancy
 from cvlctl.learn.losses import policy
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import OccupancyBatch, Spec, check_widths
+from cvlctl.types import Number, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "actions"
 
@@ -39,10 +39,10 @@ class Config:
 
     critic: occupancy.Config = field(default_factory=occupancy.binary_nce)  # from scratch; else the pretrained run's
     mode: Literal["auto", "scratch", "continue", "frozen"] = "auto"  # auto: continue with init_from, else scratch
-    random_goals: float = 0.5  # share of the actor's goals that are other pairs' futures; the rest are the pair's own
-    bc_coefficient: float = 0.05  # of cloning the pair's action for its own future as goal; 1 for f over its mean |f|
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4
+    random_goals: Number = 0.5  # share of the actor's goals that are other pairs' futures; the rest are the pair's own
+    bc_coefficient: Number = 0.05  # of cloning the pair's action for its own future as goal; 1 for f over its mean |f|
+    hidden: tuple[Whole, ...] = (256, 256)
+    learning_rate: Number = 3e-4
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)

@@ -14,7 +14,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import policy, td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
-from cvlctl.types import Spec, TransitionBatch, check_widths
+from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
 PASSES = 6
@@ -27,12 +27,12 @@ class Config:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    gamma: float = 0.99
-    expectile: float = 0.7  # [tau]
-    inverse_temperature: float = 3.0  # [beta] of the advantage's weight, which is cut off at 100
-    ema_rate: float = 0.005  # [alpha]
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4
+    gamma: Number = 0.99
+    expectile: Number = 0.7  # [tau]
+    inverse_temperature: Number = 3.0  # [beta] of the advantage's weight, which is cut off at 100
+    ema_rate: Number = 0.005  # [alpha]
+    hidden: tuple[Whole, ...] = (256, 256)
+    learning_rate: Number = 3e-4
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)

@@ -21,7 +21,7 @@ from cvlctl.learn.algorithms import actors, occupancy
 from cvlctl.learn.losses import occupancy_q
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import OccupancyBatch, Spec, check_widths
+from cvlctl.types import Number, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "examples"
 
@@ -35,11 +35,11 @@ class Config:
     critic: occupancy.Config = field(default_factory=occupancy.binary_nce)  # from scratch; else the pretrained run's
     mode: Literal["auto", "scratch", "continue", "frozen"] = "auto"  # auto: continue with init_from, else scratch
     readout: Literal["posterior", "ratio"] = "posterior"  # Q / (1 + Q), or Q itself, the paper's (Eq. 7 to 9)
-    num_examples: int = 200  # success examples in each step's average; all of them where there are fewer
-    num_actions: int = 1  # policy samples a state
-    bc_coefficient: float = 0.2  # [lambda]; Q has the weight 1 - lambda
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4
+    num_examples: Whole = 200  # success examples in each step's average; all of them where there are fewer
+    num_actions: Whole = 1  # policy samples a state
+    bc_coefficient: Number = 0.2  # [lambda]; Q has the weight 1 - lambda
+    hidden: tuple[Whole, ...] = (256, 256)
+    learning_rate: Number = 3e-4
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)

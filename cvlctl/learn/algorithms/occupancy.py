@@ -26,7 +26,7 @@ from cvlctl.learn import networks
 from cvlctl.learn.losses import contrastive
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, value_and_grad
-from cvlctl.types import Flag, OccupancyBatch, Spec, check_widths
+from cvlctl.types import Flag, Number, OccupancyBatch, Spec, Whole, check_widths
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Config:
     __pydantic_config__ = {"extra": "forbid"}
 
     loss: Literal["info_nce", "binary_nce"] = "info_nce"  # CVL Eq. 9, LAEO Eq. 5
-    gamma: float = 0.99  # discount
-    partition_coefficient: float = 0.01  # [lambda_Partition], info_nce only
+    gamma: Number = 0.99  # discount
+    partition_coefficient: Number = 0.01  # [lambda_Partition], info_nce only
     penalty: Literal["log_mean", "log_sum"] = "log_mean"  # what Eq. 10 squares; log_sum is the paper's
     features: Literal["free", "unit"] = "free"  # norms of phi and psi
-    temperature: float = 1.0  # of unit features
-    latent_dim: int = 64
-    hidden: tuple[int, ...] = (512, 512)
+    temperature: Number = 1.0  # of unit features
+    latent_dim: Whole = 64
+    hidden: tuple[Whole, ...] = (512, 512)
     layer_norm: Flag = False
-    learning_rate: float = 3e-4
+    learning_rate: Number = 3e-4
     twin: Flag = False  # two critics side by side; readouts take the smaller Q
-    ema_rate: float = 0.0  # [beta] of psi; above 0, readouts use the averaged psi
-    future_columns: tuple[int, ...] | None = None  # of an observation, that make a future (a goal); None: all
-    command_columns: tuple[int, ...] = ()  # in which the observation states a goal for future_columns, one for one
+    ema_rate: Number = 0.0  # [beta] of psi; above 0, readouts use the averaged psi
+    future_columns: tuple[Whole, ...] | None = None  # of an observation, that make a future (a goal); None: all
+    command_columns: tuple[Whole, ...] = ()  # in which the observation states a goal for future_columns, one for one
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)

@@ -16,7 +16,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import policy, td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import Spec, TransitionBatch, check_widths
+from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Config:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    gamma: float = 0.99  # discount
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4  # of critic, actor and temperature
-    ema_rate: float = 0.005  # [tau] of the target critic
-    target_entropy: float | None = None  # [H-bar]; None: minus the number of action dimensions
-    initial_temperature: float = 1.0  # [alpha], the entropy's weight, before it is learned
-    target_max: float | None = None  # of TD targets: 0 where no reward is positive (hindsight experience replay's clip)
+    gamma: Number = 0.99  # discount
+    hidden: tuple[Whole, ...] = (256, 256)
+    learning_rate: Number = 3e-4  # of critic, actor and temperature
+    ema_rate: Number = 0.005  # [tau] of the target critic
+    target_entropy: Number | None = None  # [H-bar]; None: minus the number of action dimensions
+    initial_temperature: Number = 1.0  # [alpha], the entropy's weight, before it is learned
+    target_max: Number | None = None  # of TD targets: 0 where no reward is positive (the clip of hindsight replay)
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)

@@ -23,7 +23,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import contrastive, policy, successor
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
-from cvlctl.types import Spec, TransitionBatch, check_widths
+from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
 PASSES = 6
@@ -35,15 +35,15 @@ class Config:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    gamma: float = 0.99
+    gamma: Number = 0.99
     features: Literal["contrastive", "observation"] = "contrastive"  # [phi] learned, or the normalised observation
-    feature_dim: int = 64  # of contrastive features
-    reward_coefficient: float = 1.0  # of the reward's error beside InfoNCE, in what c learns
-    ema_rate: float = 0.005  # of Psi's target
-    num_actions: int = 1  # policy samples a state
-    bc_coefficient: float = 0.2  # of behaviour cloning, beside Q in units of its spread over states
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4
+    feature_dim: Whole = 64  # of contrastive features
+    reward_coefficient: Number = 1.0  # of the reward's error beside InfoNCE, in what c learns
+    ema_rate: Number = 0.005  # of Psi's target
+    num_actions: Whole = 1  # policy samples a state
+    bc_coefficient: Number = 0.2  # of behaviour cloning, beside Q in units of its spread over states
+    hidden: tuple[Whole, ...] = (256, 256)
+    learning_rate: Number = 3e-4
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)

@@ -13,7 +13,7 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, ema_update
-from cvlctl.types import Spec, TransitionBatch, check_widths
+from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
 PASSES = 6
@@ -25,21 +25,23 @@ class Config:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    gamma: float = 0.99
-    q_coefficient: float = 2.5  # [alpha]: weight of Q, divided by its mean absolute value, beside the cloning error
-    policy_noise: float = 0.2  # [sigma] of the target policy's smoothing
-    noise_clip: float = 0.5  # [c]
-    actor_every: int = 2  # [d] critic updates to one of the actor and of the targets
-    ema_rate: float = 0.005  # [tau]
-    hidden: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4
+    gamma: Number = 0.99
+    q_coefficient: Number = 2.5  # [alpha]: weight of Q, divided by its mean absolute value, beside the cloning error
+    policy_noise: Number = 0.2  # [sigma] of the target policy's smoothing
+    noise_clip: Number = 0.5  # [c]
+    actor_every: Whole = 2  # [d] critic updates to one of the actor and of the targets
+    ema_rate: Number = 0.005  # [tau]
+    hidden: tuple[Whole, ...] = (256, 256)
+    learning_rate: Number = 3e-4
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)
         if not 0 <= self.gamma < 1 or not 0 < self.ema_rate <= 1:
             raise ValueError("gamma must lie in [0, 1) and ema_rate in (0, 1]")
-        if min(self.q_coefficient, self.policy_noise, self.noise_clip) < 0 or self.actor_every < 1:
-            raise ValueError("q_coefficient, policy_noise and noise_clip must be at or above 0, actor_every at 1")
+        if min(self.q_coefficient, self.policy_noise, self.noise_clip) < 0:
+            raise ValueError("q_coefficient, policy_noise and noise_clip must be at or above 0")
+        if not 1 <= self.actor_every <= actors.RAREST:
+            raise ValueError(f"actor_every must lie in 1 to {actors.RAREST}")
         if self.learning_rate <= 0:
             raise ValueError("learning_rate must be above 0")
 
