@@ -208,7 +208,9 @@ def _settle(parent: Path, names: list[str], together: str) -> bool:
     for one in old:
         shutil.rmtree(one, ignore_errors=True) if one.is_dir() else one.unlink()
         if one.exists():
-            say(f"{one}: was replaced, and cannot be removed")
+            say(f"{one}: was replaced, and cannot be removed now: the next command that writes there tries again")
+    if any(one.exists() for one in old):
+        return True  # the markers tell that it is ours
     for path, marker in markers.items():
         if marker:
             for name in (TAIL, LOCK, MARKER):

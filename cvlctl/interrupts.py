@@ -28,10 +28,10 @@ def _handler(number: int, frame: FrameType | None) -> None:
     now = time.monotonic()
     first = _came == 0.0
     _came = _came or now
+    if first and _program:
+        _hush()
     waits = _held > 0 if first else now - _came < AGAIN_SECONDS
     if not waits:
-        if _program:
-            _hush()
         raise KeyboardInterrupt
 
 

@@ -28,6 +28,7 @@ def _same_matmul() -> Iterator[None]:
 
         torch.set_num_threads(1)
         torch.set_float32_matmul_precision("highest")
+        torch.set_flush_denormal(False)  # hypothesis minds
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

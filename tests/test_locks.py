@@ -40,7 +40,7 @@ def test_without_locks_the_file_names_its_owner(tmp_path: Path, no_locks: None) 
 
 
 def test_without_locks_a_dead_owner_has_nothing(tmp_path: Path, no_locks: None) -> None:
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    dead = subprocess.run([sys.executable, "-P", "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     for owner in (f"{platform.node()} {dead.stdout.strip()}", f"{platform.node()} {2**70}", "damaged", ""):
         (tmp_path / "lock").write_text(owner)
         files.lock(tmp_path / "lock").close()

@@ -19,7 +19,7 @@ from numcodecs import Zstd
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from cvlctl.errors import CvlctlError
-from cvlctl.files import read_regular
+from cvlctl.files import SHORTAGES, read_regular
 
 NATIVE = (BytesCodec(), BytesCodec(endian=None))  # bytes as they lie in this machine's memory
 LOST = 20  # so many missing chunks are named one by one; beyond, it is the declared number that is wrong
@@ -63,6 +63,8 @@ def open_array(path: Path, name: str) -> zarr.Array:
         if max(_bytes(shape, array.dtype) for shape in (array.shape, array.chunks)) >= 2**63:
             raise ValueError("it declares more bytes than any machine has")
     except Exception as error:  # garbled metadata: zarr raises many kinds
+        if isinstance(error, OSError) and error.errno in SHORTAGES:  # the store may well be sound
+            raise
         raise damaged(path, f"{name}: the array cannot be opened: {_said(error)}", path / name) from error
     folder = path / name / "c"
     declared, there = _count(array), len(os.listdir(folder)) if folder.is_dir() else 0
@@ -98,6 +100,8 @@ def read_chunk(array: zarr.Array, chunk: Chunk, out: np.ndarray | None = None) -
     except CvlctlError:
         raise
     except Exception as error:  # crc32c, zstd and the file system each raise their own
+        if isinstance(error, OSError) and error.errno in SHORTAGES:
+            raise
         what = f"{chunk.name}: checksum/crc fails in {chunk.file}: {_said(error)}"
         raise damaged(chunk.store, what, chunk.file) from error
     return out

@@ -15,6 +15,7 @@ from cvlctl.data.samplers import generator
 from cvlctl.learn import networks
 from cvlctl.learn.losses import rewards
 from cvlctl.learn.networks import State
+from cvlctl.learn.settings import flush_denormals
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.progress import Progress
 from cvlctl.types import Number, Whole, check_widths
@@ -55,6 +56,7 @@ def learn(
         observation: (rows, O), all states of the stores: what is not known to be success.
         examples: (X, O) of success.
     """
+    flush_denormals()
     observation, examples = observation.to(device), examples.to(device)
     state = networks.normaliser_of(seeds, observation)
     classifier = networks.mlp_init("reward", seeds, [observation.shape[1], *config.hidden, 1])

@@ -39,15 +39,24 @@ def checkpoints(recipe: EvaluateRecipe) -> list[Checkpoint]:
     """The checkpoints with policies of the runs that the recipe names, in the order of its patterns and of names."""
     found: list[Checkpoint] = []
     for pattern in recipe.runs:
-        exact = not glob.has_magic(pattern) or os.path.isdir(pattern)  # a directory may well have brackets in its name
-        places = [pattern] if exact else sorted(glob.glob(pattern, recursive=True))
-        runs = [Path(place) for place in places if exact or Path(place, "checkpoints").is_dir()]
+        exact, runs = _places(pattern)
         of_pattern = [checkpoint for run in runs for checkpoint in _of_run(run, recipe, exact)]
         if not of_pattern:
             hint = "patterns are relative to the current directory, and name run directories, such as runs/finetune/*"
             raise CvlctlError(f"runs: no run with a policy matches {pattern!r}", hint)
         found += of_pattern
     return list({checkpoint.file.resolve(): checkpoint for checkpoint in found}.values())
+
+
+def _places(pattern: str) -> tuple[bool, list[Path]]:
+    """Whether a pattern is one path, and the directories that it matches: brackets in names that exist are names."""
+    parts = Path(pattern).parts
+    known = max((n for n in range(1, len(parts) + 1) if os.path.isdir(Path(*parts[:n]))), default=0)
+    if known == len(parts) or not glob.has_magic(pattern):
+        return True, [Path(pattern)]
+    literal = [glob.escape(part) for part in parts[:known]]
+    found = sorted(glob.glob(os.path.join(*literal, *parts[known:]), recursive=True))
+    return False, [Path(place) for place in found if Path(place, "checkpoints").is_dir()]
 
 
 def _of_run(run: Path, recipe: EvaluateRecipe, exact: bool) -> Iterator[Checkpoint]:

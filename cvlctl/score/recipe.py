@@ -64,7 +64,11 @@ class EvaluateRecipe(Strict):
         """How much there is to do; `others` are the recipes of an experiment that trains the policies."""
         places = [(os.path.normpath(other.out), other) for other in others if other.command == "finetune"]
         patterns = [os.path.normpath(pattern) for pattern in self.runs]
-        seeds = sum(len(other.seeds) for place, other in places if any(fnmatch(place, one) for one in patterns))
+        seeds = sum(
+            len(other.seeds)
+            for place, other in places
+            if place in patterns or any(fnmatch(place, one) for one in patterns)
+        )
         policies = count(seeds, "policy") if seeds else "policies of earlier runs"
         more = ", every checkpoint" if self.checkpoints == "all" else ""
         seconds = max(seeds, 1) * self.episodes * EPISODE_STEPS / SIMULATED_WITH_WORKERS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from cvlctl.data.transform import drop_rewards, subsample
 from cvlctl.data.verify import verify_store
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import load
+from cvlctl.learn import labellers
 from cvlctl.learn.finetune import finetune
 from cvlctl.learn.label import label_store
 
@@ -62,14 +64,16 @@ def test_label_from_a_file(a: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.zarr", "b.zarr", "r.npy"]
 
 
-def test_label_by_a_labeller_and_from_a_run(a: Path, tmp_path: Path) -> None:
+def test_label_by_a_labeller_and_from_a_run(a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `finetune` learned with rewards: oril, and what the same labeller learns here, are one and the same."""
+    small = {"steps": 500, "hidden": [64]}
+    monkeypatch.setattr(labellers, "Config", partial(labellers.Config, steps=500, hidden=(64,)))  # label's own defaults
     found = examples(a, tmp_path / "x.npy", num=1000)
     label_store(a, "oril", tmp_path / "b.zarr", rewards="oril", examples=tmp_path / "x.npy", seed=1)
     recipe = {
         "stores": [{"path": str(a), "rewards": "oril"}], "algorithm": {"name": "td3_bc", "hidden": [8]}, "steps": 2,
         "success_examples": {"from": str(a), "num": 1000}, "seeds": [1], "out": str(tmp_path / "run"),
-        "batch_size": 8, "threads": 1, "compile": False,
+        "batch_size": 8, "threads": 1, "compile": False, "labeller": small,
     }  # fmt: skip
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     finetune(load(tmp_path / "r.yaml"))

@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import pkgutil
+import resource
 import signal
 import sys
 import tempfile
@@ -50,12 +51,12 @@ def changed(event: str, args: tuple[Any, ...]) -> list[str]:
 
 class Watch:
     """Counts the changes under `root`, and ends the process ("kill", "torn"), halts it ("stop") or sends it a `number`
-    ("signal") before change `at`.
+    ("signal") before change `at`: the so many-th, or that whose line in the trace ends so.
 
     "torn" ends it in the middle of the write before: whatever that write made longer is cut to half of what came.
     """
 
-    def __init__(self, root: str, at: int, how: str, number: int = signal.SIGINT) -> None:
+    def __init__(self, root: str, at: int | str, how: str, number: int = signal.SIGINT) -> None:
         self.root, self.at, self.how, self.number = root, at, how, number
         self.trace: list[str] = []
         self._busy, self._lock = threading.local(), threading.Lock()
@@ -75,11 +76,11 @@ class Watch:
 
     def _saw(self, event: str, args: tuple[Any, ...], paths: list[str]) -> None:
         self.trace.append(" ".join([event, *(os.path.relpath(path, self.root) for path in paths)]))
-        if self.how == "torn" and len(self.trace) == self.at - 1:
+        if self.how == "torn" and len(self.trace) + 1 == self.at:
             self._sizes = sizes(self.root)
             if event == "open" and ("w" in str(args[1]) or args[2] & os.O_TRUNC):
                 self._sizes[paths[0]] = 0
-        if len(self.trace) == self.at:
+        if len(self.trace) == self.at or (isinstance(self.at, str) and self.trace[-1].endswith(self.at)):
             if self.how in ("stop", "signal"):
                 os.kill(os.getpid(), signal.SIGSTOP if self.how == "stop" else self.number)
                 return
@@ -134,6 +135,17 @@ def set_alarm(request: dict[str, Any]) -> None:
     signal.setitimer(signal.ITIMER_PROF, request.get("after", 0))
 
 
+def set_limit(request: dict[str, Any]) -> None:
+    """Let only so many more `files` be opened at once."""
+    if "files" in request:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        for number in range(3, highest):  # holes would be filled first
+            if not os.path.lexists(f"/proc/self/fd/{number}"):
+                os.open(os.devnull, os.O_RDONLY)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + request["files"], hard))
+
+
 def work(request: dict[str, Any]) -> None:
     """A fork's life: one command, as `cvlctl.__main__` runs it."""
     from cvlctl import interrupts, streams
@@ -154,6 +166,7 @@ def work(request: dict[str, Any]) -> None:
     sys.addaudithook(watch)
     try:
         set_streams(request)
+        set_limit(request)
         streams.secure()
         with interrupts.watched(program=True):
             set_alarm(request)

@@ -184,6 +184,22 @@ def test_a_run_in_a_folder_with_brackets_is_evaluated_by_that_very_path(tmp_path
     assert result["table"][0]["runs"] == 1 and len(result["table"]) == 2
 
 
+def test_patterns_look_into_a_folder_with_brackets_too(tmp_path: Path) -> None:
+    for name in ("e[1]/bc", "e[1]/deep/bc", "e1/bc"):
+        save_run(tmp_path / name, "bc", seeds=(0,))
+
+    def found(pattern: str) -> list[str]:
+        checkpoints = find_runs.checkpoints(recipe(tmp_path, runs=[f"{tmp_path}/{pattern}"]))
+        return [str(checkpoint.run.relative_to(tmp_path)) for checkpoint in checkpoints]
+
+    assert found("e[1]/b*") == found("e[1]/[ab]c") == found("e[1]/bc") == ["e[1]/bc"]
+    assert found("e[1]/**/bc") == ["e[1]/bc", "e[1]/deep/bc"]
+    assert found("e[!2]/bc") == found("?1/bc") == ["e1/bc"]
+    assert found("e*/bc") == ["e1/bc", "e[1]/bc"]
+    (tmp_path / "e[1]" / "b").symlink_to(tmp_path / "e[1]" / "b")
+    assert found("e[1]/b*") == ["e[1]/bc"]
+
+
 def job(**changes: Any) -> dict[str, Any]:
     return {"algorithm": "bc", "task": TASK, "seed": 0, "step": 30, "checkpoint": "x", "sha256": "0"} | changes
 
