@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,19 @@ def _state(job: Job) -> str:
     if job.command != "evaluate" and not same:
         return "another recipe"
     return "finished" if before["status"] == "finished" else "partial"
+
+
+def lines(jobs: Sequence[Job], stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is about to be done, a line for each job of the plan that is not finished, and in all; none: nothing is."""
+    left = [(title(job), stage) for job, stage in zip(jobs, stages, strict=True) if stage["state"] != "finished"]
+    told = [f"plan: {name}, {stage['size']}: about {rough(stage['estimate_seconds'])}" for name, stage in left]
+    return [*told, f"plan: {in_all(stages)}"] if left else []
+
+
+def in_all(stages: Sequence[Mapping[str, Any]]) -> str:
+    """How long what is left takes."""
+    left = sum(stage["estimate_seconds"] for stage in stages if stage["state"] != "finished")
+    return f"about {rough(left)} in all on two CPU cores, give or take a factor of two"
 
 
 def rough(seconds: float) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cvlctl import interrupts
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import function
-from cvlctl.experiments.plan import plan, rough, title
+from cvlctl.experiments.plan import in_all, lines, plan, rough, title
 from cvlctl.experiments.recipe import ExperimentRecipe
 from cvlctl.progress import clock, say
 from cvlctl.recipes.matrix import text_of
@@ -32,6 +32,8 @@ def run_experiment(experiment: ExperimentRecipe, *, force: bool = False, dry_run
     stages = plan(experiment, force=force)
     if dry_run:
         return {"status": "planned", "out": str(experiment.out), "stages": stages, "scores": []}
+    for line in lines(experiment.jobs, stages):
+        say(line)
     for number, (job, stage) in enumerate(zip(experiment.jobs, stages, strict=True), start=1):
         interrupts.check()  # should the stage before have swallowed it
         if stage["state"] != "finished":
@@ -72,6 +74,7 @@ def render(result: dict[str, Any], console: Console) -> None:
         for name, places in (("stores", stores), ("runs", trained)):
             for place in places:
                 console.print(f"{name + ':':8}{place}", markup=False, soft_wrap=True)
+        console.print(f"time:   {_times(result['stages'])}", markup=False, soft_wrap=True)
         return
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("stage", "of", "out", "state", "size"):
@@ -84,9 +87,24 @@ def render(result: dict[str, Any], console: Console) -> None:
         cells = (f"{stage['stage']}: {stage['command']}", of, out, stage["state"], stage["size"], about)
         table.add_row(*map(Text, cells))
     console.print(table)
-    left = sum(stage["estimate_seconds"] for stage in result["stages"] if stage["state"] != "finished")
     console.print(f"out: {result['out']}", markup=False)
-    console.print(f"to do: about {rough(left)} on two CPU cores, give or take a factor of two", markup=False)
+    console.print(f"to do: {in_all(result['stages'])}", markup=False)
+
+
+def _times(stages: Sequence[Mapping[str, Any]]) -> str:
+    """Where the time of this call went: "1m50s: data 20s, finetune cvl 1m30s"; what was finished before took none."""
+    worked = [stage for stage in stages if stage["result"]["status"] != "finished already"]
+    if not worked:
+        return "none, all was finished already"
+    told = [f"{_shortest(stage, stages)} {clock(stage['seconds'])}" for stage in worked]
+    return f"{clock(sum(stage['seconds'] for stage in stages))} in all: {', '.join(told)}"
+
+
+def _shortest(stage: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> str:
+    """The stage's name, and of its combination what tells its jobs apart."""
+    same = [other["combination"] for other in stages if other["stage"] == stage["stage"]]
+    own = {key: value for key, value in stage["combination"].items() if any(one[key] != value for one in same)}
+    return " ".join([stage["stage"], *(text_of(value).split("/")[-1] for value in own.values())])
 
 
 def _store_line(stage: Mapping[str, Any]) -> str:
