@@ -23,7 +23,7 @@ ROOMS = [
     ["play"],
     ["recipes"],
     ["runs", "folders"],
-    ["checkpoints", "children", "figures", "interrupts", "progress"],
+    ["checkpoints", "children", "figures", "interrupts", "progress", "rates"],
     ["files", "paths", "types"],
     ["machine", "streams", "version", "errors"],
     ["terminal"],

@@ -191,11 +191,11 @@ class _Collector:
             run.cut_metrics(0)  # of a killed collection whose episodes are gone
             state = self.learner.init(env.spec, [recipe.seed])
             # a step this small gains a third from a second thread where the machine is idle, and loses a factor of five
-            # to any neighbour where it is not
-            threads = 1 if recipe.threads == "auto" else recipe.threads
+            # to any neighbour where it is not: auto is one
+            say(f"{recipe.out}: threads: {recipe.about_threads}")
             self.settings = resolve_settings(
-                device=recipe.device, threads=threads, precision=recipe.precision, compile=recipe.compile,
-                steps=(source.steps - source.learning_starts) // source.update_every, say=say,
+                device=recipe.device, threads=recipe.num_threads, precision=recipe.precision, compile=recipe.compile,
+                steps=source.updates, update=source.update, say=say,
             )  # fmt: skip
         configure(self.settings)
         self.state = {name: value.to(self.settings.device) for name, value in state.items()}

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, create_model, model
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ONLINE
 from cvlctl.play import envs
-from cvlctl.recipes.estimates import EPISODE_STEPS, SIMULATED, Work, count, update_seconds, weights
+from cvlctl.recipes.estimates import EPISODE_STEPS, SIMULATED, Update, Work, count, training_seconds, update_of, weights
 from cvlctl.recipes.matrix import expand
 from cvlctl.recipes.values import (
     Computed,
@@ -61,6 +61,21 @@ class OnlineSource(Strict):
         """The learner's own Config: the source's keys, and its defaults where the source has none."""
         config = ONLINE[self.name].Config
         return config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(config) if hasattr(self, f.name)})
+
+    @property
+    def updates(self) -> int:
+        """How many there will be."""
+        return max(0, self.steps - self.learning_starts) // self.update_every
+
+    @property
+    def update(self) -> Update:
+        """What one of them is."""
+        module = ONLINE[self.name]
+        # without the gate there are the critics, their targets and the actor alone
+        passes, calls = (
+            (5, module.CALLS // 2) if getattr(self, "gate", None) == "none" else (module.PASSES, module.CALLS)
+        )
+        return update_of(self.batch_size * passes * weights(*self.hidden), calls)
 
     @model_validator(mode="after")
     def _check_config(self) -> Self:
@@ -183,6 +198,9 @@ class BuildRecipe(Computed):
     """`cvlctl build-dataset`: a store of episodes of `task`."""
 
     command: ClassVar[str] = "build-dataset"
+    few_threads: ClassVar[str | None] = (
+        "auto: a step this small gains a third from a second, and loses far more to others"
+    )
 
     task: Annotated[str, AfterValidator(checked(_known_task))]
     source: Annotated[
@@ -206,15 +224,16 @@ class BuildRecipe(Computed):
             return _several(data, source, super().read)
         return super().read(data, source, prefix)
 
+    @property
+    def about_threads(self) -> str | None:
+        return super().about_threads if isinstance(self.source, OnlineSource) else None
+
     def work(self, others: Sequence[Any] = ()) -> Work:
         """How much there is to do."""
         source = self.source
         if isinstance(source, OnlineSource):
-            # two critics, their targets, the actor; with the gate V, two classifiers, and three times the critics
-            passes = 5 if getattr(source, "gate", "none") == "none" else 14
-            update = update_seconds(source.batch_size * passes * weights(*source.hidden))
-            seconds = source.steps * (update / source.update_every + 1 / SIMULATED)
-            return Work(f"{source.steps:,} steps of {source.title}", seconds)
+            learning = training_seconds(source.updates, source.update, self.num_threads, self.compile)
+            return Work(f"{source.steps:,} steps of {source.title}", learning + source.steps / SIMULATED)
         if isinstance(source, StoresSource):
             return Work(f"episodes of {count(len(source.stores), 'store')}", 10.0)
         if source.episodes is None:

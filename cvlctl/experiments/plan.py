@@ -18,7 +18,8 @@ def title(job: Job) -> str:
 
 
 def plan(experiment: ExperimentRecipe, *, force: bool = False) -> list[dict[str, Any]]:
-    """One dict a job: stage, command, combination, out, state, size, estimate_seconds.
+    """One dict a job: stage, command, combination, out, state, size, estimate_seconds, threads (how many,
+    and why; None: no matter).
 
     The state is "finished", "partial", "to do", or "another recipe" (it will not start without `force`).
     """
@@ -28,6 +29,7 @@ def plan(experiment: ExperimentRecipe, *, force: bool = False) -> list[dict[str,
         stages.append({
             "stage": job.stage, "command": job.command, "combination": job.combination, "out": str(job.recipe.out),
             "state": "to do" if force else _state(job), "size": size, "estimate_seconds": round(seconds),
+            "threads": getattr(job.recipe, "about_threads", None),
         })  # fmt: skip
     return stages
 
@@ -73,7 +75,14 @@ def lines(jobs: Sequence[Job], stages: Sequence[Mapping[str, Any]]) -> list[str]
 def in_all(stages: Sequence[Mapping[str, Any]]) -> str:
     """How long what is left takes."""
     left = sum(stage["estimate_seconds"] for stage in stages if stage["state"] != "finished")
-    return f"about {rough(left)} in all on two CPU cores, give or take a factor of two"
+    return f"about {rough(left)} in all on an idle machine, give or take a factor of two"
+
+
+def threads_of(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What computes with how many threads, and why: a line for each answer."""
+    kinds = dict.fromkeys(stage["threads"] for stage in stages if stage["threads"])
+    names = {kind: dict.fromkeys(stage["stage"] for stage in stages if stage["threads"] == kind) for kind in kinds}
+    return [f"threads: {kind}: {', '.join(found)}" for kind, found in names.items()]
 
 
 def rough(seconds: float) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cvlctl import interrupts
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import function
-from cvlctl.experiments.plan import in_all, lines, plan, rough, title
+from cvlctl.experiments.plan import in_all, lines, plan, rough, threads_of, title
 from cvlctl.experiments.recipe import ExperimentRecipe
 from cvlctl.progress import clock, say
 from cvlctl.recipes.matrix import text_of
@@ -24,7 +24,7 @@ def run_experiment(experiment: ExperimentRecipe, *, force: bool = False, dry_run
 
     Returns:
         out, status ("planned", "done" or "finished already"), stages (a dict a job: stage, command, combination, out,
-        state, size, estimate_seconds; after a run also result and seconds), and scores: the results of evaluate.
+        state, size, estimate_seconds, threads; after a run also result and seconds), and scores: evaluate's results.
 
     Raises:
         CvlctlError: what went wrong in a stage, naming it.
@@ -89,6 +89,8 @@ def render(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(f"out: {result['out']}", markup=False)
     console.print(f"to do: {in_all(result['stages'])}", markup=False)
+    for line in threads_of(result["stages"]):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _times(stages: Sequence[Mapping[str, Any]]) -> str:

@@ -54,7 +54,7 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
     if status == "finished":
         return {"status": "finished already", "out": str(run.out), "steps": recipe.steps, "algorithm": learner.name}
     try:
-        job = _resumed(run, recipe.steps) if status == "resume" else _begun(recipe, reading)
+        job = _resumed(run, recipe.steps) if status == "resume" else _begun(recipe, reading, learner.critic)
         configure(job.settings)
         with opened(reading, job.settings.window_rows, BLOCK * recipe.batch_size, job.settings.device) as source:
             if isinstance(source, Stream):
@@ -82,10 +82,11 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
     }  # fmt: skip
 
 
-def _begun(recipe: Recipe, reading: Reading) -> Job:
+def _begun(recipe: Recipe, reading: Reading, critic: Any) -> Job:
+    say(f"{recipe.out}: threads: {recipe.about_threads}")
     settings = resolve_settings(
-        device=recipe.device, threads=recipe.threads, precision=recipe.precision, compile=recipe.compile,
-        steps=recipe.steps, say=say,
+        device=recipe.device, threads=recipe.num_threads, precision=recipe.precision, compile=recipe.compile,
+        steps=recipe.steps, update=recipe.update(critic), say=say,
     )  # fmt: skip
     rows = window_rows(reading.stores, recipe.memory_gb, settings.device)
     return Job(replace(settings, window_rows=rows), 0, None)

@@ -19,8 +19,13 @@ from cvlctl.data.recipe import StoreUse, SuccessExamples
 from cvlctl.learn import labellers
 from cvlctl.learn.algorithms import ALGORITHMS, occupancy
 from cvlctl.learn.labellers import LABELLERS
-from cvlctl.recipes.estimates import Work, count, update_seconds, weights
+from cvlctl.recipes.estimates import Update, Work, count, training_seconds, update_of, weights
 from cvlctl.recipes.values import Computed, Count, Name, Out, Place, Rate, Seeds, Steps, Strict, fields_of
+
+
+def _critic_weights(critic: occupancy.Config) -> int:
+    """Of one of its two encoders."""
+    return (1 + critic.twin) * weights(*critic.hidden, critic.latent_dim)
 
 
 class _TrainRecipe(Computed):
@@ -44,10 +49,10 @@ class _TrainRecipe(Computed):
     def _inputs(self) -> list[Path]:
         return [store.path for store in self.stores]
 
-    def _updates(self, work: float) -> Work:
-        """All updates of all seeds, each of `work` weights times examples a seed."""
-        num = len(self.seeds)
-        return Work(f"{count(self.steps, 'step')} x {count(num, 'seed')}", self.steps * update_seconds(num * work))
+    def _training(self, update: Update) -> Work:
+        """All updates of all seeds."""
+        size = f"{count(self.steps, 'step')} x {count(len(self.seeds), 'seed')}"
+        return Work(size, training_seconds(self.steps, update, self.num_threads, self.compile))
 
 
 class PretrainRecipe(_TrainRecipe):
@@ -60,7 +65,12 @@ class PretrainRecipe(_TrainRecipe):
 
     def work(self, others: Sequence[Any] = ()) -> Work:
         """How much there is to do."""
-        return self._updates(self.batch_size * 2 * weights(*self.critic.hidden, self.critic.latent_dim))
+        return self._training(self.update(self.critic))
+
+    def update(self, critic: Any) -> Update:
+        """What an update of this critic is."""
+        work = self.batch_size * 2 * _critic_weights(critic)
+        return update_of(len(self.seeds) * work, occupancy.CALLS)
 
     @model_validator(mode="after")
     def _opens_no_label(self) -> Self:
@@ -132,17 +142,23 @@ class FinetuneRecipe(_TrainRecipe):
 
     def work(self, others: Sequence[Any] = ()) -> Work:
         """How much there is to do; `others` are the recipes of an experiment, which may pretrain the critic."""
-        name, config = self.algorithm.name, self.algorithm.config
-        critic = getattr(config, "critic", None)
+        critic = getattr(self.algorithm.config, "critic", None)
         for other in others:
             if other.command == "pretrain" and other.out == self.init_from:
                 critic = other.critic
-        passes = getattr(ALGORITHMS[name], "PASSES", 1) + 6 * getattr(config, "num_actions", 0)  # CQL: two critics, 3 n
+        return self._training(self.update(critic))
+
+    def update(self, critic: Any) -> Update:
+        """What an update is with this critic, or None."""
+        config, method = self.algorithm.config, ALGORITHMS[self.algorithm.name]
+        actions = getattr(config, "num_actions", 1)
+        passes = getattr(method, "PASSES", 1) + actions * getattr(method, "PASSES_AN_ACTION", 0)
         work: float = self.batch_size * passes * weights(*config.hidden)
-        if critic is not None:  # its update; then the readout: a bank through psi, and actions through phi
-            bank = getattr(config, "bank_size", 0) + getattr(config, "num_examples", 0)
-            work += (bank / 3 + 3 * self.batch_size) * weights(*critic.hidden, critic.latent_dim)
-        return self._updates(work)
+        if critic is not None:
+            bank = getattr(config, "bank_size", 0) + getattr(config, "num_examples", 0)  # through psi
+            learned = 0 if getattr(config, "mode", "auto") == "frozen" else 2
+            work += (bank / 3 + (learned + actions) * self.batch_size) * _critic_weights(critic)
+        return update_of(len(self.seeds) * work, method.CALLS)
 
     def _inputs(self) -> list[Path]:
         examples = self.success_examples

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from cvlctl.errors import CvlctlError
+from cvlctl.learn.speed import measured
 from cvlctl.machine import num_cpus
+from cvlctl.recipes.estimates import FASTEST, SLOWEST, Update, compiling_pays
 
-COMPILE_PAYS_AFTER = 8_000  # updates on a CPU: compiling costs 8-40 s, and saves 1-3 ms a step
+MEDIUM_UPDATE = Update(2e9, 300)  # where nobody says what an update is
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,18 @@ def have_compiler() -> bool:
 
 
 def resolve_settings(
-    *, device: str, threads: int | str, precision: str, compile: str, steps: int, say: Callable[[str], None]
+    *,
+    device: str,
+    threads: int | str,
+    precision: str,
+    compile: str,
+    steps: int,
+    update: Update = MEDIUM_UPDATE,
+    say: Callable[[str], None],
 ) -> Settings:
     """Decide what "auto" means on this machine for a run of `steps` updates, and say so where a user could wonder.
+
+    Where the decision to compile is near, this machine's rate is measured, once for all runs.
 
     Raises:
         CvlctlError: where a GPU or a compiler is asked for and there is none.
@@ -55,7 +66,7 @@ def resolve_settings(
     num_threads = num_cpus() if threads == "auto" else int(threads)
     whole_step = compile == "true"
     if compile == "auto":
-        whole_step = steps >= COMPILE_PAYS_AFTER or where != "cpu"
+        whole_step = where != "cpu" or _compiling_pays(steps, update, num_threads)
     if whole_step and where == "cpu" and not have_compiler():
         say("no C++ compiler with Python's headers found: training runs eager, about 1.5x slower")
         whole_step = False
@@ -64,6 +75,14 @@ def resolve_settings(
     if precision == "bf16" and where == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         say("precision: bf16, but this CPU has no such instructions: float32 is faster here")
     return Settings(where, num_threads, precision, whole_step)
+
+
+def _compiling_pays(steps: int, update: Update, threads: int) -> bool:
+    pays = compiling_pays(steps, update, FASTEST)
+    if pays == compiling_pays(steps, update, SLOWEST):
+        return pays
+    rate = measured("medium" if _medium_is_float32("cpu") else "highest")
+    return compiling_pays(steps, update, rate.by(threads))
 
 
 def saved_settings(path: Path, metadata: dict[str, Any]) -> Settings:

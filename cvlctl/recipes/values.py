@@ -6,12 +6,13 @@ import dataclasses
 import os
 from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from cvlctl.errors import CvlctlError
+from cvlctl.machine import num_cpus
 from cvlctl.paths import expanded
 from cvlctl.recipes.explain import explain
 from cvlctl.recipes.yamlfile import Source
@@ -123,8 +124,23 @@ def fields_of(config: Any, besides: Container[str] = ()) -> dict[str, Any]:
 class Computed(Strict):
     """How a job computes: what "auto" becomes is decided when it first starts, and kept with it."""
 
+    few_threads: ClassVar[str | None] = None  # why auto is one thread; None: it is all CPUs
+
     device: Device = "auto"
     threads: Threads = "auto"
     precision: Precision = "auto"
     compile: Compile = "auto"
     checkpoint_seconds: Rate = 30.0
+
+    @property
+    def num_threads(self) -> int:
+        """That it computes with."""
+        if self.threads != "auto":
+            return self.threads
+        return 1 if self.few_threads else num_cpus()
+
+    @property
+    def about_threads(self) -> str | None:
+        """How many, and why: "1 of 2 (so says the recipe)"; None where that decides nothing."""
+        why = "so says the recipe" if self.threads != "auto" else self.few_threads or "auto: all CPUs"
+        return f"{self.num_threads} of {num_cpus()} ({why})"

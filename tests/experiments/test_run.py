@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,7 @@ def test_the_plan_has_sizes_and_estimates_that_grow(
     experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")  # however long the folder's name: nothing is wrapped
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # as where nothing was measured
     small = run(experiment, dry_run=True)
     assert [stage["size"] for stage in small["stages"]] == [
         "2 episodes", "4 steps x 2 seeds", "4 steps x 2 seeds", "4 steps x 2 seeds", "4 steps x 2 seeds",
@@ -172,6 +174,7 @@ def test_the_plan_has_sizes_and_estimates_that_grow(
     out = capsys.readouterr().out
     assert "500,000 steps of SAC" in out
     assert "to do: about" in out
+    assert re.search(r"\nthreads: 1 of \d+ \(so says the recipe\): data, pretrain, finetune, cloning\n", out)
 
 
 def test_a_partial_store_is_seen(experiment: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_the_plan_is_said_before_anything_starts(
     assert told[0].endswith(f": about {stages[0]['estimate_seconds']} s")
     assert told[1].startswith("plan: train: finetune gym/Pendulum-v1 cvl, 1,000 steps x 1 seed: about ")
     total = sum(stage["estimate_seconds"] for stage in stages)
-    assert told[3] == f"plan: about {total} s in all on two CPU cores, give or take a factor of two"
+    assert told[3] == f"plan: about {total} s in all on an idle machine, give or take a factor of two"
     assert told[4] == "1/3 data: build-dataset gym/Pendulum-v1"
 
 
@@ -83,7 +83,7 @@ def test_what_was_finished_takes_no_time_and_is_in_no_plan(
     plans = [line for line in capsys.readouterr().err.splitlines() if line.startswith("plan: ")]
     assert plans == [
         "plan: train: finetune gym/Pendulum-v1 bc, 1 step: about 7 s",
-        "plan: about 7 s in all on two CPU cores, give or take a factor of two",
+        "plan: about 7 s in all on an idle machine, give or take a factor of two",
     ]
     render(result, console())
     assert "time:   30s in all: train bc 30s\n" in capsys.readouterr().out

@@ -4,6 +4,8 @@ ONLINE lists those that collect a store as they learn, by `draws` and `step` ali
 
 LEARNS_FROM: "rewards", "examples" (of success) or "actions" alone: what a recipe must bring.
 PASSES: batches through networks of the size `hidden` in an update, for estimates of time; where there is none, 1.
+PASSES_AN_ACTION: so many more for each of `num_actions`.
+CALLS: calls of PyTorch in an update, for the same; tests/learn/test_estimates.py counts them.
 """
 
 from __future__ import annotations

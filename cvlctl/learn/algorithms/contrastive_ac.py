@@ -28,6 +28,7 @@ from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
 PASSES = 14
+CALLS = 615
 
 
 @dataclass(frozen=True)

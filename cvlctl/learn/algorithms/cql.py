@@ -21,6 +21,8 @@ from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
 PASSES = 8
+PASSES_AN_ACTION = 6  # two critics, three kinds
+CALLS = 540
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from cvlctl.learn.updates import Metrics
 from cvlctl.types import Flag, Number, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "rewards"
+CALLS = 419
 
 
 @dataclass(frozen=True)

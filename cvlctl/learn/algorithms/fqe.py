@@ -23,6 +23,7 @@ from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
 PASSES = 4
+CALLS = 200
 STARTS_FROM = "policy"  # what init_from must hold, and what is taken over
 
 

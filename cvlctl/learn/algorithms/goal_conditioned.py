@@ -29,6 +29,7 @@ from cvlctl.learn.updates import Metrics
 from cvlctl.types import Number, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "actions"
+CALLS = 360
 
 
 @dataclass(frozen=True)

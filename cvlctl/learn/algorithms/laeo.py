@@ -24,6 +24,7 @@ from cvlctl.learn.updates import Metrics
 from cvlctl.types import Number, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "examples"
+CALLS = 409
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, value_and_grad
 from cvlctl.types import Flag, Number, OccupancyBatch, Spec, Whole, check_widths
 
+CALLS = 165
+
 
 @dataclass(frozen=True)
 class Config:

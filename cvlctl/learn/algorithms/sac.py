@@ -18,6 +18,9 @@ from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
 from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
+PASSES = 5
+CALLS = 365
+
 
 @dataclass(frozen=True)
 class Config:

@@ -26,7 +26,9 @@ from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
-PASSES = 6
+PASSES = 8
+PASSES_AN_ACTION = 1
+CALLS = 650
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from cvlctl.learn.updates import Metrics, ema_update
 from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
-PASSES = 6
+PASSES = 4
+CALLS = 235
 
 
 @dataclass(frozen=True)
