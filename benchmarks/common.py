@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import cvlctl  # noqa: F401 (before torch: it says how OpenMP's threads are to wait)
 
 # isort: split
+import aging
 import numpy as np
 import torch
 
@@ -40,6 +41,7 @@ from cvlctl.version import versions
 
 SPEC = Spec((39,), 4, 500)  # Metaworld's
 HIDDEN = ((256, 256), (512, 512))  # of CVL's and LAEO's critics: the quickstart's, and the default
+SHIPPED = "highest"  # the precision of a peer as people install it; Settings never say so of ours
 AS_SHIPPED, OUR_SETTING = ", as shipped", ", our matmul setting"  # what a peer computes with
 EAGER, COMPILED, BF16 = "cvlctl, eager", "cvlctl, whole step compiled", "cvlctl, whole step compiled, bf16"
 FORM = {EAGER: "eager", COMPILED: "compiled", BF16: "compiled, bf16"}  # in the name of a comparison's work
@@ -68,6 +70,21 @@ def configure(settings: Settings) -> None:
     """Threads and precision of a contestant whose turn it is. Not what `settings.configure` does besides before a
     compiled run: forget all compiled programs, which would put their compilation into every round."""
     computing.configure(replace(settings, compile=False))
+    if settings.precision == SHIPPED:
+        torch.set_flush_denormal(False)  # PyTorch's own default, which OpenMP's next threads take over
+
+
+def shipped(threads: int) -> Settings:
+    """What a peer computes with as people install it: PyTorch's own matrix products, and no number flushed to 0."""
+    return Settings("cpu", threads, SHIPPED, False)
+
+
+def warm_up(run: Contestant, updates: int) -> None:
+    """First updates, which compile, too; then a peer's state is aged. Ours are aged as they are made."""
+    with aging.watched() as optimisers:
+        run(updates)
+    for optimiser in optimisers:
+        aging.age(optimiser)
 
 
 def our_settings(threads: int, eager_only: bool = False, device: str = "cpu") -> dict[str, Settings]:
@@ -123,8 +140,9 @@ def updates_from(
 def learner(
     module: ModuleType, config: Any, seeds: Sequence[int], data: Data, batch_size: int, settings: Settings
 ) -> Contestant:
-    """The same of a learner from its first state on."""
-    state = {name: value.to(settings.device) for name, value in module.init(config, SPEC, seeds, data).items()}
+    """The same of a learner, from its first state on, aged."""
+    fresh = aging.aged(module.init(config, SPEC, seeds, data))
+    state = {name: value.to(settings.device) for name, value in fresh.items()}
     programs = programs_of(module, config, settings)
     return updates_from(data, module.draws(config, SPEC, batch_size), seeds, state, programs, settings)
 
@@ -150,11 +168,11 @@ def timed(contestants: Mapping[str, Callable[[], object]], rounds: int) -> dict[
     return turns({name: partial(seconds, call) for name, call in contestants.items()}, rounds)
 
 
-def measure(contestants: dict[str, Contestant], rounds: int, updates: int, warm_up: int = 4) -> dict[str, list[float]]:
+def measure(contestants: dict[str, Contestant], rounds: int, updates: int, first: int = 4) -> dict[str, list[float]]:
     """Updates a second of every contestant in every round."""
     torch.compiler.reset()  # the programs of earlier contestants: torch keeps eight of a function
     for run in contestants.values():
-        run(warm_up)  # compiles, too
+        warm_up(run, first)
     taken = timed({name: partial(run, updates) for name, run in contestants.items()}, rounds)
     return {name: [updates / one for one in found] for name, found in taken.items()}
 
@@ -178,8 +196,10 @@ def machine() -> dict[str, Any]:
     """What the absolute numbers depend on."""
     return {
         "cpu": cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cpus": num_cpus(),
         "load_average": [round(x, 2) for x in os.getloadavg()],
+        "states": "aged",  # of update rates: those of earlier results were fresh
         "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "versions": versions() | {name: version(name) for name in PEERS if find_spec(name.replace("-", "_"))},
     }

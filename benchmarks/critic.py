@@ -114,7 +114,7 @@ def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bo
     data, mine = common.synthetic(rows), common.our_settings(threads, eager_only)
     shipped, alike, chosen = PEER + AS_SHIPPED, PEER + OUR_SETTING, common.best(mine)
     contestants = {
-        shipped: theirs(data, CRITIC, BATCH, Settings("cpu", threads, "float32", False)),
+        shipped: theirs(data, CRITIC, BATCH, common.shipped(threads)),
         alike: theirs(data, CRITIC, BATCH, mine[EAGER]),
     }
     made = partial(common.learner, occupancy, CRITIC, SEEDS, data, BATCH)
@@ -158,7 +158,7 @@ def whole_update(
     plain, same = "its own eager form" + AS_SHIPPED, "its own eager form" + OUR_SETTING
     made = partial(common.learner, module, config, SEEDS, data, CVL_BATCH)
     updating = {form: made(settings) for form, settings in mine.items()}
-    updating[plain] = made(Settings("cpu", threads, "float32", False))
+    updating[plain] = made(common.shipped(threads))
     rates = common.measure(updating, rounds, updates)
     work = f"{name}'s whole update, critic {common.size_of(hidden)}, batch {CVL_BATCH}, two seeds"
     comparisons = []

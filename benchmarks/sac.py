@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import aging
 import common
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def ours(
     """n updates of all seeds: the online loop's own pieces, without its environment. Sampling and noise are included,
     and each seed samples from `filled` transitions of its own."""
     seeds = list(range(num_seeds))
-    state, wanted = sac.init(config, SPEC, seeds), sac.draws(config, SPEC, batch_size)
+    state, wanted = aging.aged(sac.init(config, SPEC, seeds)), sac.draws(config, SPEC, batch_size)
     program = whole_step(partial(sac.step, config), settings)
     buffer = replay.Replay(num_seeds * filled, SPEC)
     rng = np.random.default_rng(0)
@@ -145,10 +146,10 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     threads, mine = args.threads, common.our_settings(args.threads, args.eager_only)
     mine.pop(BF16, None)  # not what collects data
     shipped, alike, chosen = PEER + AS_SHIPPED, PEER + OUR_SETTING, common.best(mine)
-    as_shipped = Settings("cpu", threads, "float32", False)
+    as_shipped = common.shipped(threads)
     contestants = {shipped: theirs(as_shipped), alike: theirs(mine[EAGER])}
     contestants |= {form: ours(settings) for form, settings in mine.items()}
-    rates = common.measure(contestants, args.rounds, args.updates, warm_up=20)
+    rates = common.measure(contestants, args.rounds, args.updates, first=20)
     curves = [common.forms(f"SAC's update, batch 256, 256x256, {threads} threads", rates, shipped)]
     work = f"SAC's update, batch 256, 256x256, {FORM[chosen]}"
     comparisons = [

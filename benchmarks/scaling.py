@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import aging
 import common
 import numpy as np
 from common import SPEC, Contestant
@@ -54,7 +55,7 @@ def beginning(data: Data, transitions: int) -> Data:
 def contestants(data: Data, sizes: Sequence[int], settings: Settings) -> dict[str, Contestant]:
     """Functions that make n updates from so much of the data, all of the same networks."""
     draws = cvl.draws(CVL, SPEC, BATCH)
-    state = cvl.init(CVL, SPEC, [0], beginning(data, min(sizes)))
+    state = aging.aged(cvl.init(CVL, SPEC, [0], beginning(data, min(sizes))))
     programs = programs_of(cvl, CVL, settings)
     return {str(n): common.updates_from(beginning(data, n), draws, [0], state, programs, settings) for n in sizes}
 

@@ -45,7 +45,7 @@ CRITIC = occupancy.Config()
 CVL = {common.size_of(hidden): common.with_critic(cvl, hidden) for hidden in HIDDEN}
 CVL_BATCH, CRITIC_BATCH = 256, 1024  # the recipes' defaults
 WARM_UP = 4  # updates before anything is timed; the first compiles
-PRECISION = {AS_SHIPPED: "float32", OUR_SETTING: "medium"}
+PRECISION = {AS_SHIPPED: common.SHIPPED, OUR_SETTING: "medium"}
 
 Rate = Callable[[float], float]  # trains for so many seconds; updates/s, of all seeds together
 
@@ -70,7 +70,7 @@ def sb3_process(pipe: Connection, barrier: Barrier) -> None:
     """One of several processes: told a precision and how many seconds, it waits for the others, trains, and answers."""
     runs = {precision: theirs(Settings("cpu", 1, precision, False)) for precision in PRECISION.values()}
     for run in runs.values():
-        run(WARM_UP)
+        common.warm_up(run, WARM_UP)
     pipe.send("ready")
     while (task := pipe.recv()) is not None:
         precision, seconds = task

@@ -97,7 +97,7 @@ def compare(
     """The comparisons of one method, and the table of all its forms; `mine`: what ours computes with, by form."""
     config, buffer = default_config(method, args.num_actions), peer_buffer(data)
     contestants = {}
-    for suffix, settings in ((AS_SHIPPED, Settings("cpu", args.threads, "float32", False)), (OUR_SETTING, mine[EAGER])):
+    for suffix, settings in ((AS_SHIPPED, common.shipped(args.threads)), (OUR_SETTING, mine[EAGER])):
         contestants[D3RLPY + suffix] = theirs(peer(method, config, data), buffer, settings)
         if method == "td3_bc":
             contestants[PLAIN + suffix] = plain(config, data, settings)

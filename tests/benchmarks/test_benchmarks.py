@@ -49,14 +49,14 @@ def test_all_at_once_goes_on_where_one_fails_and_says_what_was_missed(
     run = script("run")
     small = ["--small", "--out", str(tmp_path)]
     assert run.main([*small, "--only", "critic", "startup"]) == 0
-    first = json.loads((tmp_path / "results.json").read_text())
+    ((kind, first),) = json.loads((tmp_path / "results.json").read_text()).items()
     assert {name: len(found["comparisons"]) for name, found in first.items()} == {"startup": 1, "critic": 2}
     assert "[2/2" in capsys.readouterr().out
 
     monkeypatch.setitem(run.SCRIPTS, "startup", ["--runs", "none"])
     assert run.main([*small, "--only", "startup"]) == 1
     assert "FAILED" in capsys.readouterr().out
-    second = json.loads((tmp_path / "results.json").read_text())
+    second = json.loads((tmp_path / "results.json").read_text())[kind]
     assert second["critic"] == first["critic"]
     assert "invalid int value" in second["startup"]["failed"]
     page = (tmp_path / "performance.md").read_text()
@@ -67,7 +67,7 @@ def test_all_at_once_goes_on_where_one_fails_and_says_what_was_missed(
     second["startup"] = first["startup"]
     second["startup"]["comparisons"][0] |= {"ratio": 0.93}
     second["critic"]["comparisons"][0] |= {"ratio": 2.5}
-    (tmp_path / "results.json").write_text(json.dumps(second))
+    (tmp_path / "results.json").write_text(json.dumps({kind: second}))
     (tmp_path / "critic.json").write_text(json.dumps(second["critic"]))
     assert run.main(["--write", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "performance.md").read_text()
@@ -75,6 +75,31 @@ def test_all_at_once_goes_on_where_one_fails_and_says_what_was_missed(
     assert [line.split("|")[-2].strip() for line in rows] == ["**missed**", "reached", ""]
     assert "of 2 with a least ratio 1 reach it, 1 miss it" in page
     assert "### CVL's whole update" in page and "cvlctl, eager" in page
+
+
+def test_another_processor_is_kept_beside(script: Script, tmp_path: Path) -> None:
+    run, results = script("run"), tmp_path / "results.json"
+    row = run.reached.__globals__["comparison"](
+        "work", "peer", 2.5, low=2, high=3, ours=5, theirs=2, unit="updates/s", threads=2, least=2
+    )
+
+    def found(cpu: str, ratio: float) -> dict[str, Any]:
+        state = {"cpu": cpu, "instructions": "AVX2", "cpus": 2, "load_average": [0], "versions": {"torch": "2"}}
+        return {"comparisons": [row | {"ratio": ratio}], "machine": state, "load_average_after": [0], "seconds": 1}
+
+    for cpu, ratio in (("Intel", 2.5), ("AMD", 1.5), ("AMD", 1.75)):  # the same one again replaces its own alone
+        (tmp_path / "critic.json").write_text(json.dumps(found(cpu, ratio)))
+        assert run.main(["--write", "--out", str(tmp_path)]) == 0
+    kept = json.loads(results.read_text())
+    assert {kind: scripts["critic"]["comparisons"][0]["ratio"] for kind, scripts in kept.items()} == {
+        "AMD, AVX2": 1.75, "Intel, AVX2": 2.5
+    }  # fmt: skip
+    page = (tmp_path / "performance.md").read_text()
+    assert "| work | peer | threads | AMD, AVX2 | Intel, AVX2 |" in page
+    assert "| work | peer | 2 | 1.75x missed | 2.50x reached |" in page
+    assert "* work, beside peer: missed on AMD, AVX2, not on Intel, AVX2" in page
+    assert page.count("1 comparisons; of 1 with a least ratio") == 2 and "## Intel, AVX2" in page
+    assert page.count("Update rates of fresh states, measured before they were aged: critic.") == 2
 
 
 def test_small_numbers_do_not_replace_real_ones(script: Script) -> None:
