@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tabular
 import torch
-from toy_runs import run
+from toy_runs import load, run
 
 from cvlctl import checkpoints
+from cvlctl.data.writer import write_store
 from cvlctl.learn import labellers, settings
+from cvlctl.learn.critics import load_critic
+from cvlctl.learn.losses import occupancy_q
+from cvlctl.learn.pretrain import pretrain
 from cvlctl.learn.settings import Settings, configure
 
 TINY = 1e-39
@@ -67,3 +74,48 @@ def test_nor_do_learned_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(8, 2)
     labellers.learn("oril", labellers.Config(steps=1, hidden=(4,), batch_size=2), x, x, [0], "cpu")
     assert called
+
+
+@pytest.fixture
+def flag() -> Iterator[Callable[[bool], None]]:
+    """Sets whether denormals are flushed in this thread."""
+    yield lambda on: torch.set_flush_denormal(on) and None
+    torch.set_flush_denormal(False)
+
+
+def test_no_readout_hangs_on_numbers_that_are_flushed(flag: Callable[[bool], None]) -> None:
+    """Ratios spread over e^+-90 put the tails of every softmax below 1.2e-38, and some sums there too."""
+    g = torch.Generator().manual_seed(0)
+    logits, rewards = 30 * torch.randn(1, 64, 256, generator=g), torch.rand(1, 1, 256, generator=g)
+    phi, psi = torch.randn(1, 64, 8, generator=g), 6 * torch.randn(1, 256, 8, generator=g)
+    assert logits.min() < -90 < 90 < logits.max()
+    found = []
+    for on in (False, True):
+        flag(on)
+        assert (denormals(torch.softmax(logits, dim=-1)) == 0) == on
+        frequencies = torch.randn(1, 128, 8, generator=torch.Generator().manual_seed(1))
+        features, scales = occupancy_q.fourier_features(psi, frequencies)
+        sums, factor = occupancy_q.fourier_sums(features, scales, rewards[0])
+        own = occupancy_q.fourier_features(phi, frequencies)
+        found.append([
+            occupancy_q.q_self_normalised(logits, rewards), occupancy_q.q_raw(logits.clamp(max=80), rewards),
+            occupancy_q.log_q_examples(logits), sums, occupancy_q.q_fourier(*own, sums, factor),
+        ])  # fmt: skip
+    for kept, flushed in zip(*found, strict=True):
+        assert kept.isfinite().all()
+        torch.testing.assert_close(flushed, kept, rtol=1e-6, atol=1e-30)
+
+
+def test_a_tabular_critic_is_the_same_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mdp = tabular.ring()
+    place = write_store(tmp_path / "ring.zarr", mdp.episodes(50, 60, seed=0), task="ring").path
+    num_states, num_actions = mdp.policy.shape
+    pairs = (np.repeat(mdp.states, num_actions, 0), np.tile(mdp.actions, (num_states, 1)))
+    found = []
+    for name in ("flushed", "kept"):
+        recipe = load("pretrain", place, tmp_path / name, "steps: 300, critic: {hidden: [32], latent_dim: 8}")
+        pretrain(recipe)
+        torch.set_flush_denormal(False)
+        found.append(load_critic(tmp_path / name).log_ratio(*pairs, mdp.states))
+        monkeypatch.setattr(settings, "flush_denormals", lambda: None)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-3)
