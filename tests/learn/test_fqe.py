@@ -51,7 +51,7 @@ def actor_of(state: State, observation: torch.Tensor, action: torch.Tensor) -> S
     return {name: state[name] for name in names}
 
 
-@pytest.mark.parametrize("make", [tabular.grid_dense, tabular.cliff])
+@pytest.mark.parametrize("make", [pytest.param(tabular.grid_dense, marks=pytest.mark.slow), tabular.cliff])
 def test_the_estimate_is_the_frozen_policys_exact_value(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """The best policy, the behaviour policy's most likely actions, and the worst policy, side by side."""
     torch.set_num_threads(1)

@@ -24,8 +24,8 @@ from cvlctl.runs import read_metrics
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_seed_trains_alike_alone_and_in_company(name: str, store: Path, tmp_path: Path) -> None:
-    run(name, store, tmp_path / "alone", "seeds=[3]")
-    run(name, store, tmp_path / "together", "seeds=[0,3]")
+    run(name, store, tmp_path / "alone", "seeds=[3]", "steps=50")
+    run(name, store, tmp_path / "together", "seeds=[0,3]", "steps=50")
     alone, together = state_of(tmp_path / "alone"), state_of(tmp_path / "together")
     assert alone.keys() == together.keys()
     for key, value in alone.items():
@@ -37,7 +37,8 @@ def test_a_seed_trains_alike_alone_and_in_company(name: str, store: Path, tmp_pa
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_resumed_run_ends_with_the_same_bits(name: str, store: Path, tmp_path: Path, monkeypatch) -> None:
-    run(name, store, tmp_path / "whole")
+    often = ("steps=30", "checkpoint_seconds=1e-9")
+    run(name, store, tmp_path / "whole", "steps=30")
     save = checkpoints.save
 
     def save_then_die(path: Path, state: dict, metadata: dict) -> None:
@@ -47,9 +48,9 @@ def test_a_resumed_run_ends_with_the_same_bits(name: str, store: Path, tmp_path:
     for _ in range(3):  # stopped after step 1, 2 and 3: the clock is always due
         monkeypatch.setattr(checkpoints, "save", save_then_die)
         with pytest.raises(KeyboardInterrupt):
-            run(name, store, tmp_path / "cut", "checkpoint_seconds=1e-9")
+            run(name, store, tmp_path / "cut", *often)
     monkeypatch.setattr(checkpoints, "save", save)
-    assert run(name, store, tmp_path / "cut", "checkpoint_seconds=1e-9")["status"] == "trained"
+    assert run(name, store, tmp_path / "cut", *often)["status"] == "trained"
     whole, cut = state_of(tmp_path / "whole"), state_of(tmp_path / "cut")
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[key], cut[key]) for key in whole)

@@ -129,7 +129,7 @@ def test_successor_features_of_fixed_features_are_exact(make: Any, policy: str, 
     assert off < 0.2 * spread
 
 
-@pytest.mark.parametrize("make", [tabular.grid_dense, tabular.cliff])
+@pytest.mark.parametrize("make", [pytest.param(tabular.grid_dense, marks=pytest.mark.slow), tabular.cliff])
 def test_q_of_learned_features_is_the_exact_q(make: Any, capsys: Any) -> None:
     mdp = make()
     pi = policy_of(mdp, "greedy")
