@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ CONTRASTIVE = SAC | {"name": "contrastive_ac"}
 def recipe_of(out: Path, source: dict[str, Any], **more: Any) -> BuildRecipe:
     plain = {"task": PENDULUM, "source": source, "out": out, "horizon": 60, "compile": "false"}
     return BuildRecipe.model_validate(plain | {"precision": "float32", "checkpoint_seconds": 1e9} | more)
+
+
+@pytest.fixture(autouse=True)
+def _hangups_are_heard() -> Iterator[None]:
+    """Also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def send_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, count: int, number: int = signal.SIGINT) -> None:

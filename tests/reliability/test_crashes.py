@@ -13,7 +13,7 @@ from reliability.cases import CASES, Case, lay
 from reliability.driver import Runner, count, described, difference
 from reliability.runner import CRASHED
 
-FEW = 4  # points of a case in the default run
+FEW = 3  # points of a case in the default run
 Point = tuple[int, str]  # before which change, and how
 
 
