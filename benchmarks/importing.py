@@ -95,7 +95,7 @@ def compare(works: dict[str, Callable[[], Any]], base: str, rounds: int) -> dict
 
         return run
 
-    rates = common.measure({name: contestant(name) for name in works}, rounds, 1, warm_up=1)
+    rates = common.measure({name: contestant(name) for name in works}, rounds, 1, first=1)
     times = {name: np.array(values[1:]) for name, values in spent.items()}
     cpu = {name: float(np.median(pair.sum(axis=1))) for name, pair in times.items()}
     kernel = {name: float(np.median(pair[:, 1])) for name, pair in times.items()}
