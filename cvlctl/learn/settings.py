@@ -59,7 +59,7 @@ def resolve_settings(
     Raises:
         CvlctlError: where a GPU or a compiler is asked for and there is none.
     """
-    if lacking := _lacking(device, compile == "true"):
+    if lacking := lack_of(device, compile == "true"):
         raise CvlctlError(*lacking)
     cuda = torch.cuda.is_available()
     where = ("cuda" if cuda else "cpu") if device == "auto" else device
@@ -99,14 +99,14 @@ def saved_settings(path: Path, metadata: dict[str, Any]) -> Settings:
     except (KeyError, TypeError) as error:
         what = f"{path}: its settings are missing or garbled: {error}"
         raise CvlctlError(what, "the file is damaged: --force starts the run over") from error
-    if lacking := _lacking(settings.device, settings.compile):
+    if lacking := lack_of(settings.device, settings.compile):
         raise CvlctlError(
             f"the run began with {lacking[0]} here", "resume it where it began, or --force starts it over"
         )
     return settings
 
 
-def _lacking(device: str, compile: bool) -> tuple[str, str] | None:
+def lack_of(device: str, compile: bool) -> tuple[str, str] | None:
     """What of this the machine does not have, and what to do about it."""
     if device.startswith("cuda"):
         if not torch.cuda.is_available():

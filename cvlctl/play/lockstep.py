@@ -1,17 +1,20 @@
-"""Evaluation episodes in lock-step: all environments in this process, all policies answered at once."""
+"""Evaluation episodes in lock-step: environments in worker processes, all policies answered at once in this one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cvlctl.play.envs import Env, make
+from cvlctl.machine import num_cpus
 from cvlctl.play.players import goal_lookup, job_policy, numbers_of, succeeds
 from cvlctl.play.policies import NumpyPolicy
 from cvlctl.play.rollout import EVALUATION_SEED, Episodes, PolicyJob, Progress, check_fit, result_row
+from cvlctl.play.stepping import Stepper
 from cvlctl.types import EpisodeResult
+
+JOBS, ENVS = 8, 8  # policies in a product, environments of each
 
 
 def run_lockstep(
@@ -20,69 +23,88 @@ def run_lockstep(
     episodes: Episodes,
     seed: int = 0,
     device: str = "cuda",
-    num_envs: int = 32,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[EpisodeResult]:
-    """The rows of `run_episodes`, from one process: about `num_envs` environments step together, and the policies of
-    all jobs answer in one batched product on `device`. For a GPU beside few CPU cores, or many large policies."""
+    """The rows of `run_episodes`: environments step together in worker processes, and this one answers for the policies
+    of all jobs by one batched product on `device`. For policies that take longer to answer than a simulator to step.
+
+    On one device the rows are the same for any number of workers, and whichever jobs and episodes are played together:
+    the product is always of JOBS policies and ENVS environments each, the last policy repeated where there are fewer.
+
+    Args:
+        workers: None: one for each CPU that this process may use; 0 or 1: none, all in this process.
+    """
     policies = [job_policy(job) for job in jobs]
     numbers = numbers_of(jobs, episodes)
+    workers = num_cpus() if workers is None else workers
     groups: dict[Any, list[int]] = {}
     for index, (job, policy) in enumerate(zip(jobs, policies, strict=True)):
         groups.setdefault((job.task, job.horizon, tuple(weight.shape for weight, _ in policy.layers)), []).append(index)
     rows: dict[tuple[int, int], EpisodeResult] = {}
     for (task, horizon, _), indices in groups.items():
-        envs: list[Env] = []
-        for part in (indices[start : start + num_envs] for start in range(0, len(indices), num_envs)):
-            each = max(1, min(max(len(numbers[index]) for index in part), num_envs // len(part)))
-            envs += [make(task, EVALUATION_SEED + seed, horizon) for _ in range(each * len(part) - len(envs))]
-            for index in part:
-                check_fit(jobs[index].checkpoint, policies[index], envs[0], jobs[index].goals is not None)
-            own = [policies[index] for index in part]
-            some, theirs = [jobs[index] for index in part], [numbers[index] for index in part]
-            for place, row in _lockstep(some, own, _stacked(own, device), envs, each, theirs):
-                rows[part[place], row.episode] = row
-                if progress:
-                    progress(len(rows), sum(map(len, numbers)), row)
+        with Stepper(task, EVALUATION_SEED + seed, horizon, JOBS * ENVS, workers) as envs:
+            for part in (indices[start : start + JOBS] for start in range(0, len(indices), JOBS)):
+                for index in part:
+                    check_fit(jobs[index].checkpoint, policies[index], envs.first, jobs[index].goals is not None)
+                own = [policies[index] for index in part]
+                act = _stacked([*own, *[own[-1]] * (JOBS - len(part))], device)
+                some, theirs = [jobs[index] for index in part], [numbers[index] for index in part]
+                for place, row in _lockstep(some, own, act, envs, theirs):
+                    rows[part[place], row.episode] = row
+                    if progress:
+                        progress(len(rows), sum(map(len, numbers)), row)
     return [rows[item] for item in sorted(rows)]
+
+
+class _Playing(NamedTuple):
+    """An episode under way."""
+
+    job: int  # its place
+    episode: int
+    goal: np.ndarray | None
+    rewards: list[float]
+    successes: list[bool | None]
 
 
 def _lockstep(
     jobs: Sequence[PolicyJob],
     policies: Sequence[NumpyPolicy],
     act: Callable[[np.ndarray], np.ndarray],
-    envs: Sequence[Env],
-    each: int,
+    envs: Stepper,
     numbers: Sequence[Sequence[int]],
 ) -> Iterator[tuple[int, EpisodeResult]]:
-    """(place in `jobs`, row) of every episode as it ends; slot (j, i) is the i-th of `each` environments of job j."""
-    observations = np.zeros((len(jobs), each, *policies[0].mean.shape), dtype=np.float32)  # as the policies see them
-    goal_of = goal_lookup()
+    """(place in `jobs`, row) of every episode as it ends; environment j ENVS + i is the i-th of job j."""
+    seen = np.zeros((JOBS * ENVS, *policies[0].mean.shape), dtype=np.float32)  # as the policies see the observations
+    table, goal_of = envs.table, goal_lookup()
     waiting = [iter(wanted) for wanted in numbers]
-    running: dict[tuple[int, ...], tuple[int, list[float], list[bool | None]]] = {}
-
-    def begin(slot: tuple[int, ...]) -> None:
-        running.pop(slot, None)
-        if (episode := next(waiting[slot[0]], None)) is not None:
-            first = envs[slot[0] * each + slot[1]].reset(episode)
-            observations[slot] = policies[slot[0]].command(first, goal_of(jobs[slot[0]], episode))
-            running[slot] = (episode, [], [])
-
-    for slot in np.ndindex(len(jobs), each):
-        begin(slot)
-    while running:
-        actions = act(observations)
-        for slot, (episode, rewards, successes) in list(running.items()):
-            step = envs[slot[0] * each + slot[1]].step(actions[slot])
-            observation, reward, terminated, truncated, success = step
-            job, policy = jobs[slot[0]], policies[slot[0]]
-            goal = goal_of(job, episode)
-            observations[slot] = policy.command(observation, goal)
-            rewards.append(reward)
-            successes.append(succeeds(job, policy, observation, goal, success))
-            if terminated or truncated:
-                yield slot[0], result_row(jobs[slot[0]], episode, rewards, successes)
-                begin(slot)
+    playing: dict[int, _Playing] = {}
+    free = list(range(len(jobs) * ENVS))
+    while True:
+        begun = {}
+        for number in free:
+            place = number // ENVS
+            if (episode := next(waiting[place], None)) is not None:
+                begun[number] = _Playing(place, episode, goal_of(jobs[place], episode), [], [])
+        if not (begun or playing):
+            return
+        if playing:
+            table["action"] = act(seen.reshape(JOBS, ENVS, -1)).reshape(table["action"].shape)
+        envs.run({number: one.episode for number, one in begun.items()}, list(playing))
+        free = []
+        for number, one in playing.items():
+            job, policy, observation = jobs[one.job], policies[one.job], table["observation"][number]
+            success = None if table["success"][number] < 0 else bool(table["success"][number])
+            one.rewards.append(float(table["reward"][number]))
+            one.successes.append(succeeds(job, policy, observation, one.goal, success))
+            if table["over"][number]:
+                free.append(number)
+                yield one.job, result_row(job, one.episode, one.rewards, one.successes)
+        for number in free:
+            del playing[number]
+        playing |= begun
+        for number, one in playing.items():
+            seen[number] = policies[one.job].command(table["observation"][number], one.goal)
 
 
 def _stacked(policies: Sequence[NumpyPolicy], device: str) -> Callable[[np.ndarray], np.ndarray]:

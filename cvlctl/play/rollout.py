@@ -1,7 +1,7 @@
 """Whole episodes of policies: rows for the score tables, episodes for the stores.
 
-On a CPU whole episodes run in worker processes with numpy policies (`players`); on a GPU one process steps several
-environments in lock-step and asks all policies at once (`lockstep`). Both see the same episodes of the same stream,
+Whole episodes run in worker processes with numpy policies (`players`); or workers step environments together, and one
+process answers for all policies on a GPU (`lockstep`). Both see the same episodes of the same stream,
 so their rows agree up to the rounding of the matrix products.
 """
 

@@ -21,7 +21,7 @@ from typing import Any
 from cvlctl import children, interrupts
 from cvlctl.errors import CvlctlError
 
-_COMMAND = "from cvlctl.play import workers; workers.serve(sys.argv[2])"
+COMMAND = "from cvlctl.play import workers; workers.serve(sys.argv[2])"
 
 
 def share_out(function: str, requests: Sequence[Any], workers: int) -> Generator[tuple[int, Any], None, None]:
@@ -60,25 +60,35 @@ def share_out(function: str, requests: Sequence[Any], workers: int) -> Generator
     threads: list[threading.Thread] = []
     try:
         for _ in range(min(workers, len(requests))):
-            processes.append(children.begin(_COMMAND, function, stdout=subprocess.PIPE))
+            processes.append(children.begin(COMMAND, function, stdout=subprocess.PIPE))
             threads.append(threading.Thread(target=drive, args=(processes[-1],), daemon=True))
             threads[-1].start()
         for _ in requests:
             index, line = done.get()
             interrupts.check()
-            if not line.endswith("\n"):
-                raise CvlctlError("a worker process died", "memory may be short: use fewer workers")
-            answer = json.loads(line)
-            if "error" in answer:
-                raise CvlctlError(*answer["error"])
-            if "crash" in answer:
-                raise RuntimeError(f"a worker process failed:\n{answer['crash']}")
-            yield index, answer["value"]
+            yield index, value_of(line)
     finally:
         children.end(processes)
         for thread in threads:  # their reads end with the processes
             thread.join()
         children.close(processes)
+
+
+def value_of(line: str) -> Any:
+    """What a worker answered.
+
+    Raises:
+        CvlctlError: as the worker raised it, or where the line is cut short: the worker died.
+        RuntimeError: any other failure in the worker, with its traceback.
+    """
+    if not line.endswith("\n"):
+        raise CvlctlError("a worker process died", "memory may be short: use fewer workers")
+    answer = json.loads(line)
+    if "error" in answer:
+        raise CvlctlError(*answer["error"])
+    if "crash" in answer:
+        raise RuntimeError(f"a worker process failed:\n{answer['crash']}")
+    return answer["value"]
 
 
 def serve(function: str) -> None:

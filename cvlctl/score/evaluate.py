@@ -20,7 +20,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.files import write_atomically
 from cvlctl.play import envpool
 from cvlctl.play.lockstep import run_lockstep
-from cvlctl.play.players import run_episodes
+from cvlctl.play.players import job_policy, run_episodes
 from cvlctl.play.policies import policy_of
 from cvlctl.play.rollout import Episodes, GoalUse, PolicyJob
 from cvlctl.play.rollout import Progress as OnEpisode
@@ -32,6 +32,7 @@ from cvlctl.types import EpisodeResult
 
 __all__ = ["as_text", "evaluate", "render"]
 
+GPU_PAYS_AFTER = 2_000_000  # weights of a policy: on a CPU one answer then takes as long as a simulator's step
 SAVE_SECONDS = 30.0  # between two saves: what a kill may cost
 
 
@@ -201,17 +202,36 @@ def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Episodes, 
         return lambda jobs, episodes, progress: envpool.run_episodes(
             jobs, episodes=episodes, seed=recipe.seed, threads=workers, progress=progress
         )
-    device = recipe.device
-    if device != "cpu":
-        import torch
 
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise CvlctlError(f"device: {device}, but PyTorch sees no GPU", "use device: cpu")
-        device = "cuda" if device == "auto" and torch.cuda.is_available() else device
-    if device.startswith("cuda"):
-        return lambda jobs, episodes, progress: run_lockstep(
-            jobs, episodes=episodes, seed=recipe.seed, device=device, progress=progress
-        )
-    return lambda jobs, episodes, progress: run_episodes(
-        jobs, episodes=episodes, seed=recipe.seed, workers=workers, progress=progress
-    )
+    def play(jobs: Sequence[PolicyJob], episodes: Episodes, progress: OnEpisode) -> list[EpisodeResult]:
+        options: dict[str, Any] = {
+            "episodes": episodes, "seed": recipe.seed, "workers": workers, "progress": progress
+        }  # fmt: skip
+        device = _device(recipe.device, jobs)
+        return run_episodes(jobs, **options) if device == "cpu" else run_lockstep(jobs, device=device, **options)
+
+    return play
+
+
+def _device(asked: str, jobs: Sequence[PolicyJob]) -> str:
+    """Where policies answer: what was asked for, or whatever is faster for the largest of them.
+
+    Raises:
+        CvlctlError: a GPU is asked for that is not there.
+    """
+    if asked == "cpu":
+        return asked
+    import torch
+
+    from cvlctl.learn.settings import lack_of
+
+    if lacking := lack_of(asked, compile=False):
+        raise CvlctlError(*lacking)
+    if asked != "auto":
+        return asked
+    if not torch.cuda.is_available():
+        return "cpu"
+    largest = max(sum(weight.size for weight, _ in job_policy(job).layers) for job in jobs)
+    chosen, relation = ("cuda", "above") if largest > GPU_PAYS_AFTER else ("cpu", "up to")
+    say(f"device: {chosen} (auto: policies of {relation} {GPU_PAYS_AFTER:,} weights; the largest has {largest:,})")
+    return chosen

@@ -53,7 +53,7 @@ class EvaluateRecipe(Strict):
     goals: EvaluationGoals | None = None  # None: the environment commands them, or there are none
     horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
     workers: Literal["auto"] | Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = "auto"
-    device: Device = "cpu"  # cpu: whole episodes in worker processes; cuda: environments in lock-step
+    device: Device = "cpu"  # cuda: one process answers for all policies; auto: for large ones
     backend: Literal["gymnasium", "envpool"] = "gymnasium"  # envpool: `workers` are its threads; starts of its own
     aggregate: tuple[Literal["iqm", "mean", "median", "optimality_gap"], ...] = ("iqm", "mean", "optimality_gap")
     confidence: Confidence = Confidence()

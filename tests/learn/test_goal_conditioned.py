@@ -323,7 +323,7 @@ def test_goals_from_a_store(fetch: Path, tmp_path: Path) -> None:
     jobs = [PolicyJob(name, "gym/FetchReach-v4", 0, 300, fetch / name, goals=use) for name in ("beside", "commanded")]
     here = run_episodes(jobs, episodes=2, workers=0)
     assert here == run_episodes(jobs, episodes=2, workers=2)
-    lockstep = run_lockstep(jobs, episodes=2, device="cpu", num_envs=2)
+    lockstep = run_lockstep(jobs, episodes=2, device="cpu", workers=2)
     assert [row.success for row in lockstep] == [row.success for row in here]
     # by hand: the policy was sent to state 1 in episode 1, and came within 5 cm or not
     policy, env = load_policy(fetch / "beside"), envs.make("gym/FetchReach-v4", 1_000_003)

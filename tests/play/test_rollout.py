@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cvlctl.errors import CvlctlError
+from cvlctl.play import lockstep
 from cvlctl.play import workers as workers_module
 from cvlctl.play.envs import make, scripted_policy
 from cvlctl.play.lockstep import run_lockstep
@@ -234,38 +235,42 @@ def test_a_terminated_episode_keeps_its_final_observation() -> None:
     assert not 0.7 < episode.observations[-1][0] < 10 or abs(episode.observations[-1][1]) > 0.2  # it fell
 
 
-def lockstep_agrees(tmp_path: Path, device: str) -> None:
-    # members of two shapes, more jobs than environments fit beside each other, and an uneven number of episodes
+def lockstep_agrees(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # members of two shapes, more jobs than a product holds, and an uneven number of episodes
     small, large = checkpoint(tmp_path / "a.safetensors"), checkpoint(tmp_path / "b.safetensors", hidden=16)
     jobs = [*jobs_of(small), *jobs_of(large), jobs_of(small)[0]]
+    monkeypatch.setattr(lockstep, "JOBS", 2)
+    monkeypatch.setattr(lockstep, "ENVS", 2)
     progress: list[tuple[int, int]] = []
     expected = run_episodes(jobs, episodes=3, seed=1, workers=0)
-    for num_envs in (2, 12):
+    played = []
+    for workers in (0, 3):
         rows = run_lockstep(
-            jobs, episodes=3, seed=1, device=device, num_envs=num_envs, progress=lambda *at: progress.append(at[:2])
+            jobs, episodes=3, seed=1, device=device, workers=workers, progress=lambda *at: progress.append(at[:2])
         )
         assert progress.pop() == (15, 15)
         some = run_lockstep(
-            jobs, episodes=[[2], [], [0, 1], [], []], seed=1, device=device, num_envs=num_envs,
+            jobs, episodes=[[2], [], [0, 1], [], []], seed=1, device=device, workers=workers,
             progress=lambda *at: progress.append(at[:2]),
         )  # fmt: skip
         assert progress.pop() == (3, 3)
-        wanted_returns = [rows[at].episode_return for at in (2, 6, 7)]
-        assert [row.episode_return for row in some] == pytest.approx(wanted_returns, rel=1e-3)
+        assert some == [rows[at] for at in (2, 6, 7)]
+        played.append(rows)
         for row, wanted in zip(rows, expected, strict=True):
             assert (row.algorithm, row.task, row.seed, row.step, row.episode, row.length, row.success) == (
                 (wanted.algorithm, wanted.task, wanted.seed, wanted.step, wanted.episode, wanted.length, wanted.success)
             )
             assert row.episode_return == pytest.approx(wanted.episode_return, rel=1e-3)
+    assert played[0] == played[1]
 
 
-def test_lockstep_rows_equal_the_workers(tmp_path: Path) -> None:
+def test_lockstep_rows_equal_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        lockstep_agrees(tmp_path, "cpu")
+        lockstep_agrees(tmp_path, "cpu", monkeypatch)
         with pytest.raises(CvlctlError, match=r"sees .* and emits"):
             car = "gym/MountainCarContinuous-v0"
             run_lockstep(jobs_of(tmp_path / "a.safetensors", car), episodes=1, device="cpu")
@@ -274,11 +279,11 @@ def test_lockstep_rows_equal_the_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-def test_lockstep_rows_equal_the_workers_on_cuda(tmp_path: Path) -> None:
+def test_lockstep_rows_equal_the_workers_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    lockstep_agrees(tmp_path, "cuda")
+    lockstep_agrees(tmp_path, "cuda", monkeypatch)
 
 
 def test_lockstep_products_are_numpy_policies(tmp_path: Path) -> None:

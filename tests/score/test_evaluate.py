@@ -274,13 +274,32 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, runs: Path) -> None:
         evaluate(recipe(tmp_path, device="cuda"))
 
 
-def test_lock_step_is_what_a_gpu_gets(tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_answers_for_large_policies(
+    tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     lockstep = run_lockstep
-    monkeypatch.setattr(module, "run_lockstep", lambda jobs, device, **more: lockstep(jobs, device="cpu", **more))
+
+    def play(jobs: Any, device: str, **more: Any) -> Any:
+        asked.append(device)
+        return lockstep(jobs, device="cpu", **more)
+
+    monkeypatch.setattr(module, "run_lockstep", play)
+    small = read_rows(evaluate(recipe(tmp_path, device="auto", out=tmp_path / "small"))["rows"])
+    assert not asked
+    monkeypatch.setattr(module, "GPU_PAYS_AFTER", 1)
     fast = read_rows(evaluate(recipe(tmp_path, device="auto"))["rows"])
+    assert asked == ["cuda"]
     slow = read_rows(evaluate(recipe(tmp_path, out=tmp_path / "slow"))["rows"])
     assert [row.episode_return for row in fast] == pytest.approx([row.episode_return for row in slow], rel=1e-3)
+    assert small == slow
+    said = capsys.readouterr().err
+    assert "device: cpu (auto: policies of up to 2,000,000 weights" in said
+    assert "device: cuda (auto: policies of above 1 weights" in said
+    with pytest.raises(CvlctlError, match="device: cuda:9, but PyTorch sees 2 GPUs"):
+        evaluate(recipe(tmp_path, device="cuda:9", out=tmp_path / "ninth"))
 
 
 def test_texts(tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,133 @@
+"""Environments of one task that step together, in worker processes if wanted: what they see, do and earn lies in one
+table that all processes share, so that whoever answers for the policies answers all of them at once."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from cvlctl import children, interrupts
+from cvlctl.play.envs import Env, make
+from cvlctl.play.workers import COMMAND, value_of
+from cvlctl.types import Spec
+
+MEMORY = Path("/dev/shm")  # where the table lies, if there is such a place
+
+
+class Stepper:
+    """`num` environments, made when they are first needed; to be closed, as a context manager does.
+
+    Args:
+        workers: processes; 0 or 1: none, all in this process.
+
+    Attributes:
+        first: an environment like the others, to be asked what they are.
+        table: (num,) records: observation (O,), action (A,), to be set before a step; of the last step reward, over
+            and success (-1: the task has no notion of it).
+    """
+
+    def __init__(self, task: str, seed: int, horizon: int | None, num: int, workers: int) -> None:
+        self.first = make(task, seed, horizon)
+        kind = _kind(self.first.spec)
+        self._processes: list[subprocess.Popen[str]] = []
+        self._part: _Part | None = None
+        if min(workers, num) <= 1:
+            self.table = np.zeros(num, kind)
+            self._part = _Part(self.table, task, seed, horizon, self.first)
+            return
+        self._file = tempfile.TemporaryFile(dir=MEMORY if MEMORY.is_dir() else None)  # noqa: SIM115 (see __exit__)
+        self._file.truncate(num * kind.itemsize)
+        self.table = _table(self._file.fileno(), kind)
+        self._about = [self._file.fileno(), task, seed, horizon]
+        for _ in range(min(workers, num)):
+            pipes = {"stdout": subprocess.PIPE, "pass_fds": (self._file.fileno(),)}
+            self._processes.append(children.begin(COMMAND, f"{__name__}:_work", **pipes))
+
+    def run(self, begun: Mapping[int, int], stepped: Sequence[int]) -> None:
+        """Let environments of these numbers begin the episodes `begun`, and others take the actions in the table.
+
+        Raises:
+            CvlctlError: an action is not finite; a worker died.
+        """
+        if self._part is not None:
+            self._part.run(begun, stepped)
+            return
+        asked, num = [], len(self._processes)
+        for place, process in enumerate(self._processes):
+            own = {number: episode for number, episode in begun.items() if number % num == place}
+            steps = [number for number in stepped if number % num == place]
+            if own or steps:
+                assert process.stdin
+                try:
+                    process.stdin.write(json.dumps([self._about, list(own.items()), steps]) + "\n")
+                    process.stdin.flush()
+                except OSError:  # it died; there will be no answer
+                    pass
+                asked.append(process)
+        for process in asked:
+            assert process.stdout
+            value_of(process.stdout.readline())
+            interrupts.check()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        children.end(self._processes)
+        children.close(self._processes)
+        if self._part is None:
+            self._file.close()
+
+
+class _Part:
+    """The environments of one process, by number."""
+
+    def __init__(self, table: np.ndarray, task: str, seed: int, horizon: int | None, first: Env) -> None:
+        self.table, self._about = table, (task, seed, horizon)
+        self._spare: list[Env] = [first]
+        self._envs: dict[int, Env] = {}
+
+    def run(self, begun: Mapping[int, int], stepped: Sequence[int]) -> None:
+        table = self.table
+        for number in stepped:
+            seen, reward, terminated, truncated, success = self._envs[number].step(table["action"][number])
+            table["observation"][number], table["reward"][number] = seen, reward
+            table["over"][number] = terminated or truncated
+            table["success"][number] = -1 if success is None else success
+        for number, episode in begun.items():
+            if number not in self._envs:
+                self._envs[number] = self._spare.pop() if self._spare else make(*self._about)
+            table["observation"][number] = self._envs[number].reset(episode)
+
+
+def _kind(spec: Spec) -> np.dtype:
+    """Of a row of the table."""
+    return np.dtype([
+        ("observation", np.float32, spec.observation_shape), ("action", np.float32, (spec.action_dim,)),
+        ("reward", np.float64), ("over", np.bool_), ("success", np.int8),
+    ])  # fmt: skip
+
+
+def _table(file: int, kind: np.dtype) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(file, os.fstat(file).st_size), kind)
+
+
+@lru_cache(maxsize=1)
+def _part_of(file: int, task: str, seed: int, horizon: int | None) -> _Part:
+    first = make(task, seed, horizon)
+    return _Part(_table(file, _kind(first.spec)), task, seed, horizon, first)
+
+
+def _work(request: list[Any]) -> None:
+    """A round in a worker."""
+    about, begun, stepped = request
+    _part_of(*about).run(dict(begun), stepped)
