@@ -77,18 +77,47 @@ def sync_all(folder: Path) -> None:
             sync(Path(root) / name)
 
 
-def real(path: Path) -> Path:
-    """What a link leads to, be it there or not; any other path is itself.
+def named(path: Path) -> Path:
+    """A path that ends in a name, which others can stand beside; that of `.` and `..` is found out.
 
     Raises:
-        CvlctlError: a link that leads in a circle.
+        CvlctlError: the root of the file system has none.
     """
+    if path.name in ("", ".."):
+        path = Path(os.path.realpath(path))
+        if not path.name:
+            raise CvlctlError(f"{path} has no name: nothing can be written in its place", "choose another path")
+    return path
+
+
+def real(path: Path) -> Path:
+    """What a link leads to, be it there or not; any other path is itself, by its name.
+
+    Raises:
+        CvlctlError: a link that leads in a circle, or the root of the file system.
+    """
+    path = named(path)
     if not path.is_symlink():
         return path
     found = Path(os.path.realpath(path))
     if found.is_symlink():
         raise CvlctlError(f"{path} is a symbolic link that leads in a circle", "remove it, or choose another path")
     return found
+
+
+def check_place(path: Path) -> None:
+    """Refuse to put a result in the place of the current directory, or into a store, whose files it could replace.
+
+    Raises:
+        CvlctlError: `path` is such a place.
+    """
+    place = Path(os.path.realpath(path))
+    if Path.cwd().is_relative_to(place):
+        raise CvlctlError(f"{path} is the current directory, or holds it", "choose a place of its own")
+    for folder in place.parents:
+        attributes = (read_json(folder / "zarr.json") or {}).get("attributes")
+        if isinstance(attributes, dict) and attributes.get("format") == "cvlctl-store":
+            raise CvlctlError(f"{path} lies inside the store {folder}", "choose a place outside of it")
 
 
 def write_atomically(path: Path, *data: bytes | memoryview) -> None:
@@ -119,9 +148,10 @@ def write_result(path: Path, data: bytes | memoryview, *, force: bool) -> str:
         force: replace another file; where a link leads to one, that one.
 
     Raises:
-        CvlctlError: something else is there, or the disk refuses.
+        CvlctlError: something else is there, it is no place for it, or the disk refuses.
     """
     place = real(path)
+    check_place(place)
     sweep(place.parent, place.name)
     if place.is_file() and not force and place.stat().st_size == len(data) and place.read_bytes() == data:
         return "finished already"

@@ -37,10 +37,12 @@ class Folder:
     Whatever a writer that may be resumed left in `partial` is still there; `empty` removes it.
 
     Raises:
-        CvlctlError: another process is at work there, or something that is not ours is in the way.
+        CvlctlError: another process is at work there, something that is not ours is in the way, or
+            it is no place for it.
     """
 
     def __init__(self, path: Path) -> None:
+        files.check_place(files.real(path))
         put_right(path)
         self.path, self.partial = files.real(path), partial_of(path)
         if os.path.lexists(self.partial) and not _is_ours(self.partial):

@@ -30,6 +30,10 @@ def expanded(path: str) -> str:
     if found.startswith("~"):
         what = f"{path}: {found.partition('/')[0]} is nobody's home here"
         raise CvlctlError(what, "write the whole path, from / on")
+    if "~" in found.split("/"):
+        raise CvlctlError(f"{path}: ~ stands for the home at the start alone", "write the whole path, from / on")
+    if not path:
+        raise CvlctlError("a path is empty", "write one; . is the current directory")
     if "\0" in found:
         raise CvlctlError(f"{path!r} holds a zero byte, which no path may")
     return found

@@ -19,6 +19,7 @@ import yaml
 from cvlctl.errors import CvlctlError
 from cvlctl.files import (
     Lock,
+    check_place,
     disk,
     entries,
     lock,
@@ -69,9 +70,10 @@ class Run:
             force: start a run over that is there: what runs write is deleted, and nothing else.
 
         Raises:
-            CvlctlError: where another recipe, other inputs or another process has it, or it is no run's (also with
-                `force`: what is in it may be anything).
+            CvlctlError: where another recipe, other inputs or another process has it, it is in a store, or it is no
+                run's (also with `force`: what is in it may be anything).
         """
+        check_place(self.out)
         before = self._before(force)
         sweep(self.out, *_FILES)
         sweep(self.checkpoints)

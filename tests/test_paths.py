@@ -62,6 +62,9 @@ LEFT = [
     ("${SCRATCH/x", "a $ begins no name", "write $NAME"),
     ("~nobody-of-that-name/x", "~nobody-of-that-name is nobody's home", "from / on"),
     ("a\0b", "holds a zero byte", ""),
+    ("a/~/x.zarr", "at the start alone", "from / on"),
+    ("$SCRATCH/~", "at the start alone", "from / on"),
+    ("", "a path is empty", ". is the current directory"),
 ]
 
 

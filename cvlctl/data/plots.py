@@ -34,7 +34,7 @@ def plot(path: Path, out: Path | None = None, *, label: str = "given", force: bo
     from matplotlib.figure import Figure
 
     store = open_store(path)
-    target = Path(out) if out is not None else Path(path).with_suffix(".png")
+    target = Path(out) if out is not None else files.named(Path(path)).with_suffix(".png")
     if store.labels or label != "given":
         store.require_label(label)
     names = [*(["returns"] if store.has_label(label) else []), "coverage", "lengths"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cvlctl import files
 from cvlctl.data.criteria import Criteria, meets, no_label, ranges
 from cvlctl.data.derive import (
     Output,
@@ -63,7 +64,7 @@ def split(
         train: share of the episodes, in (0, 1); both stores get at least one.
         out: default: the store's own path without its suffix.
     """
-    stem = Path(out) if out is not None else Path(path).with_suffix("")
+    stem = files.named(Path(out)) if out is not None else files.named(Path(path)).with_suffix("")
     outs = [stem.with_name(f"{stem.name}-{name}.zarr") for name in ("train", "validation")]
     command = command_line("split", path, train=train, seed=seed, out=out)
     if done := finished_already(command, outs, [path], force=force):
