@@ -3,9 +3,10 @@
     python benchmarks/together.py [--device cuda] [--seeds 5] [--threads 2] [--json together.json]
 
 Networks of 256x256, batch 256, sampling from 500k rows in the device's memory included. On a GPU the compiled step is
-replayed as a CUDA graph; eager is the same step, launched operation by operation, with the same matmul setting. A rate
-counts one update of one seed as one. Minutes are those of 500,000 updates of all seeds at that rate. With --device
-cuda, what others have published stands beside.
+replayed as a CUDA graph; eager is the same step, launched operation by operation, with the same matmul setting. Rounds
+are rounded up to whole blocks of 64 updates, whose batches are drawn at once: each has its share of that. A rate counts
+one update of one seed as one. Minutes are those of 500,000 updates of all seeds at that rate. With --device cuda, what
+others have published stands beside.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from common import EAGER
 import numpy as np
 
 from cvlctl.data.load import to_device
+from cvlctl.data.samplers import BLOCK
 from cvlctl.learn.algorithms import cql, cvl, iql, laeo, td3_bc
 
 BATCH, LONG = 256, 500_000
@@ -46,11 +48,12 @@ def benchmark(args: Any) -> dict[str, Any]:
     chosen = common.best(mine)
     data = to_device(common.synthetic(args.rows), args.device)
     comparisons, rows = [], []
+    updates = -(-args.updates // BLOCK) * BLOCK  # whole blocks: each round draws its share of batches
     for name in args.methods:
         module, config = METHODS[name]
         forms = dict.fromkeys((EAGER, chosen))
         runs = {form: common.learner(module, config, seeds, data, BATCH, mine[form]) for form in forms}
-        rates = common.measure(runs, args.rounds, args.updates)
+        rates = common.measure(runs, args.rounds, updates, BLOCK)
         eager, fast = (args.seeds * np.array(rates[form]) for form in (EAGER, chosen))
         minutes = LONG * args.seeds / np.median(fast) / 60
         rows.append([name, *(round(float(np.median(x)), 1) for x in (eager, fast)), *common.spread(fast / eager),
@@ -72,7 +75,7 @@ def benchmark(args: Any) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = common.parser(__doc__, rounds=5, updates=16, rows=500_000, forms=True, device=True)
+    options = common.parser(__doc__, rounds=5, updates=BLOCK, rows=500_000, forms=True, device=True)
     options.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     options.add_argument("--seeds", type=int, default=5)
     common.main(options, benchmark, arguments)

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -79,9 +80,42 @@ def render(found: dict[str, Any], console: Console) -> None:
         console.print(f"extra {extra}: {state}", markup=False)
 
 
+def _requires() -> list[str]:
+    """What cvlctl requires: as it was installed, or of the checkout that it runs from."""
+    try:
+        return metadata.requires("cvlctl") or []
+    except metadata.PackageNotFoundError:
+        project = _project()
+    extras = project.get("optional-dependencies", {})
+    more = [_of_extra(line, extra) for extra in extras for line in extras[extra]]
+    return [*project.get("dependencies", []), *more]
+
+
+def _extras() -> list[str]:
+    try:
+        return sorted(metadata.metadata("cvlctl").get_all("Provides-Extra") or [])
+    except metadata.PackageNotFoundError:
+        return sorted(_project().get("optional-dependencies", {}))
+
+
+def _project() -> dict[str, Any]:
+    """Of the checkout's pyproject.toml; {} where the package lies alone."""
+    file = Path(__file__).parents[2] / "pyproject.toml"
+    project: dict[str, Any] = tomllib.loads(file.read_text())["project"] if file.exists() else {}
+    return project if project.get("name") == "cvlctl" else {}
+
+
+def _of_extra(line: str, extra: str) -> str:
+    """A requirement as packages state it that are required by an extra alone."""
+    requirement = Requirement(line)
+    always, requirement.marker = requirement.marker, None
+    condition = f'extra == "{extra}"'
+    return f"{requirement} ; {f'({always}) and {condition}' if always else condition}"
+
+
 def _packages(extra: str | None) -> Iterator[dict[str, Any]]:
     """What is required here; with `extra`, only what that requires beyond it."""
-    for line in metadata.requires("cvlctl") or []:
+    for line in _requires():
         requirement = Requirement(line)
         marker = requirement.marker
         always = marker is None or marker.evaluate({"extra": ""})
@@ -93,7 +127,3 @@ def _packages(extra: str | None) -> Iterator[dict[str, Any]]:
             version = None
         ok = version is not None and requirement.specifier.contains(version, prereleases=True)
         yield {"name": requirement.name, "wanted": str(requirement.specifier), "version": version, "ok": ok}
-
-
-def _extras() -> list[str]:
-    return sorted(metadata.metadata("cvlctl").get_all("Provides-Extra") or [])

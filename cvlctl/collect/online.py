@@ -193,8 +193,10 @@ class _Collector:
             # a step this small gains a third from a second thread where the machine is idle, and loses a factor of five
             # to any neighbour where it is not: auto is one
             say(f"{recipe.out}: threads: {recipe.about_threads}")
+            # a GPU would be waited for at every frame, and single updates are mostly its launches: only where asked for
+            device = "cpu" if recipe.device == "auto" else recipe.device
             self.settings = resolve_settings(
-                device=recipe.device, threads=recipe.num_threads, precision=recipe.precision, compile=recipe.compile,
+                device=device, threads=recipe.num_threads, precision=recipe.precision, compile=recipe.compile,
                 steps=source.updates, update=source.update, say=say,
             )  # fmt: skip
         configure(self.settings)

@@ -72,7 +72,8 @@ def opened(reading: Reading, window_rows: int, draws_per_block: int, device: str
         data = join(stores, uses, examples, rewards)
         if relabel is not None:
             data = data._replace(arrival_reward=relabel(data, device))
-        yield to_device(data, device)
+        data = to_device(data, device)  # and of what was read nothing stays behind
+        yield data
         return
     with closing(Stream(stores, uses, examples, rewards, window_rows, draws_per_block, device)) as stream:
         yield stream
@@ -89,25 +90,38 @@ def to_device(data: Data, device: str) -> Data:
 
 def join(stores: Sequence[Store], uses: Sequence[StoreUse], examples: np.ndarray | None, rewards: bool) -> Data:
     """The stores in memory, row axes joined. Without `rewards` no label is opened, except to find `top`."""
-    parts = [read_part(store, use, rewards) for store, use in zip(stores, uses, strict=True)]
-    starts = np.cumsum([0] + [len(part.observation) for part in parts])
-    ends = np.concatenate([part.episode_ends + start for part, start in zip(parts, starts, strict=False)])
-    where = samplers.layout(ends, np.concatenate([part.terminated for part in parts]))
-    labelled = torch.from_numpy(np.concatenate([part.labelled for part in parts]))
-    observation = _concatenated([part.observation for part in parts])
-    empty = np.zeros((0, observation.shape[1]), dtype=np.float32)
+    part = _read_all(stores, uses, rewards)
+    where = samplers.layout(part.episode_ends, part.terminated)
+    empty = np.zeros((0, part.observation.shape[1]), dtype=np.float32)
     return Data(
-        observation=torch.from_numpy(observation),
-        action=torch.from_numpy(_concatenated([part.action for part in parts])),
-        arrival_reward=torch.from_numpy(_concatenated([part.arrival_reward for part in parts])).unsqueeze(0),
+        observation=torch.from_numpy(part.observation),
+        action=torch.from_numpy(part.action),
+        arrival_reward=torch.from_numpy(part.arrival_reward).unsqueeze(0),
         layout=where,
-        labelled=labelled[where.row].nonzero().squeeze(1),
+        labelled=torch.from_numpy(part.labelled)[where.row].nonzero().squeeze(1),
         examples=torch.from_numpy(empty if examples is None else examples),
     )
 
 
-def _concatenated(arrays: list[np.ndarray]) -> np.ndarray:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)  # a single store is not copied
+def _read_all(stores: Sequence[Store], uses: Sequence[StoreUse], rewards: bool) -> Part:
+    """The stores as one. Each goes to its place as it is read: a single one is not copied, many never held twice."""
+    if len(stores) == 1:
+        return read_part(stores[0], uses[0], rewards)
+    capacity, count = sum(store.num_rows for store in stores), 0  # rows that stay unused are never touched
+    arrays: list[np.ndarray] = []
+    ends, terminated = [], []
+    for store, use in zip(stores, uses, strict=True):
+        part = read_part(store, use, rewards)
+        columns = (part.observation, part.action, part.arrival_reward, part.labelled)
+        arrays = arrays or [np.empty((capacity, *column.shape[1:]), column.dtype) for column in columns]
+        for array, column in zip(arrays, columns, strict=True):
+            array[count : count + len(column)] = column
+        ends.append(part.episode_ends + count)
+        terminated.append(part.terminated)
+        count += len(part.observation)
+        del part, columns, column  # before the next is read
+    observation, action, reward, labelled = (array[:count] for array in arrays)
+    return Part(observation, action, reward, labelled, np.concatenate(ends), np.concatenate(terminated))
 
 
 def read_part(store: Store, use: StoreUse, rewards: bool) -> Part:

@@ -39,13 +39,23 @@ def window_rows(stores: Sequence[Store], memory_gb: float | str, device: str) ->
     """Rows that may lie in memory at once; 0 where all of the stores' rows may.
 
     Args:
-        memory_gb: what data may take; "auto" is half of what the device has free (the other half is for what is
-            computed with it).
+        memory_gb: what data may take; "auto" is half of what is free (the other half is for what is computed with it).
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else free_memory()
-    allowed = free / 2 if isinstance(memory_gb, str) else memory_gb * 1e9
+    allowed = _free(device) / 2 if isinstance(memory_gb, str) else memory_gb * 1e9
     rows, size = sum(store.num_rows for store in stores), row_bytes(stores[0])
     return 0 if rows * size <= allowed else int(allowed // size)
+
+
+def _free(device: str) -> int:
+    """Bytes that data may yet take: of the host's memory, into which they are read, and of the GPU's.
+
+    Blocks that PyTorch keeps there for later count as free. Else it would depend on what the process did before whether
+    a run streams, and thereby which batches it sees.
+    """
+    if not device.startswith("cuda"):
+        return free_memory()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(free_memory(), torch.cuda.mem_get_info(device)[0] + kept)
 
 
 class Segment(NamedTuple):

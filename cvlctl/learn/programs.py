@@ -21,6 +21,17 @@ from cvlctl.learn.updates import Metrics
 
 Program = Callable[[State, Any, Any], tuple[State, Metrics]]
 
+# A GPU's kernels are not to be chosen by how fast they were when they were tried: a resumed run would choose others,
+# which add up in another order.
+NO_TIMING = {
+    "deterministic": True,
+    "max_autotune": False,
+    "max_autotune_gemm": False,
+    "coordinate_descent_tuning": False,
+    "shape_padding": False,
+}
+WARM_UP = 3  # calls before a CUDA graph is captured: the first compiles, then the allocator settles
+
 
 def whole_step(step: Program, settings: Settings) -> Program:
     """`step(state, batch, noise)` as one program: eager, compiled as a whole, or on a GPU captured in a CUDA graph."""
@@ -39,8 +50,10 @@ def _program(step: Program, settings: Settings) -> Program:
     if not settings.compile:
         return torch.no_grad()(step)
     warnings.filterwarnings("ignore", module=r"torch\._inductor")  # its own deprecations are no news to our users
-    compiled = torch.no_grad()(torch.compile(step, fullgraph=True, dynamic=False))
-    return _captured(compiled) if settings.device.startswith("cuda") else compiled
+    on_gpu = settings.device.startswith("cuda")
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, options=dict(NO_TIMING) if on_gpu else None)
+    compiled = torch.no_grad()(compiled)
+    return _captured(compiled) if on_gpu else compiled
 
 
 def programs_of(module: ModuleType, config: Any, settings: Settings) -> list[Program]:
@@ -57,27 +70,34 @@ def programs_of(module: ModuleType, config: Any, settings: Settings) -> list[Pro
 
 
 def _captured(step: Program) -> Program:
-    """`step` replayed as a CUDA graph: inputs are copied into fixed buffers, the state is updated where it lies."""
-    buffers: Any = None
+    """`step` replayed as a CUDA graph: inputs are copied into fixed buffers, the state is updated where it lies.
+
+    The warm-up computes on the buffers too: dense ones, whatever strides the inputs have. What is captured is then what
+    was compiled before; compiling amid a capture fails.
+    """
+    buffers: list[torch.Tensor] = []
+    fixed: tuple[Any, Any] | None = None  # batch and noise, made of the buffers
     graph: torch.cuda.CUDAGraph | None = None
     metrics: Metrics = {}
     calls = 0
 
     def run(state: State, batch: Any, noise: Any) -> tuple[State, Metrics]:
-        nonlocal buffers, graph, metrics, calls
-        calls += 1
-        if calls <= 3:  # warm-up: compile and let the allocator settle
-            return step(state, batch, noise)
+        nonlocal buffers, fixed, graph, metrics, calls
         leaves, spec = torch.utils._pytree.tree_flatten((batch, noise))
-        if graph is None:
-            buffers = [leaf.clone() for leaf in leaves]
-            static_batch, static_noise = torch.utils._pytree.tree_unflatten(buffers, spec)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # records, and runs nothing
-                _, metrics = step(state, static_batch, static_noise)
+        if fixed is None:
+            buffers = [leaf.clone(memory_format=torch.contiguous_format) for leaf in leaves]
+            fixed = torch.utils._pytree.tree_unflatten(buffers, spec)
         else:
             torch._foreach_copy_(buffers, leaves)
+        calls += 1
+        if calls <= WARM_UP:
+            return step(state, *fixed)
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # records, and runs nothing; a thread that meanwhile copies the next segment of a store to the device does
+            # not spoil it, as it would by default
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                _, metrics = step(state, *fixed)
         graph.replay()
         return state, metrics
 

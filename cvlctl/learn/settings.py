@@ -31,15 +31,38 @@ class Settings:
     precision: str  # "float32", the library's default; "medium": oneDNN on a CPU, TF32 on a GPU; "bf16": the layers
     compile: bool
     window_rows: int = 0  # of stores that do not fit in memory; 0: they do
+    gpu: str = ""  # which one: random numbers there, and the order of sums, depend on its multiprocessors
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """`gpu` is left out where there is none."""
+        return {name: value for name, value in asdict(self).items() if name != "gpu" or value}
 
 
 def have_compiler() -> bool:
     """inductor's CPU back-end needs a C++ compiler and Python's headers; stock Debian has neither."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     return bool(compiler) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+
+
+def triton_lacks(device: str) -> str:
+    """What Triton, which compiles for GPUs, does not find here, as "no ..."; "" where it can work."""
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "no GPU of compute capability 7.0 or above"
+    try:
+        import triton  # noqa: F401
+    except (ImportError, OSError):
+        return "no package triton"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "no C compiler"
+    return "" if Path(sysconfig.get_paths()["include"], "Python.h").exists() else "no headers of Python"
+
+
+def gpu_of(device: str) -> str:
+    """Which GPU a device is, and how many multiprocessors it has; "" for a CPU."""
+    if not device.startswith("cuda"):
+        return ""
+    found = torch.cuda.get_device_properties(device)
+    return f"{found.name}, {found.multi_processor_count} multiprocessors"
 
 
 def resolve_settings(
@@ -59,10 +82,10 @@ def resolve_settings(
     Raises:
         CvlctlError: where a GPU or a compiler is asked for and there is none.
     """
-    if lacking := lack_of(device, compile == "true"):
-        raise CvlctlError(*lacking)
     cuda = torch.cuda.is_available()
     where = ("cuda" if cuda else "cpu") if device == "auto" else device
+    if lacking := lack_of(where, compile == "true"):
+        raise CvlctlError(*lacking)
     num_threads = num_cpus() if threads == "auto" else int(threads)
     whole_step = compile == "true"
     if compile == "auto":
@@ -70,11 +93,14 @@ def resolve_settings(
     if whole_step and where == "cpu" and not have_compiler():
         say("no C++ compiler with Python's headers found: training runs eager, about 1.5x slower")
         whole_step = False
+    if whole_step and where != "cpu" and (lacks := triton_lacks(where)):
+        say(f"Triton, which compiles for GPUs, finds {lacks}: training runs eager, several times slower")
+        whole_step = False
     if precision == "auto":
         precision = "medium" if _medium_is_float32(where) else "float32"
     if precision == "bf16" and where == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         say("precision: bf16, but this CPU has no such instructions: float32 is faster here")
-    return Settings(where, num_threads, precision, whole_step)
+    return Settings(where, num_threads, precision, whole_step, gpu=gpu_of(where))
 
 
 def _compiling_pays(steps: int, update: Update, threads: int) -> bool:
@@ -93,7 +119,7 @@ def saved_settings(path: Path, metadata: dict[str, Any]) -> Settings:
     """
     try:
         settings = Settings(**metadata["settings"])
-        kinds = {"device": str, "threads": int, "precision": str, "compile": bool, "window_rows": int}
+        kinds = {"device": str, "threads": int, "precision": str, "compile": bool, "window_rows": int, "gpu": str}
         if any(type(getattr(settings, name)) is not kind for name, kind in kinds.items()) or settings.threads < 1:
             raise TypeError(str(settings)[:200])
     except (KeyError, TypeError) as error:
@@ -102,6 +128,11 @@ def saved_settings(path: Path, metadata: dict[str, Any]) -> Settings:
     if lacking := lack_of(settings.device, settings.compile):
         raise CvlctlError(
             f"the run began with {lacking[0]} here", "resume it where it began, or --force starts it over"
+        )
+    if settings.gpu and (here := gpu_of(settings.device)) != settings.gpu:
+        raise CvlctlError(
+            f"the run began on {settings.gpu}, and {settings.device} is {here} here: another computes other bits",
+            "resume it where it began, or --force starts it over",
         )
     return settings
 
@@ -116,6 +147,9 @@ def lack_of(device: str, compile: bool) -> tuple[str, str] | None:
                 f"device: {device}, but PyTorch sees {count} GPU{'s' * (count > 1)}, from cuda:0 on",
                 "use device: auto",
             )
+        if compile and (lacks := triton_lacks(device)):
+            hint = "pip install triton, apt-get install gcc python3-dev, or use compile: auto"
+            return f"compile: true, but Triton, which compiles for GPUs, finds {lacks}", hint
     elif compile and not have_compiler():
         hint = "apt-get install g++ python3-dev, or use compile: auto"
         return "compile: true, but there is no C++ compiler with Python's headers", hint
@@ -143,6 +177,7 @@ def configure(settings: Settings) -> None:
         torch.cuda.set_device(settings.device)  # where graphs are captured
     medium = settings.precision == "medium" or (settings.precision == "bf16" and _medium_is_float32(settings.device))
     torch.set_float32_matmul_precision("medium" if medium else "highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # products of bfloat16 add up in float32
     flush_denormals()
     _keep_freed_memory()
     if settings.compile:

@@ -41,6 +41,7 @@ def test_a_machine_that_cannot_go_on_says_so(store: Path, tmp_path: Path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(torch.cuda, "is_available", lambda: True)
         patched.setattr(torch.cuda, "device_count", lambda: 2)
+        patched.setattr(settings_module, "gpu_of", lambda device: "a GPU")
         assert resolve_settings(device="cuda:1", **asked).device == "cuda:1"
         with pytest.raises(CvlctlError, match="device: cuda:2, but PyTorch sees 2 GPUs, from cuda:0 on"):
             resolve_settings(device="cuda:2", **asked)

@@ -156,10 +156,9 @@ def contrasted(
     of_action, of_state = torch.special.ndtr(noise["kind"]).unbind(dim=1)
     uniform = torch.special.ndtr(noise["uniform"]) * 2 - 1
     own = td.smoothed_action(actors.greedy(state, observation), noise["policy"], config.policy_noise, config.noise_clip)
-    easy, a_third = count.new_tensor([1.0, 0.0, 0.0]), count.new_tensor([1 / 3, 1 / 3, 1 / 3])
-    hard = count.new_tensor(
-        [1 - config.shuffled_share - config.policy_share, config.shuffled_share, config.policy_share]
-    )
+    easy, a_third = _shares(count, 1.0, 0.0, 0.0), _shares(count, 1 / 3, 1 / 3, 1 / 3)
+    uniform_share = 1 - config.shuffled_share - config.policy_share
+    hard = _shares(count, uniform_share, config.shuffled_share, config.policy_share)
     shares = support.curriculum(count, config.curriculum_steps, easy, hard)
     actions = support.mixture(torch.stack([uniform, action.roll(1, dims=1), own]), of_action, shares)
 
@@ -167,6 +166,11 @@ def contrasted(
     mixed = torch.where(noise["mix"] > 0, observation, observation.roll(1, dims=1))
     shares = support.curriculum(count, config.curriculum_steps, easy, a_third)
     return actions, support.mixture(torch.stack([far, mixed, near]), of_state, shares)
+
+
+def _shares(like: Tensor, *shares: float) -> Tensor:
+    """The numbers (K,) as a tensor, filled in on its device: copying them there from the host would wait for a GPU."""
+    return torch.cat([like.new_full((1,), share) for share in shares])
 
 
 def learn_support(

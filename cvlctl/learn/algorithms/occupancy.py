@@ -132,7 +132,7 @@ def phi(config: Config, params: State, observation: Tensor, action: Tensor) -> T
     if config.command_columns:
         observation = observation.clone()
         for column in config.command_columns:
-            observation[..., column] = 0.0
+            observation[..., column].zero_()
     pair = torch.cat([observation, action], dim=-1)
     pair = pair.unsqueeze(1) if config.twin else pair
     return networks.encode(params, "phi", pair, unit=config.features == "unit", temperature=config.temperature)

@@ -53,10 +53,11 @@ def q_values_of_many(params: State, observation: Tensor, action: Tensor) -> Tens
 def update(
     state: State, loss: Callable[[State], tuple[Tensor, Metrics]], learning_rate: float, ema_rate: float
 ) -> Metrics:
-    """One Adam step on the critic, and one of its average towards it."""
+    """One Adam step on the critic, and unless `ema_rate` is 0 one of its average towards it."""
     grads, metrics = value_and_grad(loss, state, names(state))
     adam_update(state, "critic", grads, learning_rate)
-    ema_update(state, "target", list(grads), ema_rate)
+    if ema_rate > 0:
+        ema_update(state, "target", list(grads), ema_rate)
     return metrics
 
 
