@@ -158,7 +158,7 @@ def test_living_is_ranked_above_dying(loss: str, train) -> None:
     assert scale < 0.15  # the values themselves, not only their order
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0])
+@pytest.mark.parametrize("temperature", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["paired", "phase"])
 def test_fourier_readout_agrees_with_the_exact_one(temperature: float, form: str, train) -> None:
     t = train(tabular.grid_dense, loss="info_nce", features="unit", temperature=temperature)
