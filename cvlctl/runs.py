@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ from cvlctl.files import (
 )
 from cvlctl.version import versions
 
+_CHECKPOINT = re.compile(r"(last|(step|episodes)-\d+)\.safetensors")  # others are somebody's own
 LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
 _FILES = ("run.json", "recipe.yaml", "metrics.jsonl", "metrics.png", LABELS_FILE)
 
@@ -93,7 +95,7 @@ class Run:
                 return None
             raise CvlctlError(f"{self.out} is not empty and not a run", "choose another out: nothing in it was touched")
         before = None if force else read_run(self.out)
-        if before is not None and (before["status"] == "finished" or self._has_checkpoints()):
+        if before is not None and (before["status"] == "finished" or self._own_checkpoints()):
             changed = self._difference(before)
             if changed:
                 what = f"{self.out} holds another run: {changed}"
@@ -123,15 +125,15 @@ class Run:
         except RecursionError:
             return "its recipe has no end"
 
-    def _has_checkpoints(self) -> bool:
-        return any(self.checkpoints.glob("*.safetensors"))
+    def _own_checkpoints(self) -> list[Path]:
+        return [file for file in self.checkpoints.glob("*.safetensors") if _CHECKPOINT.fullmatch(file.name)]
 
     def _clear(self) -> None:
         # first of all it becomes a run like no other: a kill in here leaves nothing that could be taken for ours
         write_json(self.out / "run.json", {"status": "replaced", "inputs": {}, "recipe": {}})
         for name in ("metrics.jsonl", "metrics.png", LABELS_FILE):
             (self.out / name).unlink(missing_ok=True)
-        for file in self.checkpoints.glob("*.safetensors"):
+        for file in self._own_checkpoints():
             file.unlink(missing_ok=True)
 
     def _write(self, status: str, more: dict[str, Any]) -> None:

@@ -227,3 +227,14 @@ def test_a_run_of_an_earlier_version_without_a_recipe_in_its_record_is_another_r
     (run.out / "run.json").write_text(json.dumps({"status": "started", "inputs": {"store": "abc"}}))
     with pytest.raises(CvlctlError, match="holds another run: steps was null, now 7"):
         run.open()
+
+
+def test_starting_over_keeps_what_somebody_put_beside_the_checkpoints(run: Run) -> None:
+    own = ("last.safetensors", "step-000000002.safetensors", "episodes-000000003.safetensors")
+    assert run.open(force=False) == "fresh"
+    run.checkpoints.mkdir(exist_ok=True)
+    for name in (*own, "keep.safetensors", "step-best.safetensors"):
+        (run.checkpoints / name).write_bytes(b"")
+    run.close()
+    assert Run(run.out, RECIPE, {"store": "other"}).open(force=True) == "fresh"
+    assert sorted(file.name for file in run.checkpoints.iterdir()) == ["keep.safetensors", "step-best.safetensors"]
