@@ -17,7 +17,9 @@ from cvlctl.collect.online import policies_dir
 from cvlctl.data.store import open_store
 
 
-@pytest.mark.parametrize("source", [SAC, CONTRASTIVE], ids=["sac", "contrastive_ac"])
+@pytest.mark.parametrize(
+    "source", [pytest.param(SAC, id="sac"), pytest.param(CONTRASTIVE, id="contrastive_ac", marks=pytest.mark.slow)]
+)
 def test_a_captured_step_is_the_eager_one(source: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
     short = {**source, "steps": 56, "learning_starts": 40}
     build(recipe_for(tmp_path / "eager.zarr", short))
