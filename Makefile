@@ -4,6 +4,7 @@
 # make test      check, every test, recipes, docs, a short end-to-end run: a quarter of an hour on two cores
 # make learn     tests of minutes: every method compiled, formats fuzzed (about an hour)
 # make soak      crash points, power loss and state machines at length (hours)
+# make gpu       on a machine with a GPU: whether all works there and how fast it is, in ten minutes, into build/gpu
 # make bench     measured comparisons with peers, into docs/performance.md (about 40 minutes; leave the machine alone)
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
@@ -18,7 +19,11 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 # The default torch wheels bring gigabytes of CUDA. For the CPU ones: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: demo install check test lint smoke learn soak bench clean
+# whose other interpreters run NEWER too, where they have what it takes; nothing is installed for them
+OTHERS := python3.12 python3.13
+NEWER := tests/learn/test_programs.py tests/learn/test_losses.py tests/data/test_samplers.py
+
+.PHONY: demo install check test pythons lint smoke learn soak gpu bench clean
 
 demo: install
 	$(BIN)/cvlctl run recipes/quickstart.yaml
@@ -40,7 +45,17 @@ test: lint
 	$(PYTEST)
 	$(BIN)/cvlctl recipes validate
 	$(BIN)/python docs/generate_cli.py --check
+	$(MAKE) --no-print-directory pythons
 	$(MAKE) --no-print-directory smoke
+
+# Unit tests of training, samplers and losses under other Pythons, a minute each at most
+pythons:
+	@for python in $(OTHERS); do \
+	  if ! $$python -c "import torch, numpy, scipy, zarr, pydantic, pytest, typer, rich, safetensors" 2>/dev/null; then \
+	    echo "$$python: skipped, it is not here with all that the unit tests need"; continue; fi; \
+	  PYTHONPATH=. timeout 60 $$python -m pytest -q -p no:cacheprovider $(NEWER); code=$$?; \
+	  if [ $$code = 124 ]; then echo "$$python: stopped after a minute"; elif [ $$code != 0 ]; then exit $$code; fi; \
+	done
 
 lint: install
 	$(BIN)/ruff check .
@@ -59,6 +74,9 @@ learn: install
 
 soak: install
 	$(PYTEST) -m soak --timeout 7200
+
+gpu: install
+	$(BIN)/python benchmarks/gpu.py
 
 bench: install
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[bench]'

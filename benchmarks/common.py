@@ -92,7 +92,7 @@ def our_settings(threads: int, eager_only: bool = False, device: str = "cpu") ->
     and compiled with the layers in bfloat16 where the processor multiplies such numbers."""
     choose = partial(resolve_settings, device=device, threads=threads, precision="auto", steps=1, say=print)
     made = {EAGER: choose(compile="false")}
-    if have_compiler() and not eager_only:
+    if (device != "cpu" or have_compiler()) and not eager_only:
         made[COMPILED] = choose(compile="true")
         if torch.cpu._is_avx512_bf16_supported():
             made[BF16] = replace(made[COMPILED], precision="bf16")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from common import machine, reached
+from gpu_page import aims, table
 
 HERE = Path(__file__).parent
 # the arguments that make each small
@@ -100,14 +101,6 @@ def merged(out: Path, results: Path) -> dict[str, dict[str, Any]]:
             latest = json.loads(file.read_text())
             found.setdefault(kind_of(latest["machine"]), {})[name] = latest
     return {kind: {name: found[kind][name] for name in SCRIPTS if name in found[kind]} for kind in sorted(found)}
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """In Markdown. Numbers are right-aligned with their column's head."""
-    cells = [[str(value).replace("|", "\\|") for value in row] for row in rows]
-    numeric = [bool(rows) and isinstance(rows[0][i], int | float) for i in range(len(columns))]
-    lines = [columns, ["---:" if right else "---" for right in numeric], *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def compared(row: dict[str, Any]) -> list[str]:
@@ -192,6 +185,29 @@ def section(kind: str, scripts: dict[str, Any]) -> list[str]:
     return parts
 
 
+def on_a_gpu() -> list[str]:
+    """The aims on a GPU and what became of them (what `gpu.py` found there, kept as gpu_results.json), and the model of
+    the limits, counted by `gpu_model.py`."""
+    file = HERE / "gpu_results.json"
+    found = json.loads(file.read_text()) if file.exists() else None
+    ran = f"It ran on {found['steps']['machine']['curves'][0]['rows'][0][1]}" if found else "It has run on no GPU yet"
+    parts = [
+        "## On a GPU",
+        wrapped(
+            "`make gpu` (`python benchmarks/gpu.py`) asks all of this of a machine with a GPU, in ten minutes. "
+            f"{ran}. Aims are for one GPU of the class of an H100."
+        ),
+        table(*aims(found)),
+        wrapped(
+            "What can be told without one (`python benchmarks/gpu_model.py --json benchmarks/gpu_model.json`), and by "
+            "what an update is bound."
+        ),
+    ]
+    for curve in json.loads((HERE / "gpu_model.json").read_text())["curves"]:
+        parts += [f"### {curve['title']}", table(curve["columns"], curve["rows"]), wrapped(curve["note"])]
+    return parts
+
+
 def page(results: dict[str, dict[str, Any]]) -> str:
     """docs/performance.md."""
     parts = [
@@ -214,6 +230,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     parts += side_by_side(results) if len(results) > 1 else []
     for kind, scripts in results.items():
         parts += section(kind, scripts)
+    parts += on_a_gpu()
     return "\n\n".join(parts) + "\n"
 
 

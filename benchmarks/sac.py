@@ -90,15 +90,20 @@ class Clock(Progress):
         pass
 
 
-def our_frames(settings: Settings, frames: int, learning_starts: int, hidden: Sequence[int]) -> list[tuple[int, float]]:
+def our_frames(
+    settings: Settings, frames: int, learning_starts: int, hidden: Sequence[int], task: str = TASK
+) -> list[tuple[int, float]]:
     """When how many frames were done, in a collection that becomes a store."""
     source = {
         "name": "sac", "steps": frames, "learning_starts": learning_starts, "hidden": hidden, "update_every": 1
     }  # fmt: skip
-    how = {"threads": settings.threads, "precision": settings.precision, "compile": settings.compile, "device": "cpu"}
+    how = {
+        "threads": settings.threads, "precision": settings.precision, "compile": settings.compile,
+        "device": settings.device,
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "replay.zarr"
-        build(BuildRecipe.model_validate({"task": TASK, "source": source, "out": out, **how}), progress=Clock)
+        build(BuildRecipe.model_validate({"task": task, "source": source, "out": out, **how}), progress=Clock)
     return Clock.seen
 
 

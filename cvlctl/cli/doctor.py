@@ -60,6 +60,8 @@ def doctor() -> dict[str, Any]:
 
 def render(found: dict[str, Any], console: Console) -> None:
     """Print the result of `doctor`."""
+    if len(found["devices"]) > 1:
+        console.print("make gpu: does all work on this GPU, and how fast? Ten minutes.\n", markup=False)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     told = {name: value for name, value in found.items() if name not in ("packages", "extras", "settings")}
     told["devices"] = "; ".join(found["devices"])
