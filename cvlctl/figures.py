@@ -6,10 +6,13 @@ import io
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cvlctl.files import write_atomically
+from cvlctl.progress import say
 from cvlctl.terminal import visible
 
 if TYPE_CHECKING:
@@ -19,6 +22,15 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933")
 LONGEST = 80  # characters of a caption
+
+
+@cache
+def can_draw() -> bool:
+    """Whether matplotlib is there: scores do not fail for want of a picture, on a machine that was equipped by hand."""
+    found = find_spec("matplotlib") is not None
+    if not found:
+        say("matplotlib is not installed: no pictures")
+    return found
 
 
 def short_names(tasks: Sequence[str]) -> dict[str, str]:

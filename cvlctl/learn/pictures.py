@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cvlctl.figures import COLOURS, label_axes, make_panels, save_figure
+from cvlctl.figures import COLOURS, can_draw, label_axes, make_panels, save_figure
 
 
 def plot_metrics(metrics: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path | None:
@@ -20,7 +20,7 @@ def plot_metrics(metrics: Iterable[Mapping[str, Any]], path: str | os.PathLike[s
             if key != "step" and values and all(isinstance(v, int | float) and math.isfinite(v) for v in values):
                 series.setdefault(key, []).append((line["step"], values))
     series = {key: points for key, points in series.items() if len(points) > 1}
-    if not series:
+    if not series or not can_draw():
         return None
     figure, panels = make_panels([("", key) for key in series], height=2.5)
     for (_, key), axes in panels.items():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from cvlctl.figures import caption, colours_of, label_axes, make_panels, save_figure
+from cvlctl.figures import can_draw, caption, colours_of, label_axes, make_panels, save_figure
 from cvlctl.score.rows import Record
 from cvlctl.score.statistics import Confidence
 from cvlctl.score.tables import curve
@@ -19,7 +19,8 @@ def plot_curves(
 ) -> Path | None:
     """Learning curves (PNG), return and success, a panel per task; intervals shaded. None where steps are single."""
     curves = {metric: curve(rows, metric=metric, **confidence) for metric in ("return", "success")}
-    if all(len(record["steps"]) < 2 for records in curves.values() for record in records):
+    single = all(len(record["steps"]) < 2 for records in curves.values() for record in records)
+    if single or not can_draw():
         return None
     colours = colours_of(record["algorithm"] for record in curves["return"])
     figure, panels = make_panels(((metric, r["task"]) for metric, records in curves.items() for r in records), 3.1)
@@ -38,8 +39,10 @@ def plot_curves(
     return save_figure(figure, path)
 
 
-def plot_scores(records: Sequence[Record], path: str | os.PathLike[str]) -> Path:
+def plot_scores(records: Sequence[Record], path: str | os.PathLike[str]) -> Path | None:
     """Return and success of `score_table` (PNG), a panel per task: every algorithm's mean, interval and runs (dots)."""
+    if not can_draw():
+        return None
     colours = colours_of(record["algorithm"] for record in records)
     names = list(colours)
     shown = [(m, r["task"]) for m in ("return", "success") for r in records if r[f"{m}_mean"] is not None]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cvlctl import checkpoints
+from cvlctl import checkpoints, figures
 from cvlctl.cli.console import console
 from cvlctl.errors import CvlctlError
 from cvlctl.play import players
@@ -300,6 +300,17 @@ def test_a_gpu_answers_for_large_policies(
     assert "device: cuda (auto: policies of above 1 weights" in said
     with pytest.raises(CvlctlError, match="device: cuda:9, but PyTorch sees 2 GPUs"):
         evaluate(recipe(tmp_path, device="cuda:9", out=tmp_path / "ninth"))
+
+
+def test_without_matplotlib_there_are_scores_and_no_pictures(
+    tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    figures.can_draw.cache_clear()
+    result = evaluate(recipe(tmp_path))
+    figures.can_draw.cache_clear()
+    assert result["plots"] == [] and len(result["table"]) == 2
+    assert capsys.readouterr().err.count("matplotlib is not installed: no pictures") == 1
 
 
 def test_texts(tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
