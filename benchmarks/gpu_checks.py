@@ -23,7 +23,7 @@ from gpu import ROOT, How
 
 from cvlctl.learn.algorithms import ALGORITHMS
 
-CLI = [sys.executable, "-m", "cvlctl"]
+CLI = [sys.executable, "-P", "-m", "cvlctl"]
 VARIANTS: dict[str, dict[str, Any]] = {
     "twin": {"algorithm": {"name": "cvl", "critic": {"twin": True}}},
     "coreset": {"algorithm": {"name": "cvl", "readout": "coreset"}},
@@ -84,7 +84,7 @@ def tests(how: How) -> dict[str, Any]:
     file = ROOT / "tests" / "test_gpu.py"
     if not file.exists():
         raise RuntimeError(f"there is no {file.relative_to(ROOT)}")
-    done = subprocess.run([sys.executable, "-m", "pytest", str(file), *options], cwd=ROOT, stdout=subprocess.PIPE,
+    done = subprocess.run([sys.executable, "-P", "-m", "pytest", str(file), *options], cwd=ROOT, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)  # fmt: skip
     print(done.stdout)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)}

@@ -63,8 +63,9 @@ def smaller(config: Any) -> Any:
 
 def compile_all(how: How) -> dict[str, Any]:
     """Compile the programs of all methods at once, a process each: what is measured afterwards finds them on disk."""
-    code = "import sys, gpu, gpu_rates; gpu_rates.warm(gpu.How(sys.argv[2], sys.argv[3] == 'True', None), sys.argv[1])"
-    command = [sys.executable, "-c", code]
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import gpu, gpu_rates; "
+    code += "gpu_rates.warm(gpu.How(sys.argv[2], sys.argv[3] == 'True', None), sys.argv[1])"
+    command = [sys.executable, "-P", "-c", code]
     running = {
         name: subprocess.Popen([*command, name, how.device, str(how.small)], cwd=HERE, stderr=sys.stdout)
         for name in METHODS

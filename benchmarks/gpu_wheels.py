@@ -57,7 +57,7 @@ def fill(folder: Path, say: Callable[[str], None] = print) -> list[str]:
     missing = [f"{name}=={version}" for name, version in wanted.items() if wheel_of(folder, name, version) is None]
     if missing and _have_pip():
         told = [flag for platform in PLATFORMS for flag in ("--platform", platform)]
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:",
+        command = [sys.executable, "-P", "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:",
                    "--python-version", PYTHON, *told, "-d", str(folder), *missing]  # fmt: skip
         subprocess.run(command)  # it says itself what it lacks
     lacking = []
@@ -71,7 +71,7 @@ def fill(folder: Path, say: Callable[[str], None] = print) -> list[str]:
 
 
 def _have_pip() -> bool:
-    command = [sys.executable, "-m", "pip", "--version"]
+    command = [sys.executable, "-P", "-m", "pip", "--version"]
     return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 

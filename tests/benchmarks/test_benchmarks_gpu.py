@@ -174,7 +174,7 @@ def test_wheels_of_the_versions_that_were_tested_are_listed_and_used(
     assert f"missing      pydantic-core=={versions['pydantic-core']}" in said  # there is one of another Python
     unpacked = wheels.unpack(tmp_path)
     told = subprocess.run(
-        [sys.executable, "-c", "import of_zarr; print(of_zarr.NAME)"],
+        [sys.executable, "-P", "-c", "import of_zarr; print(of_zarr.NAME)"],
         env={**os.environ, "PYTHONPATH": str(unpacked)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert told.stdout == "zarr\n"
