@@ -48,6 +48,15 @@ def test_it_is_what_the_card_says(place: Path) -> None:
     assert 0.15 <= solved.mean() <= 0.5
 
 
+def test_the_quickstart_learns_from_it_alone(place: Path) -> None:
+    experiment = load(ROOT / "recipes" / "quickstart.yaml", (), "run")
+    read = [job.recipe for job in experiment.jobs if job.command in ("pretrain", "finetune")]
+    assert len(read) == 4
+    assert {ROOT / store.path for recipe in read for store in recipe.stores} == {place}
+    examples = {recipe.success_examples.from_ for recipe in read if getattr(recipe, "success_examples", None)}
+    assert {ROOT / source for source in examples} == {place}
+
+
 def test_git_carries_it(place: Path) -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("no checkout")
