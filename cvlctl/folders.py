@@ -209,11 +209,12 @@ def _settle(parent: Path, names: list[str], together: str) -> bool:
         return False
     for one in old:
         shutil.rmtree(one, ignore_errors=True) if one.is_dir() else one.unlink()
-        if one.exists():
-            say(f"{one}: was replaced, and cannot be removed now: the next command that writes there tries again")
     if old:
         files.sync(parent)  # they are gone for good before the markers go, which tell that they were ours
-    if any(one.exists() for one in old):
+    left = [one for one in old if one.exists()]
+    for one in left:
+        say(f"{one}: was replaced, and cannot be removed now: the next command that writes there tries again")
+    if left:
         return True
     for path, marker in markers.items():
         if marker:

@@ -63,7 +63,7 @@ def open_array(path: Path, name: str) -> zarr.Array:
         if max(_bytes(shape, array.dtype) for shape in (array.shape, array.chunks)) >= 2**63:
             raise ValueError("it declares more bytes than any machine has")
     except Exception as error:  # garbled metadata: zarr raises many kinds
-        if isinstance(error, OSError) and error.errno in SHORTAGES:  # the store may well be sound
+        if _is_shortage(error):
             raise
         raise damaged(path, f"{name}: the array cannot be opened: {_said(error)}", path / name) from error
     folder = path / name / "c"
@@ -100,7 +100,7 @@ def read_chunk(array: zarr.Array, chunk: Chunk, out: np.ndarray | None = None) -
     except CvlctlError:
         raise
     except Exception as error:  # crc32c, zstd and the file system each raise their own
-        if isinstance(error, OSError) and error.errno in SHORTAGES:
+        if _is_shortage(error):
             raise
         what = f"{chunk.name}: checksum/crc fails in {chunk.file}: {_said(error)}"
         raise damaged(chunk.store, what, chunk.file) from error
@@ -123,6 +123,11 @@ def damaged(path: Path, what: str, file: Path) -> CvlctlError:
         f"`cvlctl data verify {path}` lists all that is damaged; restore {file} from a copy, or write the store again"
     )
     return CvlctlError(f"{path}: {what}", hint)
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Of open files, say: the store may well be sound."""
+    return isinstance(error, OSError) and error.errno in SHORTAGES
 
 
 def _check_file(array: zarr.Array, chunk: Chunk) -> None:

@@ -41,7 +41,7 @@ class Settings:
 def have_compiler() -> bool:
     """inductor's CPU back-end needs a C++ compiler and Python's headers; stock Debian has neither."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    return bool(compiler) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    return bool(compiler) and _have_headers()
 
 
 def triton_lacks(device: str) -> str:
@@ -54,7 +54,11 @@ def triton_lacks(device: str) -> str:
         return "no package triton"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "no C compiler"
-    return "" if Path(sysconfig.get_paths()["include"], "Python.h").exists() else "no headers of Python"
+    return "" if _have_headers() else "no headers of Python"
+
+
+def _have_headers() -> bool:
+    return Path(sysconfig.get_paths()["include"], "Python.h").exists()
 
 
 def gpu_of(device: str) -> str:

@@ -23,7 +23,7 @@ def played(workers: int) -> list[np.ndarray]:
         for at, action in enumerate(actions):
             envs.table["action"] = action
             late = at >= 5
-            envs.run({3: 11, 4: 0} if at == 4 else {0: 5} if late and at == 5 else {}, [1, 2, 3, 4] if late else [1, 2])
+            envs.run({3: 11, 4: 0} if at == 4 else {0: 5} if at == 5 else {}, [1, 2, 3, 4] if late else [1, 2])
             tables.append(envs.table.copy())
     return tables
 
