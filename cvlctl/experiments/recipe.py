@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import STEPS, model
-from cvlctl.recipes.matrix import expand, text_of
-from cvlctl.recipes.values import Out, Strict
+from cvlctl.recipes.matrix import expand, sized, text_of
+from cvlctl.recipes.values import Name, Out, Strict
 from cvlctl.recipes.yamlfile import Source
 from cvlctl.recipes.yamltext import Key
 
@@ -36,6 +36,8 @@ class ExperimentRecipe(Strict):
 
     command: ClassVar[str] = "run"
 
+    size: Name | None = None  # which of `sizes`; both are first, since a fault in them is one wherever they are named
+    sizes: dict[str, dict[str, Any]] = {}
     out: Out
     matrix: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     stages: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
@@ -43,15 +45,17 @@ class ExperimentRecipe(Strict):
 
     @field_validator("matrix")
     @classmethod
-    def _legal_keys(cls, matrix: dict[str, Any]) -> dict[str, Any]:
+    def _legal_keys(cls, matrix: dict[str, Any], fields: ValidationInfo) -> dict[str, Any]:
+        taken = ["out", "size"] if fields.data.get("sizes") else ["out"]
         for key in matrix:
-            if key == "out" or not re.fullmatch(r"[\w-]+", key):
-                raise ValueError(f"key {key!r} is not a legal name: letters, digits, _ and -, and not out")
+            if key in taken or not re.fullmatch(r"[\w-]+", key):
+                what = f"key {key!r} is not a legal name: letters, digits, _ and -, and not {' or '.join(taken)}"
+                raise ValueError(what)
         return matrix
 
     @classmethod
     def read(cls, data: Any, source: Source, prefix: Key = ()) -> Any:
-        experiment = super().read(data, source, prefix)
+        experiment = super().read(sized(data, source), source, prefix)
         experiment._jobs = tuple(jobs_of(experiment, source))
         return experiment
 

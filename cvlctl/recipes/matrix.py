@@ -14,6 +14,9 @@
   environment variables, which paths may hold (`cvlctl.paths`).
 * A stage runs once for each combination of the matrix keys that it mentions: the one above builds its data once a task.
   A placeholder that names neither is an error, and so are two jobs with the same `out`.
+* `sizes: {small: {frames: 20_000, tasks: [...]}, full: {...}}` are scales of one experiment, each with the same keys,
+  and `size: small` (or `size=full` behind the file's name) chooses one: `${size.frames}` stands for its value anywhere
+  in the file, a whole list of the matrix included (`task: "${size.tasks}"`), and `${size.name}` is what it is called.
 * Every job's recipe is checked before the first one starts.
 """
 
@@ -42,6 +45,27 @@ class Filled(NamedTuple):
     command: str
     combination: dict[str, Any]  # the matrix keys that the stage mentions, and their values
     body: dict[str, Any]  # its command's recipe, not yet checked
+
+
+def sized(data: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """An experiment with the values of its size in place: `${size.key}`, and `${size.name}`, what it is called.
+
+    Raises:
+        CvlctlError: naming file, line and key: a size that is none, or one that lacks a key which another has.
+    """
+    size, sizes = data.get("size"), data.get("sizes", {})
+    legal = isinstance(sizes, Mapping) and all(isinstance(values, Mapping) for values in sizes.values())
+    if not legal or not (size or sizes):
+        return dict(data)  # what the schema refuses, or no sizes
+    keys = list(dict.fromkeys(key for values in sizes.values() for key in values))
+    for name, key in itertools.product(sizes, keys):
+        if key not in sizes[name]:
+            what = f"{source.where(('sizes', name))}: sizes.{name} lacks the key {key}, which another size has"
+            raise CvlctlError(what, f"add `{key}: ...`: all sizes have the same keys, so that each runs the same file")
+    if size not in tuple(sizes):
+        raise CvlctlError(f"{source.where(('size',))}: size is {shown(size)}", nearest(size, list(sizes), "sizes"))
+    values = {"size": {**sizes[size], "name": size}}
+    return {key: value if key == "sizes" else _fill(value, values, source, (key,)) for key, value in data.items()}
 
 
 def expand(
@@ -105,7 +129,8 @@ def _fill(value: Any, values: Mapping[str, Any], source: Source, key: Key) -> An
             if isinstance(found, Mapping) and part in found:
                 found = found[part]
             elif isinstance(found, Mapping) or part != "name":
-                raise CvlctlError(f"{source.where(key)}: ${{{name}}}: {cut(text_of(found))} has no {cut(part)}")
+                what = f"{source.where(key)}: ${{{name}}}: {cut(text_of(found))} has no {cut(part)}"
+                raise CvlctlError(what, nearest(part, list(found), "keys") if isinstance(found, Mapping) else "")
         return found
 
     whole = _PLACEHOLDER.fullmatch(value)

@@ -344,3 +344,78 @@ def test_matrix_keys_are_names(tmp_path: Path) -> None:
     path = experiment(tmp_path)
     assert "is not a legal name" in error_of(path, "matrix={out: [1]}", kind="run").what
     assert "matrix.task: expected a list" in error_of(path, "matrix.task=gym/Hopper-v5", kind="run").what
+
+
+SIZES = {
+    "small": {"frames": 2, "tasks": ["gym/Pendulum-v1"], "seeds": [0]},
+    "full": {"frames": 50, "tasks": ["gym/Pendulum-v1", "gym/Hopper-v5"], "seeds": [0, 1]},
+}
+
+
+def of_sizes(tmp_path: Path, **changes: Any) -> Path:
+    stages = {
+        "data": {
+            **EXPERIMENT["stages"]["data"],
+            "source": {"name": "random", "episodes": "${size.frames}"},
+            "out": "data/${task.name}-${size.frames}.zarr",
+        },
+        "train": {
+            **EXPERIMENT["stages"]["train"],
+            "stores": ["data/${task.name}-${size.frames}.zarr"],
+            "seeds": "${size.seeds}",
+            "label": "${size.name}",
+        },
+    }
+    matrix = {**EXPERIMENT["matrix"], "task": "${size.tasks}"}
+    whole = {"out": "runs/${size.name}", "size": "small", "sizes": SIZES, "matrix": matrix, "stages": stages}
+    return write(tmp_path, yaml.safe_dump({**whole, **changes}, sort_keys=False))
+
+
+def test_a_size_stands_wherever_it_is_mentioned_and_the_command_line_chooses_or_adds_one(tmp_path: Path) -> None:
+    path = of_sizes(tmp_path)
+    small, full = load(path, kind="run"), load(path, ["size=full"])
+    assert [len(one.jobs) for one in (small, full)] == [3, 6]
+    assert [job.recipe.source.episodes for job in full.jobs[:2]] == [50, 50]  # the value itself, not its text
+    assert full.jobs[1].recipe.out == Path("data/gym/Hopper-v5-50.zarr")
+    train = full.jobs[2].recipe
+    assert (train.seeds, train.label, train.out) == ((0, 1), "full", Path("runs/full/gym/Pendulum-v1/cvl"))
+    night = "sizes.night={frames: 7, tasks: [gym/Hopper-v5], seeds: [3]}"
+    jobs = load(path, [night, "size=night", "sizes.night.seeds=[5, 6]"]).jobs
+    assert [job.recipe.out for job in jobs[:1]] == [Path("data/gym/Hopper-v5-7.zarr")]
+    assert jobs[1].recipe.seeds == (5, 6)
+    again = write(tmp_path, yaml.safe_dump(full.resolved()))
+    assert load(again).resolved() == full.resolved()
+
+
+WRONG_SIZES = [
+    (["size=ful"], "command line: size is 'ful'", "did you mean full? legal sizes: small, full"),
+    (["size=[small]"], r"command line: size is the list \['small'\]", "legal sizes: small, full"),
+    (["size="], "command line: size is nothing", "legal sizes: small, full"),
+    (["sizes={}"], "line 2: size is 'small'", "legal sizes: "),
+    (["sizes.night={frames: 1}"], "command line: sizes.night lacks the key tasks", "all sizes have the same keys"),
+    (["sizes.full.steps=1"], "line 4: sizes.small lacks the key steps", "add `steps: ...`"),
+    (["sizes=3"], "command line: sizes: expected a mapping", ""),
+    (["sizes.full=3"], "command line: sizes.full: expected a mapping", ""),
+    (
+        ["stages.train.steps=${size.stepz}"],
+        r"command line: \$\{size.stepz\}: small has no stepz",
+        "legal keys: frames,",
+    ),
+    (["stages.train.steps=${size.seed}"], "small has no seed", "did you mean seeds?"),
+    (["matrix.task=${size.frames}"], "command line: matrix.task: expected a list, given 2", ""),
+    (["matrix.size=[1]"], "key 'size' is not a legal name: letters, digits, _ and -, and not out or size", ""),
+]
+
+
+@pytest.mark.parametrize(("overrides", "what", "hint"), WRONG_SIZES)
+def test_what_is_wrong_with_a_size(overrides: list[str], what: str, hint: str, tmp_path: Path) -> None:
+    path = of_sizes(tmp_path)
+    error = error_of(path, *overrides, kind="run")
+    assert re.search(what, error.what), error.what
+    assert hint in error.hint
+    assert error.what.startswith(("command line", f"{path}, line "))
+
+
+def test_a_matrix_key_may_be_called_size_where_there_are_no_sizes(tmp_path: Path) -> None:
+    path = experiment(tmp_path, train={"steps": "${size}", "out": "${out}/${task}/${algorithm.name}/${size}"})
+    assert [job.recipe.steps for job in load(path, ["matrix.size=[3,4]"]).jobs[2:4]] == [3, 4]
