@@ -4,6 +4,7 @@
 # make test      check, every test, recipes, docs, a short end-to-end run: a quarter of an hour on two cores
 # make learn     tests of minutes: every method compiled, formats fuzzed (about an hour)
 # make soak      crash points, power loss and state machines at length (hours)
+# make slurm     the SLURM engine on a SLURM of one node (apt-get install slurm-wlm munge): three minutes
 # make gpu       on a machine with a GPU: whether all works there and how fast it is, in ten minutes, into build/gpu
 # make bench     measured comparisons with peers, into docs/performance.md (about 40 minutes; leave the machine alone)
 
@@ -23,7 +24,7 @@ TORCH_INDEX ?=
 OTHERS := python3.12 python3.13
 NEWER := tests/learn/test_programs.py tests/learn/test_losses.py tests/data/test_samplers.py
 
-.PHONY: demo install check test pythons lint smoke learn soak gpu bench clean
+.PHONY: demo install check test pythons lint smoke learn soak slurm gpu bench clean
 
 demo: install
 	$(BIN)/cvlctl run recipes/quickstart.yaml
@@ -73,6 +74,10 @@ learn: install
 
 soak: install
 	$(PYTEST) -m soak --timeout 7200
+
+slurm: install
+	@command -v slurmctld >/dev/null || { echo "error: no SLURM here; apt-get install slurm-wlm munge"; exit 2; }
+	$(BIN)/pytest -m "slurm or slow and slurm" tests/slurm
 
 gpu: install
 	$(BIN)/python benchmarks/gpu.py
