@@ -16,6 +16,9 @@ from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import kind_of, load
 from cvlctl.recipes.yamlfile import read
 
+# how the opening comment of a recipe begins that reprints something: "CVL Figure 2: what it is"
+_ITEM = re.compile(r"((?:CVL|LAEO) (?:Figure|Tables?|section)[^:]*|Proposal, [^:]*): ")
+
 
 def _in(folder: Path) -> list[Path]:
     """The files of recipes under a folder. A pipe is waited for where it is named, not where it just lies."""
@@ -23,7 +26,8 @@ def _in(folder: Path) -> list[Path]:
 
 
 def ls(root: Path) -> list[dict[str, Any]]:
-    """The recipes under `root`: path, command (None: not a recipe), about (its opening comment's start)."""
+    """The recipes under `root`: path, command (None: not a recipe), item (of a paper, or None), about (its opening
+    comment's start)."""
     if not root.is_dir():
         raise CvlctlError(f"no directory {root}", "name the directory that holds the recipes")
     return [_row(path) for path in _in(root)]
@@ -50,10 +54,12 @@ def validate(paths: Iterable[Path]) -> list[dict[str, Any]]:
 def render_ls(result: list[dict[str, Any]], console: Console) -> None:
     """Print the result of `ls`."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("recipe", "command", "what it is"):
+    items = any(row["item"] for row in result)
+    for heading in ("recipe", "command", *(["paper"] if items else []), "what it is"):
         table.add_column(heading, no_wrap=heading == "command", overflow="fold")
     for row in result:
-        table.add_row(Text(row["path"]), row["command"] or "?", Text(row["about"]))
+        item = [Text(row["item"] or "")] if items else []
+        table.add_row(Text(row["path"]), row["command"] or "?", *item, Text(row["about"]))
     console.print(table)
 
 
@@ -71,5 +77,8 @@ def _row(path: Path) -> dict[str, Any]:
         line = path.read_text(encoding="utf-8-sig").lstrip().splitlines()[0]
         first = re.split(r"\.\s+(?=[A-Z])", line)[0].rstrip(".")
     except CvlctlError as error:
-        return {"path": str(path), "command": None, "about": error.what}
-    return {"path": str(path), "command": command, "about": first.lstrip("# ") if first.startswith("#") else ""}
+        return {"path": str(path), "command": None, "item": None, "about": error.what}
+    about = first.lstrip("# ") if first.startswith("#") else ""
+    item = _ITEM.match(about)
+    row = {"path": str(path), "command": command, "item": item and item[1], "about": about}
+    return {**row, "about": about[item.end() :]} if item else row

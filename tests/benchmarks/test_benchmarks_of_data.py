@@ -17,6 +17,8 @@ import cvlctl
 from cvlctl.collect.build import build
 from cvlctl.collect.recipe import BuildManyRecipe
 from cvlctl.data.writer import write_store
+from cvlctl.experiments.commands import load
+from cvlctl.experiments.run import run_experiment
 from cvlctl.play import envs
 from cvlctl.play.rollout import collect_episode
 from cvlctl.types import Episode
@@ -90,6 +92,25 @@ def test_mountain_car_script(
     assert "normaliser self, seed 0" in capsys.readouterr().out
     with pytest.raises(SystemExit) as left:
         mountain_car.main([*arguments, "batch_size=16"])
+    assert left.value.code == 2
+
+
+def test_maps_of_mountain_car_from_the_recipe_in_a_tiny_form(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    maps = script("mountain_car_maps")
+    recipe = Path(maps.__file__).parents[1] / "recipes" / "papers" / "cvl-figure-8.yaml"
+    monkeypatch.chdir(tmp_path)
+    size = "sizes.tiny={frames: 1_050, starts: 1_000, updates: 3, q_updates: 3, seeds: [0]}"
+    plain = [f"stages.{stage}.compile=false" for stage in ("data", "critic", "q")]
+    result = run_experiment(load(recipe, [size, "size=tiny", *plain, "stages.critic.critic.hidden=[16]"]))
+    store, critic, q = (stage["out"] for stage in result["stages"])
+    arguments = ["--store", store, "--critic", critic, "--pairs", "300", "--bank", "200", "--q"]
+    maps.main([*arguments, q])
+    assert Path("build/mountain-car-maps.png").stat().st_size > 10_000
+    assert "Q of SAC's last policy, fitted" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        maps.main([*arguments, critic])
     assert left.value.code == 2
 
 

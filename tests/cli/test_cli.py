@@ -261,7 +261,7 @@ def test_recipes_ls_and_validate(recipe: Path, capsys: pytest.CaptureFixture[str
     recipe.write_text("# Random actions. More.\n" + recipe.read_text())
     assert call("recipes", "ls", recipe.parent, "--json") == 0
     assert json.loads(capsys.readouterr().out) == [
-        {"path": str(recipe), "command": "build-dataset", "about": "Random actions"}
+        {"path": str(recipe), "command": "build-dataset", "item": None, "about": "Random actions"}
     ]
     assert call("recipes", "validate", recipe, "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["command"] == "build-dataset"
@@ -273,6 +273,29 @@ def test_recipes_ls_and_validate(recipe: Path, capsys: pytest.CaptureFixture[str
     assert call("recipes", "ls", recipe.parent) == 0
     assert call("recipes", "validate", recipe.parent / "none.yaml") == 2
     assert "no recipe at" in capsys.readouterr().out
+
+
+def test_recipes_ls_names_the_item_of_the_paper(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = recipe.read_text()
+    heads = {  # opening comment -> item, about
+        "CVL Figure 2: fifty tasks. More.": ("CVL Figure 2", "fifty tasks"),
+        "LAEO Figure 6, left: from 1 example": ("LAEO Figure 6, left", "from 1 example"),
+        "Proposal, online: a learner": ("Proposal, online", "a learner"),
+        "CVL: a policy from rewards": (None, "CVL: a policy from rewards"),
+        "LAEO's datasets (its section 5): checkpoints": (None, "LAEO's datasets (its section 5): checkpoints"),
+    }
+    for head, (item, about) in heads.items():
+        recipe.write_text(f"# {head}\n{plain}")
+        assert call("recipes", "ls", recipe.parent, "--json") == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        assert (row["item"], row["about"]) == (item, about)
+        monkeypatch.setenv("COLUMNS", "200")
+        assert call("recipes", "ls", recipe.parent) == 0
+        shown = capsys.readouterr().out
+        assert ("paper" in shown) == (item is not None)
+        assert about in shown
 
 
 def test_python_m() -> None:
