@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -31,15 +31,15 @@ children.settle(parent)
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def begin(code: str, *arguments: str, **pipes: Any) -> subprocess.Popen[str]:
+def begin(code: str, *arguments: str, more: Mapping[str, str] | None = None, **pipes: Any) -> subprocess.Popen[str]:
     """Start an interpreter that runs `code`, with `arguments` from sys.argv[2] on, and ends with this thread.
 
     One thread for its numerics: the parallelism is between processes, and their libraries' threads would only fight for
-    the CPUs.
+    the CPUs. `more` is added to its environment.
     """
     about = json.dumps([_import_path(), cvlctl.__file__, os.getpid()])
     command = [sys.executable, "-P", "-c", _BEGIN + code, about, *arguments]
-    environment = os.environ | dict.fromkeys(_THREADS, "1")
+    environment = os.environ | dict.fromkeys(_THREADS, "1") | dict(more or {})
     return subprocess.Popen(command, env=environment, process_group=0, text=True, stdin=subprocess.PIPE, **pipes)
 
 

@@ -16,6 +16,10 @@ class CvlctlError(Exception):
         super().__init__(f"{self.what}\n{self.hint}" if hint else self.what)
 
 
+class Busy(CvlctlError):
+    """Another process is at it."""
+
+
 def _shortened(text: str, length: int) -> str:
     """The text, without its middle where it is longer: names and values in it can have any length, a screen has not."""
     return text if len(text) <= length else f"{text[: length - 305]} ... {text[-300:]}"

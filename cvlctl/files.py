@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Self, TextIO
 
-from cvlctl.errors import CvlctlError
+from cvlctl.errors import Busy, CvlctlError
 
 LARGEST = 2**31  # bytes of a file that is read at once: documents, and rows by the line
 _TEMPORARY = re.compile(r"\.(.+)\.(\d{1,10})\.tmp")  # .NAME.PID.tmp: what `write_atomically` writes before it replaces
@@ -275,7 +275,8 @@ def lock(file: Path) -> Lock:
     instant are then not told apart, nor is whether a process of another machine still runs.
 
     Raises:
-        CvlctlError: another process has it, or the file cannot be made.
+        Busy: another process has it.
+        CvlctlError: the file cannot be made.
     """
     with disk(file.parent):
         make_folder(file.parent)
@@ -298,8 +299,8 @@ def lock(file: Path) -> Lock:
         raise
 
 
-def _busy(file: Path) -> CvlctlError:
-    return CvlctlError(f"another process is writing {file.parent}", "wait until it is done, or choose another path")
+def _busy(file: Path) -> Busy:
+    return Busy(f"another process is writing {file.parent}", "wait until it is done, or choose another path")
 
 
 def _note(handle: TextIO, file: Path) -> bool:
@@ -309,11 +310,9 @@ def _note(handle: TextIO, file: Path) -> bool:
     if number.isdecimal():
         if host != platform.node():
             what = f"process {number} on {host} is writing {file.parent}, or was: this file system has no locks"
-            raise CvlctlError(what, f"wait until it is done; where it is none any more, delete {file}")
+            raise Busy(what, f"wait until it is done; where it is none any more, delete {file}")
         if is_running(int(number)):
-            raise CvlctlError(
-                f"another process is writing {file.parent}", f"wait until {number} is done; {file} names it"
-            )
+            raise Busy(f"another process is writing {file.parent}", f"wait until {number} is done; {file} names it")
     handle.truncate(0)
     handle.write(f"{platform.node()} {os.getpid()}")
     handle.flush()

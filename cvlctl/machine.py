@@ -36,15 +36,31 @@ def free_memory(root: Path = Path("/")) -> int:
     Args:
         root: where /proc and /sys are.
     """
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
-    free = [int(found[1]) * 1024 if found else 2**33]
+    free = [_of_the_system(root, "MemAvailable")]
+    for limit, used in _memory_of_groups(root):
+        if used is not None:
+            free.append(max(0, limit - used))
+    return min(free)
+
+
+def total_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process and its groups may take in all; 8 GiB where the system does not tell."""
+    return min([_of_the_system(root, "MemTotal"), *(limit for limit, _ in _memory_of_groups(root))])
+
+
+def _of_the_system(root: Path, name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 2**33
+
+
+def _memory_of_groups(root: Path) -> Iterator[tuple[int, int | None]]:
+    """The limit of each group that has one, and what is used of it, less what is given back as needed."""
     for version, group in _groups(root, "memory"):
         limit_file, used_file, cache = _LIMITS[version]
         limit, used = _number(group / limit_file), _number(group / used_file)
-        if limit is not None and used is not None:
-            given_back = re.search(rf"^{cache} (\d+)$", _read(group / "memory.stat"), re.MULTILINE)  # as needed
-            free.append(max(0, limit - used + (int(given_back[1]) if given_back else 0)))
-    return min(free)
+        given_back = re.search(rf"^{cache} (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+        if limit is not None:
+            yield limit, None if used is None else used - (int(given_back[1]) if given_back else 0)
 
 
 def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
-from cvlctl import streams
+from cvlctl import cell, streams
 from cvlctl.terminal import console, visible
 
 PLAIN_LINE_SECONDS = 10.0
@@ -63,6 +64,7 @@ class Progress:
         """Report `done` units out of the total."""
         now = time.monotonic()
         rate = (done - self.start) / max(now - self._begin, 1e-9)
+        cell.progress(self.what, done, self.total, self.unit, rate)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rate=f"{rate:.0f} {self.unit}/s", text=visible(text))
         elif now - self._said >= PLAIN_LINE_SECONDS:
@@ -75,6 +77,70 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class Screen:
+    """Several jobs at once: one table on a terminal; else a line every ten seconds. A context manager.
+
+    Args:
+        heading: what the jobs are, in the singular.
+        rows: gives name, how far it is in words, and whether it failed, of every job that runs or failed.
+        counts: gives a line about all of them.
+    """
+
+    def __init__(
+        self, heading: str, rows: Callable[[], Sequence[tuple[str, str, bool]]], counts: Callable[[], str]
+    ) -> None:
+        self._heading, self._rows, self._counts, self._said = heading, rows, counts, time.monotonic()
+        self._live: Any = None
+
+    def __enter__(self) -> Self:
+        if streams.is_terminal(sys.stderr):
+            from rich.live import Live
+
+            self._live = Live(self.table(), console=console(stderr=True), transient=True, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """A line for people, above the table."""
+        if self._live is None:
+            say(line)
+        else:
+            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def update(self) -> None:
+        """Show how far they are."""
+        if self._live is not None:
+            self._live.update(self.table())
+        elif time.monotonic() - self._said >= PLAIN_LINE_SECONDS:
+            self._said = time.monotonic()
+            say("; ".join([self._counts(), *(f"{name} {words}" for name, words, failed in self._rows() if not failed)]))
+
+    def table(self) -> Any:
+        """The jobs that run and those that failed; of the others the number."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=self._counts(), caption_justify="left")
+        table.add_column(self._heading, no_wrap=True)
+        table.add_column("progress", overflow="ellipsis", no_wrap=True)
+        for name, words, failed in self._rows():
+            table.add_row(Text(name), Text(words, style="red" if failed else ""))
+        return table
+
+
+def how_far(done: int, total: int, unit: str, rate: float, text: str = "") -> str:
+    """ "40% of 6000 updates, 31/s, 1m56s left"."""
+    left = f", {clock((total - done) / rate)} left" if rate > 0 else ""
+    return f"{done / max(total, 1):.0%} of {total} {unit}, {rate:.0f}/s{left}{text and '  '}{text}"
 
 
 def clock(seconds: float) -> str:

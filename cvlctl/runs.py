@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from cvlctl.cell import where
 from cvlctl.errors import CvlctlError
 from cvlctl.files import (
     Lock,
@@ -35,6 +36,7 @@ from cvlctl.version import versions
 
 _CHECKPOINT = re.compile(r"(last|(step|episodes)-\d+)\.safetensors")  # others are somebody's own
 LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
+_DECIDED = ("device", "threads", "precision", "compile", "memory_gb")  # as it begins, where a recipe says "auto"
 _FILES = ("run.json", "recipe.yaml", "metrics.jsonl", "metrics.png", LABELS_FILE)
 
 
@@ -120,8 +122,10 @@ class Run:
     def _difference(self, before: dict[str, Any]) -> str:
         """How the run of a record differs from this one, in words. One moved or copied is still the same."""
         try:
-            then, now = ({**recipe, "out": None} for recipe in (self._refill(before["recipe"]), self.recipe))
-            return _difference(then, now) or _difference(before["inputs"], self.inputs)
+            then = settled(self._refill(before["recipe"]), self.recipe)
+            return _difference({**then, "out": None}, {**self.recipe, "out": None}) or _difference(
+                before["inputs"], self.inputs
+            )
         except RecursionError:
             return "its recipe has no end"
 
@@ -137,7 +141,8 @@ class Run:
             file.unlink(missing_ok=True)
 
     def _write(self, status: str, more: dict[str, Any]) -> None:
-        record = {"status": status, **more, "inputs": self.inputs, "versions": versions(), "recipe": self.recipe}
+        about = {"versions": versions(), "where": where()}
+        record = {"status": status, **more, "inputs": self.inputs, **about, "recipe": self.recipe}
         write_json(self.out / "run.json", record)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -169,6 +174,12 @@ class Run:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def settled(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A recorded recipe, with what `now` says of how to compute where either leaves it to be decided: either is true of
+    what was decided."""
+    return then | {key: now[key] for key in _DECIDED if key in now and "auto" in (then.get(key), now[key])}
 
 
 def read_run(out: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ ROOMS = [
     ["recipes"],
     ["runs", "folders", "figures"],
     ["checkpoints", "children", "interrupts", "progress", "rates"],
+    ["cell"],
     ["files", "paths", "types"],
     ["machine", "streams", "version", "errors"],
     ["terminal"],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cvlctl.machine import free_memory, num_cpus
+from cvlctl.machine import free_memory, num_cpus, total_memory
 
 GB, NO_LIMIT = 2**30, 9223372036854771712  # what version 1 says where there is no limit
 V1 = "32 31 0:29 {begin} /sys/fs/cgroup/{name} rw,relatime shared:9 - cgroup cgroup rw,{name}\n"
@@ -22,7 +22,7 @@ def _sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def machine(root: Path, files: dict[str, str]) -> Path:
-    files = {"proc/meminfo": f"MemTotal: 1 kB\nMemAvailable:   {64 * 2**20} kB\n"} | files
+    files = {"proc/meminfo": f"MemTotal: {128 * 2**20} kB\nMemAvailable:   {64 * 2**20} kB\n"} | files
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def v1(group: str, begin: str = "/") -> dict[str, str]:
 
 
 def test_a_machine_without_groups(tmp_path: Path) -> None:
-    assert num_cpus(tmp_path) == 16 and free_memory(tmp_path) == 8 * GB
+    assert num_cpus(tmp_path) == 16 and free_memory(tmp_path) == total_memory(tmp_path) == 8 * GB
     assert free_memory(machine(tmp_path, {})) == 64 * GB
     assert num_cpus() >= 1 and 2**20 < free_memory() < 2**45  # of the machine that runs the test
 
@@ -83,7 +83,7 @@ def test_memory_of_version_1_and_what_the_cache_gives_back(tmp_path: Path) -> No
     (root / place / "a").mkdir()
     (root / place / "a" / "memory.limit_in_bytes").write_text(f"{4 * GB}\n")
     (root / place / "a" / "memory.usage_in_bytes").write_text(f"{3 * GB}\n")
-    assert free_memory(root) == GB
+    assert free_memory(root) == GB and total_memory(root) == 4 * GB
     (root / place / "a" / "memory.stat").write_text(f"inactive_file 5\ntotal_inactive_file {2 * GB}\n")
     assert free_memory(root) == 3 * GB
     (root / place / "a" / "memory.usage_in_bytes").write_text(f"{9 * GB}\n")  # over the limit, for a moment

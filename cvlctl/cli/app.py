@@ -34,6 +34,12 @@ class Form(StrEnum):
     markdown = "markdown"
 
 
+class Engine(StrEnum):
+    """What runs the cells of an experiment."""
+
+    local = "local"
+
+
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see `cvlctl recipes ls`.")]
 Overrides = Annotated[
     list[str] | None,
@@ -128,19 +134,48 @@ def evaluate(
 def run(
     experiment: Recipe,
     overrides: Overrides = None,
+    engine: Annotated[Engine | None, typer.Option("--engine", help="What runs the cells; wins over the file.")] = None,
+    only: Annotated[
+        str, typer.Option("--only", metavar="CONDITIONS", help="Of cells: 'stage=train task=*window* algorithm=cvl'.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, with sizes and estimates.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Print how far each cell is, from any machine.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="With --status: until all has ended.")] = False,
+    logs: Annotated[str | None, typer.Option("--logs", metavar="CELL", help="Print what a cell has said.")] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Stop whoever runs it, as Ctrl-C does.")] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first cell that fails.")] = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run an experiment: stages of the four commands, multiplied by a matrix. Finished stages are skipped."""
+    """Run an experiment: stages of the four commands, multiplied by a matrix, as processes side by side.
+
+    Finished cells are skipped. A cell that fails blocks those alone that need its result; exit code 2 then. The same
+    command goes on with what is missing, and so it does after Ctrl-C.
+    """
+    chosen = [*(overrides or []), *([f"engine={engine.value}"] if engine else [])]
+
+    def work() -> Any:
+        from cvlctl.experiments import commands, look, run
+
+        loaded = commands.load(experiment, chosen, "run")
+        if logs is not None:
+            return look.logs(loaded, logs)
+        if cancel:
+            return look.cancel(loaded)
+        if follow:
+            return look.follow(loaded, only)
+        if status:
+            return look.look(loaded, only)
+        return run.run_experiment(loaded, force=force, dry_run=dry_run, only=only, fail_fast=fail_fast)
 
     def show(result: dict[str, Any]) -> None:
-        from cvlctl.experiments.run import render
+        from cvlctl.experiments import look, show
 
-        render(result, console())
+        (show if "scores" in result else look).render(result, console())
 
-    _step("run", experiment, overrides, force, as_json, quiet, show, dry_run=dry_run)
+    result = present(work, show, as_json, quiet)
+    raise typer.Exit(2 if result["status"] == "failed" else 0)
 
 
 @register(app, "doctor", LOOK, "cvlctl doctor --parity metaworld/pick-place-v3 gym/Hopper-v5")
@@ -212,7 +247,6 @@ def _step(
     as_json: bool,
     quiet: bool,
     show: Callable[[Any], None] | None = None,
-    **options: bool,
 ) -> Any:
     """Load the recipe of a command, run it, and show its result: in one line, if not by `show`."""
 
@@ -220,7 +254,7 @@ def _step(
         from cvlctl.experiments import commands
 
         loaded = commands.load(recipe, overrides or [], command)
-        return commands.function(command)(loaded, force=force, **options)
+        return commands.function(command)(loaded, force=force)
 
     return present(work, show or _line, as_json, quiet)
 

@@ -1,7 +1,7 @@
 """What people and programs see of a command: results on stdout, progress and errors on stderr, exit codes.
 
-Exit code 0: done; 1: `data verify` or `doctor --parity` found faults; 2: something a user can mend; 70: a bug; 130:
-interrupted.
+Exit code 0: done; 1: `data verify` or `doctor --parity` found faults; 2: something a user can mend; 70: a bug; 75: a
+cell of an experiment that another process is at; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cvlctl import interrupts, streams, terminal
-from cvlctl.errors import CvlctlError
+from cvlctl import cell, interrupts, streams, terminal
+from cvlctl.errors import Busy, CvlctlError
 from cvlctl.files import HINTS, SHORTAGES
 
 if TYPE_CHECKING:
@@ -59,14 +59,21 @@ def console() -> Console:
 
 def execute(app: Callable[..., Any], args: Sequence[str]) -> int:
     """Run a Typer app; every error that a user can mend becomes two lines on stderr. Returns the exit code."""
+    code = _executed(app, args)
+    cell.end(code)
+    return code
+
+
+def _executed(app: Callable[..., Any], args: Sequence[str]) -> int:
     try:
+        cell.begin()
         code = app(args=list(args) or ["--help"], prog_name="cvlctl", standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # what Typer makes of Ctrl-C
             return _fail(args, *INTERRUPTED)
         return code if isinstance(code, int) else 0
     except CvlctlError as error:
-        return _fail(args, error.what, error.hint)
+        return _fail(args, error.what, error.hint, cell.HELD if isinstance(error, Busy) and cell.is_one() else 2)
     except KeyboardInterrupt:
         return _fail(args, *INTERRUPTED)
     except BrokenPipeError:
@@ -116,6 +123,7 @@ def _bug(args: Sequence[str], error: Exception) -> int:
 
 
 def _fail(args: Sequence[str], what: str, hint: str, code: int = 2) -> int:
+    cell.failed(what, hint)
     as_json = "--json" in args or "--format=json" in args or ("--format", "json") in itertools.pairwise(args)
     with contextlib.suppress(OSError):  # nobody is there to be told: the exit code is
         if as_json:

@@ -19,20 +19,18 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
-from cvlctl import children, streams, terminal
+from cvlctl import children
 from cvlctl.collect.build import build, finished
 from cvlctl.collect.recipe import BuildManyRecipe, BuildRecipe
 from cvlctl.errors import CvlctlError
 from cvlctl.interrupts import interruptible, watched
 from cvlctl.machine import num_cpus
-from cvlctl.progress import PLAIN_LINE_SECONDS, Progress, clock, say
+from cvlctl.progress import Progress, Screen, clock, how_far, say
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 _COMMAND = "from cvlctl.collect import build_many as b; b.serve()"
 _REPORT_SECONDS = 0.5
@@ -60,6 +58,10 @@ class _Job:
     @property
     def running(self) -> bool:
         return self.process is not None and self.result is None
+
+    @property
+    def failed(self) -> bool:
+        return self.result is not None and self.result["status"] == "failed"
 
     def rate(self) -> float:
         """Units a second since its process began to count."""
@@ -184,36 +186,15 @@ def _stop(running: Sequence[_Job], events: queue.SimpleQueue[Event], screen: _Sc
 # --- what people see
 
 
-class _Screen:
-    """One table on a terminal; else a line every ten seconds, and one as a task ends. A context manager."""
+class _Screen(Screen):
+    """How far the tasks are, and a line as one ends."""
 
     def __init__(self, jobs: Sequence[_Job]) -> None:
-        self._jobs, self._said = jobs, time.monotonic()
-        self._live: Any = None
+        def rows() -> list[tuple[str, str, bool]]:
+            return [(job.task, _in_words(job), not job.running) for job in jobs if job.running or job.failed]
+
+        super().__init__("task", rows, lambda: _counts(jobs))
         self._told: set[str] = set()
-
-    def __enter__(self) -> _Screen:
-        if streams.is_terminal(sys.stderr):
-            from rich.live import Live
-
-            self._live = Live(
-                self._table(), console=terminal.console(stderr=True), transient=True, refresh_per_second=4
-            )
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def say(self, line: str) -> None:
-        """A line for people, above the table."""
-        if self._live is None:
-            say(line)
-        else:
-            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def settled(self, job: _Job) -> None:
         """Say once that a task has its result."""
@@ -221,33 +202,12 @@ class _Screen:
             self._told.add(job.task)
             self.say(f"{job.task}: {_in_words(job)}")
 
-    def update(self) -> None:
-        """Show how far they are."""
-        if self._live is not None:
-            self._live.update(self._table())
-        elif time.monotonic() - self._said >= PLAIN_LINE_SECONDS:
-            self._said = time.monotonic()
-            say("; ".join([self._counts(), *(f"{job.task} {_in_words(job)}" for job in self._jobs if job.running)]))
 
-    def _counts(self) -> str:
-        results = [job.result["status"] for job in self._jobs if job.result]
-        failed = f", {results.count('failed')} failed" if "failed" in results else ""
-        waiting = sum(job.result is None and job.process is None for job in self._jobs)
-        return f"{len(results)} of {len(self._jobs)} tasks done{failed}" + (f", {waiting} waiting" if waiting else "")
-
-    def _table(self) -> Table:
-        """The tasks that run and those that failed; of the others the number."""
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=self._counts(), caption_justify="left")
-        table.add_column("task", no_wrap=True)
-        table.add_column("progress", overflow="ellipsis", no_wrap=True)
-        for job in self._jobs:
-            if job.running or (job.result and job.result["status"] == "failed"):
-                table.add_row(Text(job.task), Text(_in_words(job), style="" if job.running else "red"))
-        return table
+def _counts(jobs: Sequence[_Job]) -> str:
+    results = [job.result["status"] for job in jobs if job.result]
+    failed = f", {results.count('failed')} failed" if "failed" in results else ""
+    waiting = sum(job.result is None and job.process is None for job in jobs)
+    return f"{len(results)} of {len(jobs)} tasks done{failed}" + (f", {waiting} waiting" if waiting else "")
 
 
 def _in_words(job: _Job) -> str:
@@ -260,11 +220,7 @@ def _in_words(job: _Job) -> str:
     told = job.progress
     if not told:
         return "starting"
-    rate = job.rate()
-    left = f", {clock((told['total'] - told['done']) / rate)} left" if rate > 0 else ""
-    share = f"{told['done'] / told['total']:.0%}"
-    text = f"  {told['text']}" if told["text"] else ""
-    return f"{share} of {told['total']} {told['unit']}, {rate:.0f}/s{left}{text}"
+    return how_far(told["done"], told["total"], told["unit"], job.rate(), told["text"])
 
 
 def _scores(result: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cvlctl import checkpoints, files, interrupts
 from cvlctl.collect import replay
-from cvlctl.collect.recipe import BuildRecipe, ContrastiveSource, OnlineSource, SacSource
+from cvlctl.collect.recipe import BuildRecipe, ContrastiveSource, OnlineSource, SacSource, policies_dir
 from cvlctl.data.store import Store
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
@@ -40,11 +40,6 @@ from cvlctl.play.rollout import Outcome, in_words, outcome
 from cvlctl.progress import Progress, say
 from cvlctl.runs import Run, read_run
 from cvlctl.types import Episode, Spec
-
-
-def policies_dir(out: Path) -> Path:
-    """Where the policies of an online collection into `out` are kept."""
-    return out.with_name(out.name.removesuffix(".zarr") + ".policies")
 
 
 def _run(recipe: BuildRecipe) -> Run:

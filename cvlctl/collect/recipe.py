@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
@@ -31,6 +32,7 @@ from cvlctl.recipes.values import (
 )
 from cvlctl.recipes.yamlfile import Source, shown
 from cvlctl.recipes.yamltext import Key
+from cvlctl.runs import settled
 from cvlctl.types import Flag
 
 
@@ -243,12 +245,27 @@ class BuildRecipe(Computed):
         num = source.episodes * (len(checkpoints) if isinstance(checkpoints, tuple) else 1)
         return Work(count(num, "episode"), num * EPISODE_STEPS / SIMULATED)
 
+    def learning(self, others: Sequence[Any] = ()) -> tuple[int, Update] | None:
+        source = self.source
+        return (source.updates, source.update) if isinstance(source, OnlineSource) else None
+
+    def reads(self) -> list[str]:
+        source = self.source
+        named = (*getattr(source, "stores", ()), getattr(source, "run", None), getattr(source, "checkpoints", None),
+                 getattr(source, "until", None))  # fmt: skip
+        listed = [path for one in named for path in (one if isinstance(one, tuple) else (one,))]
+        return [str(getattr(one, "run", one)) for one in listed if isinstance(one, Path | Reaching)]
+
+    def writes(self) -> list[str]:
+        return [str(self.out), str(policies_dir(self.out))]
+
     def built(self, recorded: Any) -> bool:
         """Whether a resolved recipe found in a store is this one: keys that came later have their defaults.
 
         `out` may differ: a store may have been moved, or be reached by another path.
         """
-        return self.with_defaults(recorded or {}) | {"out": None} == self.resolved() | {"out": None}
+        now = self.resolved() | {"out": None}
+        return settled(self.with_defaults(recorded or {}), now) | {"out": None} == now
 
 
 class BuildManyRecipe(Strict):
@@ -261,6 +278,11 @@ class BuildManyRecipe(Strict):
 
     processes: Literal["auto"] | Count = "auto"  # auto: one a CPU
     recipes: Annotated[tuple[BuildRecipe, ...], Field(min_length=1)]
+
+
+def policies_dir(out: Path) -> Path:
+    """Where the policies of an online collection into `out` are kept."""
+    return out.with_name(out.name.removesuffix(".zarr") + ".policies")
 
 
 def _is_many(task: Any) -> bool:

@@ -22,7 +22,7 @@ from cvlctl.progress import Progress
 from cvlctl.types import Episode
 
 # what is true of a store's writing, not of its episodes
-OWN_PROVENANCE = ("versions", "platform", "git_commit", "created", "recipe", "parents", "command", "inputs")
+OWN_PROVENANCE = ("versions", "platform", "where", "git_commit", "created", "recipe", "parents", "command", "inputs")
 
 Rows = Callable[[], Iterator[np.ndarray]]  # (T+1,) rows of every episode, in order, the final row included
 

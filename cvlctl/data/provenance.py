@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cvlctl.cell import where
 from cvlctl.errors import CvlctlError
 from cvlctl.version import versions
 
@@ -18,7 +19,7 @@ from cvlctl.version import versions
 @cache
 def environment() -> dict[str, Any]:
     """What wrote the store, found without importing any of it."""
-    found: dict[str, Any] = {"versions": versions(), "platform": platform.platform()}
+    found: dict[str, Any] = {"versions": versions(), "platform": platform.platform(), "where": where()}
     root = Path(__file__).parents[2]
     if (root / ".git").exists():  # else this may be a copy that lies in somebody else's repository
         with contextlib.suppress(OSError, subprocess.SubprocessError):

@@ -1,15 +1,20 @@
-"""The plan of an experiment: what each job is, how far it is, and about how long it will take."""
+"""The plan of an experiment: what each cell is, how far it is, and about how long it will take."""
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments.recipe import ExperimentRecipe, Job
+from cvlctl.experiments.graph import Cell
+from cvlctl.experiments.recipe import Job
 from cvlctl.folders import partial_of
-from cvlctl.runs import read_run
+from cvlctl.runs import read_run, settled
+
+RECORDS = ("run.json", "zarr.json", "evaluation.json")  # the last thing that a command writes into its `out`
 
 
 def title(job: Job) -> str:
@@ -17,24 +22,26 @@ def title(job: Job) -> str:
     return f"{job.stage}: {job.command} {job.label}".strip()
 
 
-def plan(experiment: ExperimentRecipe, *, force: bool = False) -> list[dict[str, Any]]:
-    """One dict a job: stage, command, combination, out, state, size, estimate_seconds, threads (how many,
-    and why; None: no matter).
+def plan(cells: Sequence[Cell], *, force: bool = False) -> list[dict[str, Any]]:
+    """One dict a cell: cell (its name), stage, command, combination, needs (names), out, state, size, estimate_seconds,
+    threads (how many, and why; None: no matter).
 
     The state is "finished", "partial", "to do", or "another recipe" (it will not start without `force`).
     """
-    stages, recipes = [], [job.recipe for job in experiment.jobs]
-    for job in experiment.jobs:
+    rows, recipes = [], [cell.job.recipe for cell in cells]
+    for cell in cells:
+        job = cell.job
         size, seconds = job.recipe.work(recipes)
-        stages.append({
-            "stage": job.stage, "command": job.command, "combination": job.combination, "out": str(job.recipe.out),
-            "state": "to do" if force else _state(job), "size": size, "estimate_seconds": round(seconds),
-            "threads": getattr(job.recipe, "about_threads", None),
+        rows.append({
+            "cell": cell.name, "stage": job.stage, "command": job.command, "combination": job.combination,
+            "needs": list(cell.needs), "out": str(job.recipe.out), "state": "to do" if force else state_of(job),
+            "size": size, "estimate_seconds": round(seconds), "threads": getattr(job.recipe, "about_threads", None),
         })  # fmt: skip
-    return stages
+    return rows
 
 
-def _state(job: Job) -> str:
+def state_of(job: Job) -> str:
+    """How far a job is, by what lies at its `out`."""
     out, plain = Path(job.recipe.out), job.recipe.resolved()
     before: Mapping[str, Any]
     try:
@@ -58,30 +65,67 @@ def _state(job: Job) -> str:
             before = read_run(out)
     except CvlctlError:
         return "another recipe"
-    recorded = job.recipe.with_defaults(before["recipe"])
+    recorded = settled(job.recipe.with_defaults(before["recipe"]), plain)
     same = all(recorded.get(key) == value for key, value in plain.items() if key != "out")
     if job.command != "evaluate" and not same:
         return "another recipe"
     return "finished" if before["status"] == "finished" else "partial"
 
 
-def lines(jobs: Sequence[Job], stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What is about to be done, a line for each job of the plan that is not finished, and in all; none: nothing is."""
-    left = [(title(job), stage) for job, stage in zip(jobs, stages, strict=True) if stage["state"] != "finished"]
-    told = [f"plan: {name}, {stage['size']}: about {rough(stage['estimate_seconds'])}" for name, stage in left]
-    return [*told, f"plan: {in_all(stages)}"] if left else []
+def is_older(job: Job) -> bool:
+    """Whether something that a finished job has read was written after it: its command knows what that means."""
+    own = _written(str(job.recipe.out))
+    read = [place for pattern in job.recipe.reads() for place in (pattern, *_found(pattern))]
+    return any(_written(place) > own for place in read)
 
 
-def in_all(stages: Sequence[Mapping[str, Any]]) -> str:
-    """How long what is left takes."""
-    left = sum(stage["estimate_seconds"] for stage in stages if stage["state"] != "finished")
-    return f"about {rough(left)} in all on an idle machine, give or take a factor of two"
+def _found(pattern: str) -> list[str]:
+    return glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else []
 
 
-def threads_of(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+def _written(place: str) -> float:
+    """When a result was finished, by the file system's clock; 0: there is none."""
+    times = [0.0]
+    for name in RECORDS:
+        with suppress(OSError):
+            times.append(Path(place, name).stat().st_mtime)
+    return max(times)
+
+
+def lines(cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]], at_once: int) -> list[str]:
+    """What is about to be done, a line for each cell of the plan that is not finished, and in all; none: nothing is.
+
+    Of many cells a line for each stage.
+    """
+    left = [(cell, row) for cell, row in zip(cells, rows, strict=True) if row["state"] != "finished"]
+    if len(left) > 30:
+        stages = dict.fromkeys(row["stage"] for _, row in left)
+        told = [_stage_line(stage, [row for _, row in left if row["stage"] == stage]) for stage in stages]
+    else:
+        told = [f"plan: {title(cell.job)}, {row['size']}: about {rough(row['estimate_seconds'])}" for cell, row in left]
+    return [*told, f"plan: {in_all(rows, at_once)}"] if left else []
+
+
+def _stage_line(stage: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    seconds = sum(row["estimate_seconds"] for row in rows)
+    return f"plan: {stage}: {len(rows)} cells: about {rough(seconds)} one after the other"
+
+
+def in_all(rows: Sequence[Mapping[str, Any]], at_once: int) -> str:
+    """How long what is left takes, with so many cells at once: at least the longest way through it."""
+    left = [row for row in rows if row["state"] != "finished"]
+    ends: dict[str, float] = {}
+    for row in left:
+        ends[row["cell"]] = row["estimate_seconds"] + max([0.0, *(ends.get(need, 0.0) for need in row["needs"])])
+    seconds = max([sum(row["estimate_seconds"] for row in left) / at_once, *ends.values()])
+    beside = f", {at_once} cells at once," if at_once > 1 and len(left) > 1 else ""
+    return f"about {rough(seconds)} in all{beside} on an idle machine, give or take a factor of two"
+
+
+def threads_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What computes with how many threads, and why: a line for each answer."""
-    kinds = dict.fromkeys(stage["threads"] for stage in stages if stage["threads"])
-    names = {kind: dict.fromkeys(stage["stage"] for stage in stages if stage["threads"] == kind) for kind in kinds}
+    kinds = dict.fromkeys(row["threads"] for row in rows if row["threads"])
+    names = {kind: dict.fromkeys(row["stage"] for row in rows if row["threads"] == kind) for kind in kinds}
     return [f"threads: {kind}: {', '.join(found)}" for kind, found in names.items()]
 
 

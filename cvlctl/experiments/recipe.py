@@ -5,16 +5,27 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, field_validator
 
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import STEPS, model
 from cvlctl.recipes.matrix import expand, sized, text_of
-from cvlctl.recipes.values import Name, Out, Strict
+from cvlctl.recipes.values import Count, Name, Out, Strict, not_bool
 from cvlctl.recipes.yamlfile import Source
 from cvlctl.recipes.yamltext import Key
+
+
+class LocalSettings(Strict):
+    """`engine: local`: processes of this machine."""
+
+    processes: Literal["auto"] | Count = "auto"  # cells at once; auto: as many as its CPUs are enough for
+    gpus: Literal["auto"] | Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = "auto"  # that cells share
+    cells_per_gpu: Count = 1
+
+
+ENGINES = ("local",)  # what may run an experiment's cells
 
 
 class Job(NamedTuple):
@@ -24,6 +35,7 @@ class Job(NamedTuple):
     command: str
     combination: dict[str, Any]  # the matrix keys that its stage mentions, and their values
     recipe: Any  # a BuildRecipe, PretrainRecipe, FinetuneRecipe or EvaluateRecipe
+    engines: dict[str, Any]  # settings of each engine: the experiment's, and over them the stage's own
 
     @property
     def label(self) -> str:
@@ -39,6 +51,8 @@ class ExperimentRecipe(Strict):
     size: Name | None = None  # which of `sizes`; both are first, since a fault in them is one wherever they are named
     sizes: dict[str, dict[str, Any]] = {}
     out: Out
+    engine: Literal["local"] = "local"
+    local: LocalSettings = LocalSettings()
     matrix: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     stages: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     _jobs: tuple[Job, ...] = PrivateAttr(())
@@ -71,7 +85,8 @@ def jobs_of(experiment: ExperimentRecipe, source: Source) -> Iterator[Job]:
     stages = expand(str(experiment.out), experiment.matrix, experiment.stages, STEPS, source)
     for stage, command, combination, body in stages:
         at: Key = ("stages", stage)
-        job = Job(stage, command, combination, model(command).read(body, source, at))
+        engines = {name: _settings(experiment, name, body.pop(name, None), source, at) for name in ENGINES}
+        job = Job(stage, command, combination, model(command).read(body, source, at), engines)
         place, title = os.path.normpath(job.recipe.out), f"{stage} {job.label}".strip()
         if place in taken:
             what = f"{title} and {taken[place]} have the same out, {job.recipe.out}"
@@ -79,3 +94,12 @@ def jobs_of(experiment: ExperimentRecipe, source: Source) -> Iterator[Job]:
             raise CvlctlError(f"{source.where((*at, 'out'))}: {what}", hint)
         taken[place] = title
         yield job
+
+
+def _settings(experiment: ExperimentRecipe, engine: str, own: Any, source: Source, at: Key) -> Strict:
+    """Of an engine: the experiment's, and over them what a stage says."""
+    whole: Strict = getattr(experiment, engine)
+    if own is None:
+        return whole
+    given = whole.model_dump(exclude_unset=True) if isinstance(own, dict) else {}
+    return type(whole).read({**given, **own} if isinstance(own, dict) else own, source, (*at, engine))

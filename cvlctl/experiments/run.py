@@ -1,121 +1,199 @@
-"""`cvlctl run`: the stages of an experiment, one after the other, in this process. Finished ones are skipped."""
+"""`cvlctl run`: the cells of an experiment, wherever its engine runs them. Finished ones are skipped."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
 
 from cvlctl import interrupts
 from cvlctl.errors import CvlctlError
+from cvlctl.experiments import drivers, local, status
 from cvlctl.experiments.commands import function
-from cvlctl.experiments.plan import in_all, lines, plan, rough, threads_of, title
+from cvlctl.experiments.fixed import fixed, machine_of
+from cvlctl.experiments.graph import Cell, below, cells_of, folder_of, in_order
+from cvlctl.experiments.plan import is_older, lines, plan, state_of, title
 from cvlctl.experiments.recipe import ExperimentRecipe
-from cvlctl.progress import clock, say
+from cvlctl.experiments.show import MANY
+from cvlctl.experiments.start import state_in
+from cvlctl.machine import num_cpus
+from cvlctl.progress import Screen, clock, say
+from cvlctl.recipes.explain import nearest
 from cvlctl.recipes.matrix import text_of
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @interrupts.watched()
-def run_experiment(experiment: ExperimentRecipe, *, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
-    """Run every job of the experiment, in order; with `dry_run` only tell what there is to do.
+def run_experiment(
+    experiment: ExperimentRecipe, *, force: bool = False, dry_run: bool = False, only: str = "", fail_fast: bool = False
+) -> dict[str, Any]:
+    """Run the cells of the experiment that are not finished, each when those that it needs are.
+
+    Args:
+        dry_run: only tell what there is to do.
+        only: "stage=train task=*window*": cells that match, and what they need; "": all.
+        fail_fast: stop at the first failure; else it blocks those alone that wait for it.
 
     Returns:
-        out, status ("planned", "done" or "finished already"), stages (a dict a job: stage, command, combination, out,
-        state, size, estimate_seconds, threads; after a run also result and seconds), and scores: evaluate's results.
+        out, status ("planned", "done", "finished already" or "failed"), seconds, at_once (cells), cells (a dict a cell:
+        what `plan.plan` says of it; after a run its state is "finished", "failed", "blocked" or "stopped", and there
+        are seconds of what ran, error and hint of what failed, results of stores and evaluations), and scores:
+        evaluate's results.
 
     Raises:
-        CvlctlError: what went wrong in a stage, naming it.
+        CvlctlError: what is wrong with the plan.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once every cell has saved what it has.
     """
-    stages = plan(experiment, force=force)
+    cells = chosen(planned(experiment, keep=not dry_run), only)
+    rows = plan(cells, force=force)
+    at_once = _at_once(experiment)
+    about: dict[str, Any] = {"out": str(experiment.out), "at_once": at_once, "cells": rows}
     if dry_run:
-        return {"status": "planned", "out": str(experiment.out), "stages": stages, "scores": []}
-    for line in lines(experiment.jobs, stages):
+        return {"status": "planned", **about, "scores": []}
+    for line in lines(cells, rows, at_once):
         say(line)
-    for number, (job, stage) in enumerate(zip(experiment.jobs, stages, strict=True), start=1):
-        interrupts.check()  # should the stage before have swallowed it
-        if stage["state"] != "finished":
-            say(f"{number}/{len(stages)} {title(job)}")
-        begin = time.monotonic()
+    began = time.monotonic()
+    with drivers.noted(experiment.out, experiment.engine):
+        _run(experiment, cells, rows, _to_do(cells, rows), force=force, fail_fast=fail_fast)
+    about["seconds"] = round(time.monotonic() - began, 1)
+    _read_results(cells, rows)
+    failed = any(row["state"] != "finished" for row in rows)
+    word = "failed" if failed else "done" if any("seconds" in row for row in rows) else "finished already"
+    scores = [row["result"] for row in rows if row["command"] == "evaluate" and "result" in row]
+    return {"status": word, **about, "scores": scores}
+
+
+def planned(experiment: ExperimentRecipe, *, keep: bool) -> list[Cell]:
+    """The experiment's cells in order, with nothing left to be decided; `keep`: what decides is kept from now on."""
+    cells = cells_of(experiment.out, experiment.jobs)
+    return fixed(cells, machine_of(experiment.out, _has_gpus(experiment), keep=keep))
+
+
+def chosen(cells: Sequence[Cell], only: str) -> list[Cell]:
+    """The cells that `only` names, and those that they need which are not finished.
+
+    Raises:
+        CvlctlError: no cell is like that.
+    """
+    wanted = {cell.name for cell in cells if _matches(cell, _conditions(cells, only))}
+    if not wanted:
+        raise CvlctlError(f"--only: no cell is of {only!r}", "cvlctl run EXPERIMENT --dry-run shows what there is")
+    for cell in reversed(in_order(cells)):
+        if cell.name in wanted and only:
+            missing = {need for need in cell.needs if need not in wanted}
+            wanted |= {other.name for other in cells if other.name in missing and state_of(other.job) != "finished"}
+    return [cell for cell in cells if cell.name in wanted]
+
+
+def _conditions(cells: Sequence[Cell], only: str) -> list[tuple[str, str]]:
+    legal = dict.fromkeys(["stage", "command", "cell", *(key for cell in cells for key in cell.job.combination)])
+    found = []
+    for part in only.split():
+        key, equals, pattern = part.partition("=")
+        if not equals or key not in legal:
+            raise CvlctlError(f"--only: {part!r} is no condition key=pattern", nearest(key, list(legal), "keys"))
+        found.append((key, pattern))
+    return found
+
+
+def _matches(cell: Cell, conditions: Sequence[tuple[str, str]]) -> bool:
+    job = cell.job
+    facts = {"stage": job.stage, "command": job.command, "cell": cell.name}
+    facts |= {key: text_of(value) for key, value in job.combination.items()}
+    return all(fnmatchcase(facts.get(key, ""), pattern) for key, pattern in conditions)
+
+
+def _to_do(cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
+    """In order: what is not finished, what waits for that, and what something newer has been read by."""
+    ordered = in_order(cells)
+    states = {row["cell"]: row["state"] for row in rows}
+    left = {cell.name for cell in cells if states[cell.name] != "finished" or is_older(cell.job)}
+    again = below(ordered, left)
+    return [cell for cell in ordered if cell.name in again]
+
+
+def _run(
+    experiment: ExperimentRecipe, cells: Sequence[Cell], rows: list[dict[str, Any]], todo: Sequence[Cell],
+    *, force: bool, fail_fast: bool,
+) -> None:  # fmt: skip
+    """Run what is to be done, and write what came of it into `rows`."""
+    by_name = {row["cell"]: row for row in rows}
+    places = {row["cell"]: f"{number}/{len(rows)} {title(cell.job)}"
+              for number, (cell, row) in enumerate(zip(cells, rows, strict=True), start=1)}  # fmt: skip
+    finished = [name for name in places if name not in {cell.name for cell in todo}]
+    for name in finished if len(finished) <= MANY else ():
+        say(f"{places[name]}: finished already")
+    if len(finished) > MANY:
+        say(f"{len(finished)} of {len(rows)} cells are finished already")
+    screen = Screen("cell", lambda: list(_under_way(experiment.out, todo, by_name)), lambda: _counts(rows))
+
+    def settled(cell: Cell, told: dict[str, Any]) -> None:
+        row, state = by_name[cell.name], told["state"]
+        row["state"] = {"done": "finished"}.get(state, state)
+        if state == "running":
+            screen.say(places[cell.name])
+            return
+        if "began" in told:
+            row["seconds"] = round(told.get("ended", time.time()) - told["began"], 1)
+        if state == "done":
+            screen.say(f"{places[cell.name]}: done in {clock(row.get('seconds', 0))}")
+            return
+        row["error"], row["hint"] = told["error"]
+        screen.say(f"{places[cell.name]}: {state}: {row['error']}")
+
+    with screen:
+        if todo:
+            local.run(
+                experiment.out,
+                todo,
+                experiment.local,
+                force=force,
+                fail_fast=fail_fast,
+                settled=settled,
+                look=screen.update,
+            )
+    for row in rows:
+        if row["state"] not in ("finished", "failed", "blocked"):
+            row["state"] = "stopped"  # by --fail-fast
+
+
+def _has_gpus(experiment: ExperimentRecipe) -> bool | None:
+    """Whether cells are given GPUs; None: where this machine has some."""
+    return None if experiment.local.gpus == "auto" else experiment.local.gpus > 0
+
+
+def _at_once(experiment: ExperimentRecipe) -> int:
+    """How many cells run at once, as far as that is known before."""
+    processes = experiment.local.processes
+    return num_cpus() if processes == "auto" else processes
+
+
+def _under_way(
+    out: Path, todo: Sequence[Cell], rows: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, str, bool]]:
+    for cell in todo:
+        row = rows[cell.name]
+        if row["state"] == "failed":
+            yield cell.name, f"failed: {row['error']}", True
+        elif row["state"] == "running":
+            yield cell.name, status.in_words(state_in(folder_of(out, cell.name))), False
+
+
+def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
+    words = {"finished": "done", "failed": "failed", "blocked": "blocked", "running": "running"}
+    return status.counts([words.get(row["state"], "waiting") for row in rows])
+
+
+def _read_results(cells: Sequence[Cell], rows: Sequence[dict[str, Any]]) -> None:
+    """What the commands of finished evaluations and builds give, of these only a few: they say so without any work."""
+    finished = [(cell, row) for cell, row in zip(cells, rows, strict=True) if row["state"] == "finished"]
+    builds = [pair for pair in finished if pair[0].job.command == "build-dataset"]
+    scores = [pair for pair in finished if pair[0].job.command == "evaluate"]
+    for cell, row in [*builds[:MANY], *scores]:
+        if state_of(cell.job) != "finished":
+            continue  # somebody has removed it since
         try:
-            stage["result"] = function(job.command)(job.recipe, force=force)
+            row["result"] = function(cell.job.command)(cell.job.recipe, force=False)
         except CvlctlError as error:
-            raise CvlctlError(f"stage {title(job)}: {error.what}", error.hint) from error
-        seconds = time.monotonic() - begin
-        stage["seconds"] = round(seconds, 1)
-        again = stage["result"]["status"] == "finished already"
-        say(f"{number}/{len(stages)} {title(job)}: " + ("finished already" if again else f"done in {clock(seconds)}"))
-        stage["state"] = "finished"
-    results = [stage["result"] for stage in stages]
-    fresh = any(result["status"] != "finished already" for result in results)
-    return {
-        "status": "done" if fresh else "finished already",
-        "out": str(experiment.out),
-        "stages": stages,
-        "scores": [stage["result"] for stage in stages if stage["command"] == "evaluate"],
-    }
-
-
-def render(result: dict[str, Any], console: Console) -> None:
-    """Print the plan, or the scores and where everything lies."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from cvlctl.score import evaluate
-
-    if result["status"] != "planned":
-        for scored in result["scores"]:
-            evaluate.render(scored, console)
-        trained = [stage["out"] for stage in result["stages"] if stage["command"] in ("pretrain", "finetune")]
-        stores = [_store_line(stage) for stage in result["stages"] if stage["command"] == "build-dataset"]
-        for name, places in (("stores", stores), ("runs", trained)):
-            for place in places:
-                console.print(f"{name + ':':8}{place}", markup=False, soft_wrap=True)
-        console.print(f"time:   {_times(result['stages'])}", markup=False, soft_wrap=True)
-        return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("stage", "of", "out", "state", "size"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("about", justify="right", no_wrap=True)
-    for stage in result["stages"]:
-        of = " ".join(text_of(value).split("/")[-1] for value in stage["combination"].values())
-        out = stage["out"].removeprefix(result["out"].rstrip("/") + "/")
-        about = "" if stage["state"] == "finished" else rough(stage["estimate_seconds"])
-        cells = (f"{stage['stage']}: {stage['command']}", of, out, stage["state"], stage["size"], about)
-        table.add_row(*map(Text, cells))
-    console.print(table)
-    console.print(f"out: {result['out']}", markup=False)
-    console.print(f"to do: {in_all(result['stages'])}", markup=False)
-    for line in threads_of(result["stages"]):
-        console.print(line, markup=False, soft_wrap=True)
-
-
-def _times(stages: Sequence[Mapping[str, Any]]) -> str:
-    """Where the time of this call went: "1m50s: data 20s, finetune cvl 1m30s"; what was finished before took none."""
-    worked = [stage for stage in stages if stage["result"]["status"] != "finished already"]
-    if not worked:
-        return "none, all was finished already"
-    told = [f"{_shortest(stage, stages)} {clock(stage['seconds'])}" for stage in worked]
-    return f"{clock(sum(stage['seconds'] for stage in stages))} in all: {', '.join(told)}"
-
-
-def _shortest(stage: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> str:
-    """The stage's name, and of its combination what tells its jobs apart."""
-    same = [other["combination"] for other in stages if other["stage"] == stage["stage"]]
-    own = {key: value for key, value in stage["combination"].items() if any(one[key] != value for one in same)}
-    return " ".join([stage["stage"], *(text_of(value).split("/")[-1] for value in own.values())])
-
-
-def _store_line(stage: Mapping[str, Any]) -> str:
-    """Where a store lies, and what its episodes achieve; beside a normalised score what it is of."""
-    about, facts = stage.get("result") or {}, []
-    if about.get("return_mean") is not None:
-        facts.append(f"return {about['return_mean']:.4g}")
-    if about.get("success_rate") is not None:
-        facts.append(f"success {about['success_rate']:.1%}")
-    if about.get("normalised") is not None:
-        facts.append(f"normalised {about['normalised']:.1f} on {about['environment']}")
-    return stage["out"] + (f"  {', '.join(facts)}" if facts else "")
+            say(f"{cell.name}: {error.what}")

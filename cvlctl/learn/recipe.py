@@ -40,19 +40,26 @@ class _TrainRecipe(Computed):
     @model_validator(mode="after")
     def _out_is_apart(self) -> Self:
         out = Path(os.path.realpath(self.out))
-        for path in self._inputs():
+        for path in self.inputs():
             there = Path(os.path.realpath(path))
             if out.is_relative_to(there) or there.is_relative_to(out):
                 raise ValueError(f"out: {self.out} is, holds or lies in {path}, which it reads: choose a place apart")
         return self
 
-    def _inputs(self) -> list[Path]:
+    def learning(self, others: Sequence[Any] = ()) -> tuple[int, Update]:
+        raise NotImplementedError
+
+    def inputs(self) -> list[Path]:
+        """Stores, runs and files that it reads."""
         return [store.path for store in self.stores]
 
-    def _training(self, update: Update) -> Work:
-        """All updates of all seeds."""
+    def reads(self) -> list[str]:
+        return [str(path) for path in self.inputs()]
+
+    def work(self, others: Sequence[Any] = ()) -> Work:
+        """How much there is to do; `others` are the recipes of an experiment, which may pretrain the critic."""
         size = f"{count(self.steps, 'step')} x {count(len(self.seeds), 'seed')}"
-        return Work(size, training_seconds(self.steps, update, self.num_threads, self.compile))
+        return Work(size, training_seconds(*self.learning(others), self.num_threads, self.compile))
 
 
 class PretrainRecipe(_TrainRecipe):
@@ -63,9 +70,8 @@ class PretrainRecipe(_TrainRecipe):
     critic: occupancy.Config = Field(default_factory=occupancy.Config)
     batch_size: Annotated[Count, Field(ge=2)] = 1024
 
-    def work(self, others: Sequence[Any] = ()) -> Work:
-        """How much there is to do."""
-        return self._training(self.update(self.critic))
+    def learning(self, others: Sequence[Any] = ()) -> tuple[int, Update]:
+        return self.steps, self.update(self.critic)
 
     def update(self, critic: Any) -> Update:
         """What an update of this critic is."""
@@ -140,13 +146,12 @@ class FinetuneRecipe(_TrainRecipe):
             plain["algorithm"].pop("critic", None)  # the pretrained run's counts
         return plain
 
-    def work(self, others: Sequence[Any] = ()) -> Work:
-        """How much there is to do; `others` are the recipes of an experiment, which may pretrain the critic."""
+    def learning(self, others: Sequence[Any] = ()) -> tuple[int, Update]:
         critic = getattr(self.algorithm.config, "critic", None)
         for other in others:
             if other.command == "pretrain" and other.out == self.init_from:
                 critic = other.critic
-        return self._training(self.update(critic))
+        return self.steps, self.update(critic)
 
     def update(self, critic: Any) -> Update:
         """What an update is with this critic, or None."""
@@ -160,10 +165,10 @@ class FinetuneRecipe(_TrainRecipe):
             work += (bank / 3 + (learned + actions) * self.batch_size) * _critic_weights(critic)
         return update_of(len(self.seeds) * work, method.CALLS)
 
-    def _inputs(self) -> list[Path]:
+    def inputs(self) -> list[Path]:
         examples = self.success_examples
         more = [self.init_from, *([examples.from_, examples.file] if examples else [])]
-        return [*super()._inputs(), *(path for path in more if path is not None)]
+        return [*super().inputs(), *(path for path in more if path is not None)]
 
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:

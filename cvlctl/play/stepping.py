@@ -49,7 +49,7 @@ class Stepper:
         self.table = _table(self._file.fileno(), kind)
         self._about = [self._file.fileno(), task, seed, horizon]
         for _ in range(min(workers, num)):
-            pipes = {"stdout": subprocess.PIPE, "pass_fds": (self._file.fileno(),)}
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "pass_fds": (self._file.fileno(),)}
             self._processes.append(children.begin(COMMAND, f"{__name__}:_work", **pipes))
 
     def run(self, begun: Mapping[int, int], stepped: Sequence[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from cvlctl.errors import CvlctlError
 from cvlctl.machine import num_cpus
 from cvlctl.paths import expanded
+from cvlctl.recipes.estimates import Update
 from cvlctl.recipes.explain import explain
 from cvlctl.recipes.yamlfile import Source
 from cvlctl.recipes.yamltext import Key
@@ -93,6 +94,18 @@ class Strict(BaseModel):
             return cls.model_validate(data)
         except ValidationError as invalid:
             raise explain(invalid, cls, data, source, prefix) from None
+
+    def reads(self) -> list[str]:
+        """Paths, and patterns of them, that other commands of an experiment may write."""
+        return []
+
+    def writes(self) -> list[str]:
+        """Paths at which it puts its results."""
+        return [str(getattr(self, "out", ""))]
+
+    def learning(self, others: Sequence[Any] = ()) -> tuple[int, Update] | None:
+        """How many updates of which kind it makes, or None; `others` are the recipes of an experiment."""
+        return None
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain JSON values, all defaults filled in: what goes into stores, runs and checkpoints."""

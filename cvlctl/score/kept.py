@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cvlctl.cell import where
 from cvlctl.checkpoints import Saved
 from cvlctl.errors import CvlctlError
 from cvlctl.files import disk, entries, lock, read_json, read_regular, sweep, temporary_of, write_atomically, write_json
@@ -174,7 +175,7 @@ def save(out: Path, record: dict[str, Any], rows: JobRows) -> None:
 
 
 def write_record(out: Path, record: dict[str, Any], status: str = "started") -> None:
-    write_json(out / "evaluation.json", {**record, "status": status, "versions": versions()})
+    write_json(out / "evaluation.json", {**record, "status": status, "versions": versions(), "where": where()})
 
 
 def finish(out: Path, record: dict[str, Any], result: dict[str, Any]) -> None:

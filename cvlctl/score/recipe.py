@@ -74,6 +74,10 @@ class EvaluateRecipe(Strict):
         seconds = max(seeds, 1) * self.episodes * EPISODE_STEPS / SIMULATED_WITH_WORKERS
         return Work(f"{policies} x {count(self.episodes, 'episode')}{more}", seconds)
 
+    def reads(self) -> list[str]:
+        goals = [str(path) for path in (self.goals.from_, self.goals.file) if path] if self.goals else []
+        return [*self.runs, *goals]
+
     @model_validator(mode="after")
     def _what_envpool_can(self) -> Self:
         if self.backend == "envpool" and self.goals is not None:

@@ -231,13 +231,15 @@ def test_run_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def work(experiment: Any, **options: bool) -> dict[str, Any]:
         seen.append((str(experiment.out), experiment.jobs[0].recipe.episodes, options))
-        return {}
+        return {"status": "planned"}
 
     path = tmp_path / "e.yaml"
     path.write_text("out: x\nstages: {a: {command: evaluate, runs: [r], out: '${out}/a'}}\n")
     monkeypatch.setattr(run_command, "run_experiment", work)
-    assert call("run", path, "out=y", "stages.a.episodes=2", "--dry-run", "--force", "--json") == 0
-    assert seen == [("y", 2, {"force": True, "dry_run": True})]
+    options = ("--dry-run", "--force", "--json", "--only", "stage=a", "--fail-fast", "--engine", "local")
+    assert call("run", path, "out=y", "stages.a.episodes=2", *options) == 0
+    assert seen == [("y", 2, {"force": True, "dry_run": True, "only": "stage=a", "fail_fast": True})]
+    assert call("run", path, "out=y", "--engine", "slurmy") == 2
 
 
 def test_data_commands(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

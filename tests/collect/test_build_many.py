@@ -230,7 +230,7 @@ def test_the_table_shows_who_runs_and_who_failed(tmp_path: Path) -> None:
     build_many._handle(failed, "message", json.dumps({"error": ["no luck", "try again"]}), screen)
     build_many._handle(done, "message", json.dumps({"result": SUMMARY}), screen)
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(screen._table())
+    console.print(screen.table())
     text = console.export_text()
     assert "25% of 1000 frames, 25/s, 30s left  return 7" in text
     assert "failed: no luck" in text and "2 of 4 tasks done, 1 failed, 1 waiting" in text

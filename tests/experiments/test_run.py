@@ -11,7 +11,7 @@ import pytest
 
 from cvlctl.cli.console import console
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import run as module
+from cvlctl.experiments import plan, show
 from cvlctl.experiments.commands import load
 from cvlctl.experiments.run import run_experiment
 
@@ -77,7 +77,7 @@ def run(path: Path, *overrides: str, **options: bool) -> dict[str, Any]:
 
 
 def states(path: Path, *overrides: str) -> list[str]:
-    return [stage["state"] for stage in run(path, *overrides, dry_run=True)["stages"]]
+    return [cell["state"] for cell in run(path, *overrides, dry_run=True)["cells"]]
 
 
 def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +85,7 @@ def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "e").exists()
     result = run(experiment)
     assert result["status"] == "done"
-    assert [stage["command"] for stage in result["stages"]] == [
+    assert [cell["command"] for cell in result["cells"]] == [
         "build-dataset", "pretrain", "finetune", "finetune", "finetune", "evaluate",
     ]  # fmt: skip
     assert {record["algorithm"] for record in result["scores"][0]["table"]} == {"cvl", "laeo", "bc"}
@@ -101,7 +101,7 @@ def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pyt
     assert len(lines) == 6
     assert all(line.endswith(": finished already") for line in lines)
 
-    module.render(again, console())
+    show.render(again, console())
     out = capsys.readouterr().out
     assert str(tmp_path / "e" / "scores" / "scores.png") in out
     assert f"runs:   {tmp_path / 'e' / 'finetune' / 'gym' / 'Pendulum-v1' / 'cvl'}" in out
@@ -113,36 +113,15 @@ def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pyt
         file.write_text(json.dumps(before))
     assert states(experiment) == ["finished"] * 6
 
-    # one stage changed: it alone is another recipe, and says so before anything is lost
+    # one stage changed: it alone is another recipe, and says so before anything is lost; what reads it waits for it
     changed = "stages.cloning.steps=5"
     assert states(experiment, changed) == ["finished"] * 4 + ["another recipe", "finished"]
-    with pytest.raises(CvlctlError, match=r"stage cloning: finetune gym/Pendulum-v1: .* holds another run: steps"):
-        run(experiment, changed)
+    failed = run(experiment, changed)
+    assert [row["state"] for row in failed["cells"]] == ["finished"] * 4 + ["failed", "blocked"]
+    assert re.search(r"bc holds another run: steps was 4, now 5", failed["cells"][4]["error"])
     # a stage that was not finished: it and what reads it run
     (tmp_path / "e" / "finetune" / "gym" / "Pendulum-v1" / "bc" / "run.json").unlink()
     assert states(experiment)[4] == "to do"
-
-
-def test_stages_run_in_order_with_force_and_stop_at_the_first_fault(
-    experiment: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[str, bool]] = []
-
-    def function(command: str) -> Any:
-        def work(recipe: Any, *, force: bool) -> dict[str, Any]:
-            seen.append((command, force))
-            if command == "finetune" and recipe.algorithm.name == "laeo":
-                raise CvlctlError("no step is labelled a success", "take rule: last")
-            return {"status": "trained"}
-
-        return work
-
-    monkeypatch.setattr(module, "function", function)
-    with pytest.raises(CvlctlError) as caught:
-        run(experiment, force=True)
-    assert caught.value.what == "stage finetune: finetune gym/Pendulum-v1 laeo: no step is labelled a success"
-    assert caught.value.hint == "take rule: last"
-    assert seen == [("build-dataset", True), ("pretrain", True), ("finetune", True), ("finetune", True)]
 
 
 def test_nothing_starts_where_a_later_stage_is_wrong(experiment: Path, tmp_path: Path) -> None:
@@ -157,20 +136,20 @@ def test_the_plan_has_sizes_and_estimates_that_grow(
     monkeypatch.setenv("COLUMNS", "200")  # however long the folder's name: nothing is wrapped
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # as where nothing was measured
     small = run(experiment, dry_run=True)
-    assert [stage["size"] for stage in small["stages"]] == [
+    assert [cell["size"] for cell in small["cells"]] == [
         "2 episodes", "4 steps x 2 seeds", "4 steps x 2 seeds", "4 steps x 2 seeds", "4 steps x 2 seeds",
         "6 policies x 1 episode",
     ]  # fmt: skip
     overrides = ["stages.pretrain.steps=100000", "stages.data.source={name: sac, steps: 500000}"]
     large = run(experiment, *overrides, dry_run=True)
-    assert large["stages"][0]["size"] == "500,000 steps of SAC"
+    assert large["cells"][0]["size"] == "500,000 steps of SAC"
     # measured on two cores: about 230 to 290 frames a second end to end
-    assert 1000 < large["stages"][0]["estimate_seconds"] < 4000
-    assert large["stages"][1]["estimate_seconds"] > 30 > small["stages"][1]["estimate_seconds"]
+    assert 1000 < large["cells"][0]["estimate_seconds"] < 4000
+    assert large["cells"][1]["estimate_seconds"] > 30 > small["cells"][1]["estimate_seconds"]
     wide = [*overrides, "stages.pretrain.critic.hidden=[512,512]", "stages.pretrain.batch_size=1024"]
-    estimate = run(experiment, *wide, dry_run=True)["stages"][1]["estimate_seconds"]
-    assert estimate > 10 * large["stages"][1]["estimate_seconds"]
-    module.render(large, console())
+    estimate = run(experiment, *wide, dry_run=True)["cells"][1]["estimate_seconds"]
+    assert estimate > 10 * large["cells"][1]["estimate_seconds"]
+    show.render(large, console())
     out = capsys.readouterr().out
     assert "500,000 steps of SAC" in out
     assert "to do: about" in out
@@ -186,4 +165,4 @@ def test_a_partial_store_is_seen(experiment: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "1 s"), (59, "59 s"), (600, "10 min"), (9000, "2.5 h")])
 def test_rough_durations(seconds: float, text: str) -> None:
-    assert module.rough(seconds) == text
+    assert plan.rough(seconds) == text

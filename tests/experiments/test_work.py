@@ -10,6 +10,7 @@ import yaml
 
 from cvlctl.experiments import plan
 from cvlctl.experiments.commands import STEPS, load
+from cvlctl.experiments.graph import cells_of
 from cvlctl.experiments.plan import plan as plan_of
 
 SOURCES: list[tuple[dict[str, Any], str, int]] = [
@@ -51,7 +52,8 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]
     whole = {"out": str(tmp_path / "e"), "matrix": {"method": list(METHODS)}, "stages": stages}
     path = tmp_path / "e.yaml"
     path.write_text(yaml.safe_dump(whole, sort_keys=False))
-    return plan_of(load(path, (), "run"))
+    experiment = load(path, (), "run")
+    return plan_of(cells_of(experiment.out, experiment.jobs))
 
 
 def test_every_size_and_estimate(rows: list[dict[str, Any]]) -> None:

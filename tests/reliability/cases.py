@@ -54,7 +54,7 @@ CASES = {
     "finetune oril": Case("finetune oril.yaml", "oril.yaml a.zarr examples.npy"),
     "evaluate": Case("evaluate evaluate.yaml", "evaluate.yaml policy"),
     "evaluate over another": Case("evaluate evaluate.yaml --force seed=1", "evaluate.yaml policy scores"),
-    "run": Case("run experiment.yaml", "experiment.yaml"),
+    "run": Case("run experiment.yaml --only stage=critic local.processes=1", "experiment.yaml"),
     "import npz": Case("data import npz a.npz --out out.zarr", "a.npz"),
     "import d4rl": Case("data import d4rl a.hdf5 --out out.zarr --task t", "a.hdf5"),
     "import over another": Case("data import npz a.npz --out out.zarr --force", "a.npz b.zarr:out.zarr"),

@@ -13,10 +13,13 @@ from typing import Any
 
 from cvlctl.data.store import open_store
 from cvlctl.data.verify import verify_store
+from cvlctl.experiments.start import LOG
 from cvlctl.files import read_json
 
 HERE = Path(__file__).parent
-PASSING = ("created", "versions", "platform", "git_commit", "seconds", "updates_per_second")  # true of one run alone
+# true of one run alone
+PASSING = ("created", "versions", "platform", "git_commit", "seconds", "updates_per_second", "pid", "began", "ended",
+           "progress")  # fmt: skip
 
 
 class Runner:
@@ -81,6 +84,8 @@ def _file(path: Path) -> Any:
     if path.suffix == ".json":
         with contextlib.suppress(ValueError):  # damaged: its bytes tell
             return lasting(json.loads(path.read_text()))
+    if path.name == LOG:
+        return "a log"
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -13,6 +13,8 @@ from reliability.cases import CASES, Case, lay
 from reliability.driver import Runner, count, described, difference
 from reliability.runner import CRASHED
 
+from cvlctl.experiments.start import LOG
+
 FEW = 3  # points of a case in the default run
 Point = tuple[int, str]  # before which change, and how
 
@@ -20,7 +22,8 @@ Point = tuple[int, str]  # before which change, and how
 def points(trace: list[str]) -> list[Point]:
     """Every point of a case: killed before each change, and in the middle of each write before one; and not at all."""
     ends = [(k, how) for k in range(1, len(trace) + 1) for how in ("kill", "torn")]
-    written = {k for k in range(2, len(trace) + 1) if trace[k - 2].startswith("open")}
+    opened = {k for k in range(2, len(trace) + 1) if trace[k - 2].startswith("open")}
+    written = {k for k in opened if not trace[k - 2].endswith(LOG)}  # a cell has written since, by changes of its own
     return [point for point in ends if point[1] == "kill" or point[0] in written] + [(0, "kill")]
 
 

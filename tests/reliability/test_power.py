@@ -20,7 +20,7 @@ from cvlctl.errors import CvlctlError
 
 FEW = 1  # moments of a case in the default run, each in three ways
 NAMES = (
-    "build random", "build sac", "pretrain", "finetune oril", "evaluate", "run", "import npz", "merge over another",
+    "build random", "build sac", "pretrain", "finetune oril", "evaluate", "import npz", "merge over another",
     "split over others", "examples over others", "export npz", "export minari", "plot", "fetch",
 )  # fmt: skip
 
@@ -103,7 +103,7 @@ def test_some_losses_of_power(name: str, runner: Runner, inputs: Path, mirror: s
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "run"])  # its cells are processes of their own
 def test_every_loss_of_power(name: str, runner: Runner, inputs: Path, mirror: str, tmp_path: Path) -> None:
     tried, lines = faults(CASES[name], runner, inputs, mirror, tmp_path, None)
     count("losses of power", tried, len(lines))

@@ -92,15 +92,27 @@ def test_a_signal_at_many_moments(trial: Trial) -> None:
     assert not failed, f"{len(failed)} failed\n" + "\n".join(failed)
 
 
-def test_one_on_the_last_update_of_a_stage_begins_no_other(runner: Runner, inputs: Path, tmp_path: Path) -> None:
-    case = CASES["run"]
-    trial = Trial(case._replace(args=f"{case.args} stages.critic.steps=1"), runner, inputs, tmp_path)
-    here, last = trial.fresh(), " e/critic/checkpoints/last.safetensors"
-    first = runner(here, *trial.args, at=last, how="signal", number=int(signal.SIGTERM))
-    assert first["code"] == 130 and "e/critic: stopped at step 1" in first["err"], first["err"]
-    assert "3/4" not in first["err"] and not (here / "e" / "policy").exists()
+def test_one_to_an_experiment_reaches_its_cell_and_begins_no_other(
+    runner: Runner, inputs: Path, tmp_path: Path
+) -> None:
+    trial = Trial(CASES["run"], runner, inputs, tmp_path)
+    here = trial.fresh()
+    first = runner(here, *trial.args, at=" e/cells/a.zarr/log.txt", how="signal", number=int(signal.SIGTERM))
+    assert first["code"] == 130 and "the same command goes on" in first["err"], first["err"]
+    assert "2/2" not in first["err"] and not (here / "e" / "critic").exists()
     again = runner(here, *trial.args)
-    assert again["code"] == 0 and "e/critic: resuming at step 1" in again["err"], again["err"]
+    assert again["code"] == 0, again["err"]
+    assert difference(trial.expected, described(here)) == ""
+
+
+def test_one_on_the_last_update_is_not_swallowed(runner: Runner, inputs: Path, tmp_path: Path) -> None:
+    case = CASES["pretrain"]
+    trial = Trial(case._replace(args=f"{case.args} steps=1"), runner, inputs, tmp_path)
+    here, last = trial.fresh(), " run/checkpoints/last.safetensors"
+    first = runner(here, *trial.args, at=last, how="signal", number=int(signal.SIGTERM))
+    assert first["code"] == 130 and "run: stopped at step 1" in first["err"], first["err"]
+    again = runner(here, *trial.args)
+    assert again["code"] == 0 and "run: resuming at step 1" in again["err"], again["err"]
     assert difference(trial.expected, described(here)) == ""
 
 

@@ -1,0 +1,223 @@
+"""`engine: local`: cells as processes of this machine, as many at once as its CPUs and GPUs are enough for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cvlctl import cell as own
+from cvlctl import children
+from cvlctl.errors import Busy
+from cvlctl.experiments.graph import Cell, folder_of
+from cvlctl.experiments.plan import state_of
+from cvlctl.experiments.recipe import LocalSettings
+from cvlctl.experiments.start import arguments, begin, outcome, write_recipe
+from cvlctl.files import lock
+from cvlctl.interrupts import interruptible
+from cvlctl.machine import num_cpus
+from cvlctl.progress import say
+
+POLL_SECONDS = 0.05
+HELD_SECONDS = 5.0  # between two looks at a cell that another process runs
+STOP_SECONDS = 60.0  # that cells have to save what they have: a compiler or a slow disk may be in between
+
+Settled = Callable[[Cell, dict[str, Any]], None]
+
+
+@dataclass
+class _Running:
+    """A cell under way."""
+
+    cell: Cell
+    process: subprocess.Popen[str]
+    cpus: int
+    gpu: int  # -1: none
+    began: float  # by the clock of this machine
+
+
+def run(
+    out: Path,
+    cells: Sequence[Cell],
+    settings: LocalSettings,
+    *,
+    force: bool,
+    fail_fast: bool,
+    settled: Settled,
+    look: Callable[[], None],
+) -> None:
+    """Run `cells`, each as soon as those that it needs are done and there is room; all of them come to an end.
+
+    Args:
+        cells: in order; what they need and is not among them is done.
+        settled: is told of every cell that it is "running", and what came of it: state ("done", "failed" or "blocked"),
+            error (with its hint), began and ended.
+        look: is called again and again, for those who watch.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once every cell has saved what it has.
+    """
+    pool = _Pool(out, cells, settings, force)
+    with interruptible() as interrupted:
+        try:
+            while pool.waiting or pool.running:
+                if interrupted():
+                    say(f"stopping: {len(pool.running)} cells save what they have (once more stops them at once)")
+                    pool.stop()
+                    say("stopped; the same command goes on where each cell was saved last")
+                    raise KeyboardInterrupt
+                for cell, told in pool.step():
+                    settled(cell, told)
+                    if fail_fast and told["state"] == "failed":
+                        pool.stop()
+                        return
+                look()
+                time.sleep(POLL_SECONDS)
+        finally:
+            pool.end()
+
+
+class _Pool:
+    """The cells that wait, those that run, and what there is to give to them."""
+
+    def __init__(self, out: Path, cells: Sequence[Cell], settings: LocalSettings, force: bool) -> None:
+        self.out, self.force = out, force
+        self.waiting, self.running = list(cells), list[_Running]()
+        self._unsettled = {cell.name for cell in cells}
+        self._failed: dict[str, str] = {}  # cells that failed or were blocked -> which failed first
+        self._look_at: dict[str, float] = {}  # held by others: when to look again
+        self._cpus = num_cpus()
+        self._processes = self._cpus if settings.processes == "auto" else settings.processes
+        self._gpus = _gpus_here()
+
+    def step(self) -> list[tuple[Cell, dict[str, Any]]]:
+        """What has ended, after which others have begun."""
+        ended = [self._ended(one, *found) for one in list(self.running) if (found := _poll(one.process)) is not None]
+        told = [(cell, state) for cell, state in ended if state["state"] != "held"]
+        for cell, state in told:
+            self._settle(cell, None if state["state"] == "done" else cell.name)
+        for cell in list(self.waiting) if ended or len(self.running) < self._processes else ():
+            why = next((self._failed[need] for need in cell.needs if need in self._failed), None)
+            if why is not None:
+                self.waiting.remove(cell)
+                self._settle(cell, why)
+                told.append((cell, {"state": "blocked", "error": [f"it needs {why}, which failed", ""]}))
+            elif not self._unsettled.intersection(cell.needs):
+                told += self._begin_if_there_is_room(cell)
+        return told
+
+    def _settle(self, cell: Cell, why: str | None) -> None:
+        self._unsettled.discard(cell.name)
+        if why is not None:
+            self._failed[cell.name] = why
+
+    def _begin_if_there_is_room(self, cell: Cell) -> list[tuple[Cell, dict[str, Any]]]:
+        """That it runs; or is done, where another process has made it in the meantime."""
+        if time.monotonic() < self._look_at.get(cell.name, 0.0):
+            return []
+        settings, cpus = cell.job.engines["local"], min(cpus_of(cell, self._cpus), self._cpus)
+        beside = sum(one.cell.job.stage == cell.job.stage for one in self.running)
+        of_stage = self._processes if settings.processes == "auto" else settings.processes
+        if len(self.running) >= self._processes or beside >= of_stage:
+            return []
+        if self.running and sum(one.cpus for one in self.running) + cpus > max(self._cpus, self._processes):
+            return []
+        gpu = self._free_gpu(cell)
+        if gpu is None:
+            return []
+        if cell.name in self._look_at:  # another process ran it, and may yet
+            if not _is_free(folder_of(self.out, cell.name)):
+                self._look_at[cell.name] = time.monotonic() + HELD_SECONDS
+                return []
+            if not self.force and state_of(cell.job) == "finished":
+                self.waiting.remove(cell)
+                self._settle(cell, None)
+                return [(cell, {"state": "done"})]
+        self.waiting.remove(cell)
+        folder = folder_of(self.out, cell.name)
+        line = arguments(cell, write_recipe(self.out, cell), self.force)
+        environment = {own.ENGINE: "local"}
+        if gpu >= 0:
+            environment["CUDA_VISIBLE_DEVICES"] = self._gpus[gpu]
+        self.running.append(_Running(cell, begin(folder, line, environment), cpus, gpu, time.time()))
+        return [(cell, {"state": "running"})]
+
+    def _free_gpu(self, cell: Cell) -> int | None:
+        """Which GPU a cell gets; -1: it needs none; None: all are taken."""
+        settings = cell.job.engines["local"]
+        here = len(self._gpus) if settings.gpus == "auto" else min(settings.gpus, len(self._gpus))
+        if not here or getattr(cell.job.recipe, "device", "cpu") != "cuda":
+            return -1
+        taken = [sum(one.gpu == number for one in self.running) for number in range(here)]
+        least = min(range(here), key=taken.__getitem__)
+        return least if taken[least] < settings.cells_per_gpu else None
+
+    def _ended(self, one: _Running, code: int, peak: int) -> tuple[Cell, dict[str, Any]]:
+        self.running.remove(one)
+        children.close([one.process])
+        state = outcome(folder_of(self.out, one.cell.name), code, peak)
+        state |= {"began": one.began, "ended": time.time()}
+        if state["state"] == "held":
+            self._look_at[one.cell.name] = time.monotonic() + HELD_SECONDS
+            self.waiting.insert(0, one.cell)
+        if state["state"] == "stopped":  # by somebody else than this command
+            state |= {"state": "failed", "error": ["stopped by a signal", "the same command goes on where it was"]}
+        return one.cell, state
+
+    def stop(self) -> None:
+        """Let the cells save what they have, and wait until they are gone."""
+        for one in self.running:
+            one.process.terminate()
+        until = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < until and any(one.process.poll() is None for one in self.running):
+            time.sleep(POLL_SECONDS)
+
+    def end(self) -> None:
+        """Whatever still runs is killed."""
+        children.end([one.process for one in self.running])
+        children.close([one.process for one in self.running])
+
+
+def cpus_of(cell: Cell, cpus: int) -> int:
+    """How many CPUs a cell keeps busy, of so many: players of episodes take all that they are given."""
+    recipe = cell.job.recipe
+    workers = getattr(recipe, "workers", None)
+    if workers is not None:
+        return cpus if workers == "auto" else max(1, workers)
+    return int(recipe.num_threads)
+
+
+def _poll(process: subprocess.Popen[str]) -> tuple[int, int] | None:
+    """Exit code and most bytes of memory of a process that has ended, else None."""
+    if process.returncode is not None:
+        return process.returncode, 0
+    found, status, used = os.wait4(process.pid, os.WNOHANG)
+    if not found:
+        return None
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, used.ru_maxrss * 1024
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nobody runs the cell of this folder."""
+    try:
+        lock(folder / own.LOCK).close()
+    except Busy:
+        return False
+    return True
+
+
+def _gpus_here() -> list[str]:
+    """Names of the GPUs, as CUDA_VISIBLE_DEVICES has them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [str(number) for number, line in enumerate(listed.stdout.splitlines()) if line.startswith("GPU ")]

@@ -1,0 +1,115 @@
+"""What people see of an experiment: its plan, and at its end scores, where everything lies, and what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cvlctl.experiments.graph import folder_of
+from cvlctl.experiments.plan import in_all, rough, threads_of
+from cvlctl.experiments.start import LOG, last_lines
+from cvlctl.progress import clock
+from cvlctl.recipes.matrix import text_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MANY = 20  # cells beyond that are told of by their number
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """Print the plan, or the scores, where everything lies, and what failed."""
+    from cvlctl.score import evaluate
+
+    if result["status"] == "planned":
+        _render_plan(result, console)
+        return
+    for scored in result["scores"]:
+        evaluate.render(scored, console)
+    for name, commands in (("stores", ("build-dataset",)), ("runs", ("pretrain", "finetune"))):
+        done = [row for row in result["cells"] if row["command"] in commands and row["state"] == "finished"]
+        for row in done if len(done) <= MANY else ():
+            about = _store_facts(row) if name == "stores" else ""
+            console.print(f"{name + ':':8}{row['out']}{about}", markup=False, soft_wrap=True)
+        if len(done) > MANY:
+            console.print(f"{name + ':':8}{len(done)} under {result['out']}", markup=False, soft_wrap=True)
+    console.print(f"time:   {_times(result)}", markup=False, soft_wrap=True)
+    if result["status"] == "failed":
+        _render_failures(result, console)
+
+
+def _render_plan(result: dict[str, Any], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("stage", "of", "out", "state", "size"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("about", justify="right", no_wrap=True)
+    for row in result["cells"]:
+        of = " ".join(text_of(value).split("/")[-1] for value in row["combination"].values())
+        out = row["out"].removeprefix(result["out"].rstrip("/") + "/")
+        about = "" if row["state"] == "finished" else rough(row["estimate_seconds"])
+        texts = (f"{row['stage']}: {row['command']}", of, out, row["state"], row["size"], about)
+        table.add_row(*map(Text, texts))
+    console.print(table)
+    console.print(f"out: {result['out']}", markup=False)
+    console.print(f"to do: {in_all(result['cells'], result['at_once'])}", markup=False, soft_wrap=True)
+    for line in threads_of(result["cells"]):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _render_failures(result: dict[str, Any], console: Console) -> None:
+    """What failed, with its last lines; what waits for it; and how to go on."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("cell", "", "why"):
+        table.add_column(heading, overflow="fold")
+    for row in result["cells"]:
+        if row["state"] != "finished":
+            table.add_row(*map(Text, (row["cell"], row["state"], row.get("error", "") or "")))
+    console.print(table)
+    for row in [row for row in result["cells"] if row["state"] == "failed"][:5]:
+        folder = folder_of(Path(result["out"]), row["cell"])
+        console.print(f"{row['cell']}, the end of {folder / LOG}:", markup=False, soft_wrap=True)
+        for line in last_lines(folder).splitlines():
+            console.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
+        if row.get("hint"):
+            console.print(f"    hint: {row['hint']}", markup=False, soft_wrap=True)
+    console.print("the same command runs what is missing or failed", markup=False)
+
+
+def _times(result: Mapping[str, Any]) -> str:
+    """Where the time of this call went: "1m50s: data 20s, finetune cvl 1m30s"; what was finished before took none."""
+    rows = result["cells"]
+    worked = [row for row in rows if row.get("seconds") is not None]
+    if not worked:
+        return "none, all was finished already"
+    total = f"{clock(result['seconds'])} in all"
+    if len(worked) > MANY:
+        return f"{total}, {clock(sum(row['seconds'] for row in worked))} of {len(worked)} cells"
+    return f"{total}: " + ", ".join(f"{_shortest(row, rows)} {clock(row['seconds'])}" for row in worked)
+
+
+def _shortest(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The stage's name, and of its combination what tells its cells apart."""
+    same = [other["combination"] for other in rows if other["stage"] == row["stage"]]
+    own = {key: value for key, value in row["combination"].items() if any(one[key] != value for one in same)}
+    return " ".join([row["stage"], *(text_of(value).split("/")[-1] for value in own.values())])
+
+
+def _store_facts(row: Mapping[str, Any]) -> str:
+    """What a store's episodes achieve; beside a normalised score what it is of."""
+    about, facts = row.get("result") or {}, []
+    if about.get("return_mean") is not None:
+        facts.append(f"return {about['return_mean']:.4g}")
+    if about.get("success_rate") is not None:
+        facts.append(f"success {about['success_rate']:.1%}")
+    if about.get("normalised") is not None:
+        facts.append(f"normalised {about['normalised']:.1f} on {about['environment']}")
+    return f"  {', '.join(facts)}" if facts else ""

@@ -1,0 +1,89 @@
+"""How any engine starts a cell: one of the four commands, on a file with its resolved recipe; and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cvlctl import cell as own
+from cvlctl import children
+from cvlctl.experiments.graph import Cell, folder_of
+from cvlctl.files import read_json, write_atomically
+
+LOG = "log.txt"
+_CODE = "import sys; sys.argv[1:2] = []; from cvlctl.__main__ import main; main()"
+_LAST_LINES = 15
+
+
+def write_recipe(out: Path, cell: Cell) -> Path:
+    """The cell's resolved recipe as a file, named by its content: what runs or waits elsewhere keeps its own.
+
+    JSON, which is YAML that leaves nothing to be guessed.
+    """
+    text = json.dumps(cell.job.recipe.resolved(), indent=1)
+    head = f"# cvlctl {cell.job.command}: {cell.name}, of the experiment at {out}\n".encode("utf-8", "replace")
+    path = folder_of(out, cell.name) / f"recipe-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+    if not path.exists():
+        write_atomically(path, head, text.encode() + b"\n")
+    return path
+
+
+def arguments(cell: Cell, recipe: Path, force: bool) -> list[str]:
+    """Of `cvlctl`: its command line."""
+    return [cell.job.command, str(recipe), *(["--force"] if force else [])]
+
+
+def begin(folder: Path, line: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """Start `cvlctl` with a command line, as the cell of a folder; what it says goes into the log there."""
+    with open(folder / LOG, "a") as log:
+        return children.begin(
+            _CODE, *line, stdout=log, stderr=subprocess.STDOUT, more={own.FOLDER: str(folder), **environment}
+        )
+
+
+def outcome(folder: Path, code: int, peak: int | None = None) -> dict[str, Any]:
+    """What came of a cell whose process has ended: state ("done", "failed", "held" or "stopped"), and error and hint.
+
+    Args:
+        code: its exit code; below 0: the signal that killed it.
+        peak: bytes of memory that it took at most, where that is known.
+    """
+    states = {0: "done", own.HELD: "held", 130: "stopped"}
+    told = state_in(folder)
+    if code in states:
+        return {**told, "state": states[code], "code": code}
+    if code < 0 or code > 128:  # it could not say anything any more
+        number = -code if code < 0 else code - 128
+        own.write(folder, told := {**told, "state": "failed", "code": code, "error": _killed(number, peak)})
+    what, hint = told.get("error") or [last_lines(folder, 1) or "it died without a word", ""]
+    return {**told, "state": "failed", "code": code, "error": [what, hint]}
+
+
+def state_in(folder: Path) -> dict[str, Any]:
+    """What a cell said last of itself; nothing where it never ran."""
+    return read_json(folder / own.STATE) or {}
+
+
+def last_lines(folder: Path, number: int = _LAST_LINES) -> str:
+    """The end of a cell's log."""
+    try:
+        with open(folder / LOG, "rb") as file:
+            file.seek(max(0, os.path.getsize(folder / LOG) - 8_000))
+            return "\n".join(file.read().decode(errors="replace").rstrip().splitlines()[-number:])
+    except OSError:
+        return ""
+
+
+def _killed(number: int, peak: int | None) -> list[str]:
+    name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
+    took = f"; it had taken {peak / 2**30:.1f} GiB" if peak else ""
+    if number == signal.SIGKILL:
+        hint = "where memory is short: fewer processes at once, or a lower memory_gb; it goes on where it was saved"
+        return [f"killed ({name}), most likely because memory ran out{took}", hint]
+    return [f"killed by {name}{took}", "the same command goes on where it was saved last"]

@@ -1,0 +1,121 @@
+"""How far an experiment is, read from its files: at any time, from any machine that sees them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cvlctl import cell as own
+from cvlctl.experiments.graph import CELLS, Cell, folder_of
+from cvlctl.experiments.plan import state_of
+from cvlctl.experiments.start import state_in
+from cvlctl.files import is_running
+from cvlctl.progress import how_far
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SILENT_SECONDS = 60.0  # a cell that has said nothing for so long runs no more
+MANY = 40  # cells: those that are done or wait are then told of by their number alone
+STATES = ("done", "running", "waiting", "failed", "blocked", "stopped")
+_DIED = "its process died without a word, or its host is gone: the same command goes on where it was"
+
+
+def status(out: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One dict a cell: cell, stage, command, combination, out, state (of STATES), why (of a failure; else ""), progress
+    (in words), host, engine, job."""
+    now, rows = _now(out / CELLS), list[dict[str, Any]]()
+    stuck: dict[str, str] = {}  # cells that nothing will come of now -> the failure behind it
+    for cell in cells:
+        told = state_in(folder_of(out, cell.name))
+        state, why = _state(out, cell, told, now)
+        behind = next((stuck[need] for need in cell.needs if need in stuck), None)
+        if state == "waiting" and behind:
+            state, why = "blocked", f"it needs {behind}, which failed"
+        if state in ("failed", "blocked"):
+            stuck[cell.name] = behind or cell.name
+        rows.append({
+            "cell": cell.name, "stage": cell.job.stage, "command": cell.job.command,
+            "combination": cell.job.combination, "out": str(cell.job.recipe.out), "state": state, "why": why,
+            "progress": in_words(told) if state == "running" else "",
+            **{name: told.get(name) for name in ("host", "engine", "job")},
+        })  # fmt: skip
+    return rows
+
+
+def _state(out: Path, cell: Cell, told: Mapping[str, Any], now: float) -> tuple[str, str]:
+    state = told.get("state")
+    if state == "running":
+        with suppress(OSError):
+            silent = now - (folder_of(out, cell.name) / own.STATE).stat().st_mtime
+            gone = told.get("host") == platform.node() and not is_running(int(told.get("pid") or 0))
+            if silent < SILENT_SECONDS and not gone:
+                return "running", ""
+        state = "failed"
+        told = {"error": [_DIED, ""]}
+    done = state_of(cell.job)
+    if done == "finished":
+        return "done", ""
+    if done == "another recipe":
+        return "failed", f"{cell.job.recipe.out} holds the result of another recipe"
+    if state == "failed":
+        return "failed", str((told.get("error") or ["it died without a word"])[0])
+    return ("stopped", "") if state == "stopped" else ("waiting", "")
+
+
+def in_words(told: Mapping[str, Any]) -> str:
+    """How far a running cell is."""
+    found = told.get("progress")
+    if not isinstance(found, dict):
+        return "starting"
+    return how_far(found["done"], found["total"], found["unit"], found["rate"])
+
+
+def counts(states: Sequence[str]) -> str:
+    """ "3 of 6 cells done, 2 running, 1 waiting"."""
+    others = [f"{states.count(state)} {state}" for state in STATES[1:] if state in states]
+    return ", ".join([f"{states.count('done')} of {len(states)} cells done", *others])
+
+
+def _now(folder: Path) -> float:
+    """The time by the clock of the file system that states lie on: those of hosts differ."""
+    probe = folder / f".now.{os.getpid()}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def render(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
+    """Print how far the cells are."""
+    console.print(table(rows))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """How far the cells are; of those that are done or wait the number, where there are many."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    few = len(rows) <= MANY
+    caption = counts([row["state"] for row in rows])
+    found = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    for heading in ("cell", "state", "", "where"):
+        found.add_column(heading, overflow="fold")
+    styles = {"failed": "red", "blocked": "red", "done": "green"}
+    for row in rows:
+        if few or row["state"] in ("running", "failed", "stopped"):
+            where = " ".join(str(row[name]) for name in ("host", "engine", "job") if row[name])
+            words = row["progress"] or row["why"]
+            state = Text(row["state"], style=styles.get(row["state"], ""))
+            found.add_row(Text(row["cell"]), state, Text(words), Text(where))
+    return found

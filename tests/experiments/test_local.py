@@ -1,0 +1,235 @@
+"""The local engine: order, room, failures, and what else is at work; by stand-ins of the cells' commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cvlctl import cell as own
+from cvlctl.cli.console import console
+from cvlctl.errors import CvlctlError
+from cvlctl.experiments import drivers, local, look, show
+from cvlctl.experiments.commands import load
+from cvlctl.experiments.graph import folder_of
+from cvlctl.experiments.run import run_experiment
+from cvlctl.files import lock
+
+TEXT = """\
+out: OUT
+matrix: {task: [a, b]}
+stages:
+  critic: {command: pretrain, stores: ["${task}.zarr"], steps: 9, threads: 1, out: "${out}/critic/${task}"}
+  policy: {command: finetune, stores: ["${task}.zarr"], steps: 9, threads: 1, init_from: "${out}/critic/${task}",
+    algorithm: cvl, out: "${out}/policy/${task}"}
+  both: {command: finetune, stores: [a.zarr], steps: 9, threads: 2, init_from: "${out}/critic/a", algorithm: cvl,
+    out: "${out}/both"}
+"""
+CELLS = ["critic/a", "critic/b", "policy/a", "policy/b", "both"]
+Journal = Callable[[], list[dict[str, Any]]]
+Acts = Callable[..., None]
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, acts: Acts, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    path = tmp_path / "e.yaml"
+    path.write_text(TEXT.replace("OUT", str(tmp_path / "e")))
+    monkeypatch.setattr(local, "num_cpus", lambda: 2)
+    return lambda *overrides: load(path, overrides, "run")
+
+
+def states(result: dict[str, Any]) -> dict[str, str]:
+    return {row["cell"]: row["state"] for row in result["cells"]}
+
+
+def most_at_once(journal: Journal) -> int:
+    now, most = 0, 0
+    for line in journal():
+        now += 1 if line["what"] == "begun" else -1
+        most = max(most, now)
+    return most
+
+
+def test_each_cell_runs_once_after_those_that_it_needs(experiment: Any, acts: Acts, journal: Journal) -> None:
+    acts(**{"critic/a": "sleep 0.6", "critic/b": "sleep 0.1"})
+    result = run_experiment(experiment())
+    assert result["status"] == "done"
+    assert states(result) == dict.fromkeys(CELLS, "finished")
+    lines = [(line["cell"], line["what"]) for line in journal()]
+    assert sorted(lines) == sorted((name, what) for name in CELLS for what in ("begun", "ended"))
+    for name, need in (("policy/a", "critic/a"), ("policy/b", "critic/b"), ("both", "critic/a")):
+        assert lines.index((need, "ended")) < lines.index((name, "begun"))
+    assert lines.index(("policy/b", "begun")) < lines.index(("critic/a", "ended"))  # it need not wait for that
+    assert most_at_once(journal) == 2
+    (argv,) = {tuple(line["argv"][:1]) for line in journal() if line["cell"].startswith("policy")}
+    assert argv == ("finetune",)
+    assert {line["threads"] for line in journal()} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [([], 2), (["local.processes=1"], 1), (["local.processes=3"], 3),
+     (["stages.critic.local={processes: 1}", "stages.policy.local={processes: 1}"], 2),
+     (["stages.critic.threads=2", "stages.policy.threads=2"], 1)],
+)  # fmt: skip
+def test_cells_share_the_cpus(experiment: Any, acts: Acts, journal: Journal, overrides: list[str], most: int) -> None:
+    acts(**dict.fromkeys(CELLS, "sleep 0.3"))
+    text = ["matrix.task=[a,b,c,d]"] if most == 3 else []
+    assert run_experiment(experiment(*overrides, *text))["status"] == "done"
+    assert most_at_once(journal) == most
+
+
+def test_gpus_are_dealt_out(experiment: Any, acts: Acts, journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr(local, "num_cpus", lambda: 8)
+    acts(**dict.fromkeys(CELLS, "sleep 0.3"))
+    on_gpu = [f"stages.{stage}.device=cuda" for stage in ("critic", "policy")]
+    result = run_experiment(experiment(*on_gpu, "stages.both.device=cpu", "local.cells_per_gpu=1"))
+    assert result["status"] == "done"
+    begun = {line["cell"]: line["gpu"] for line in journal() if line["what"] == "begun"}
+    assert {begun["critic/a"], begun["critic/b"]} == {"4", "7"}
+    busy = dict.fromkeys(("4", "7"), 0)
+    for line in journal():
+        if line["cell"] != "both":
+            busy[line["gpu"]] += 1 if line["what"] == "begun" else -1
+            assert busy[line["gpu"]] <= 1
+
+
+def test_a_failure_stays_where_it_happens(
+    experiment: Any, acts: Acts, journal: Journal, capsys: pytest.CaptureFixture[str]
+) -> None:
+    acts(**{"critic/a": "fail"})
+    result = run_experiment(experiment())
+    assert result["status"] == "failed"
+    assert states(result) == {"critic/a": "failed", "critic/b": "finished", "policy/a": "blocked",
+                              "policy/b": "finished", "both": "blocked"}  # fmt: skip
+    assert (result["cells"][0]["error"], result["cells"][0]["hint"]) == ("it cannot be", "do something else")
+    assert result["cells"][2]["error"] == "it needs critic/a, which failed"
+    show.render(result, console())
+    out = capsys.readouterr().out
+    assert "a line before the end" in out
+    assert "hint: do something else" in out
+    acts()
+    # the same command again starts what failed and what waited for it; stand-ins leave no runs, so all of them here
+    assert states(run_experiment(experiment())) == dict.fromkeys(CELLS, "finished")
+
+
+def test_fail_fast_stops_the_others(experiment: Any, acts: Acts, journal: Journal) -> None:
+    acts(**{"critic/a": "fail", "critic/b": "sleep 60"})
+    begin = time.monotonic()
+    result = run_experiment(experiment(), fail_fast=True)
+    assert time.monotonic() - begin < 30
+    assert result["status"] == "failed"
+    assert states(result)["critic/b"] == states(result)["both"] == "stopped"
+    assert ("critic/b", "ended") in [(line["cell"], line["what"]) for line in journal()]  # it could save what it had
+
+
+def test_a_kill_is_told_of_with_the_memory_that_it_took(experiment: Any, acts: Acts, tmp_path: Path) -> None:
+    acts(**{"critic/b": "die"})
+    result = run_experiment(experiment())
+    assert states(result)["critic/b"] == "failed"
+    assert states(result)["policy/b"] == "blocked"
+    why = result["cells"][1]["error"]
+    assert why.startswith("killed (SIGKILL), most likely because memory ran out; it had taken 0.")
+    assert why.endswith(" GiB")
+    found = look.look(experiment())
+    assert {row["cell"]: row["why"] for row in found["cells"]}["critic/b"] == why
+
+
+def test_what_another_process_runs_is_left_to_it(
+    experiment: Any, acts: Acts, journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "HELD_SECONDS", 0.2)
+    held = lock(folder_of(tmp_path / "e", "critic/a") / own.LOCK)
+    threading.Timer(2.0, held.close).start()
+    begin = time.monotonic()
+    result = run_experiment(experiment())
+    assert result["status"] == "done"
+    assert time.monotonic() - begin > 1.5
+    begun = [line["cell"] for line in journal() if line["what"] == "begun"]
+    assert sorted(begun) == sorted(CELLS)
+    assert begun[:2] == ["critic/b", "policy/b"]  # these went on meanwhile
+
+
+def test_status_while_it_runs_and_cancel(experiment: Any, acts: Acts, tmp_path: Path, journal: Journal) -> None:
+    acts(**{"critic/a": "sleep 60", "critic/b": "fail"})
+    code = (
+        "import sys, tests.experiments.conftest as c; from cvlctl.experiments import start; start._CODE = c.STAND_IN;"
+        "from cvlctl.__main__ import main; main()"
+    )
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", code, "run", str(tmp_path / "e.yaml")],
+        env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while {row["state"] for row in look.look(experiment())["cells"]} != {"running", "failed", "blocked", "waiting"}:
+        assert time.monotonic() < until
+        assert process.poll() is None
+    found = {row["cell"]: row for row in look.look(experiment())["cells"]}
+    assert found["critic/a"]["progress"].startswith("25% of 4 steps, 2/s, 1s left")
+    assert (found["critic/a"]["engine"], found["critic/b"]["why"]) == ("local", "it cannot be")
+    assert {name: row["state"] for name, row in found.items()} == {
+        "critic/a": "running", "critic/b": "failed", "policy/a": "waiting", "policy/b": "blocked", "both": "waiting",
+    }  # fmt: skip
+    assert look.look(experiment())["status"] == "running"
+    assert look.cancel(experiment())["stopped"] == 1
+    assert process.wait(30) == 130
+    assert process.stderr is not None
+    assert "the same command goes on" in process.stderr.read()
+    process.stderr.close()
+    assert {row["cell"]: row["state"] for row in look.look(experiment())["cells"]}["critic/a"] == "stopped"
+    assert look.cancel(experiment())["stopped"] == 0
+    assert "a line before the end" in look.logs(experiment(), "critic/b")["text"]
+    with pytest.raises(CvlctlError, match="no cell critic/c"):
+        look.logs(experiment(), "critic/c")
+    with pytest.raises(CvlctlError, match="policy/a has said nothing"):
+        look.logs(experiment(), "policy/a")
+
+
+def test_a_cell_that_died_without_a_word_is_seen(experiment: Any, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "e", "critic/a")
+    folder.mkdir(parents=True)
+    gone = subprocess.run([sys.executable, "-P", "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    here = {"state": "running", "pid": int(gone.stdout), **own.where()}
+    own.write(folder, here)
+    assert look.look(experiment())["cells"][0]["why"].startswith("its process died without a word")
+    own.write(folder, {**here, "host": "elsewhere"})  # there it may well run
+    assert look.look(experiment())["cells"][0]["state"] == "running"
+    os.utime(folder / own.STATE, (time.time() - 100,) * 2)  # but it says nothing any more
+    assert look.look(experiment())["cells"][0]["state"] == "failed"
+
+
+def test_who_is_at_work_is_known_as_long_as_they_are(tmp_path: Path) -> None:
+    with drivers.noted(tmp_path, "local"):
+        assert [about["pid"] for about in drivers.at_work(tmp_path)] == [os.getpid()]
+    assert drivers.at_work(tmp_path) == []
+    far = {"host": "far", "pid": 1, "engine": "local"}
+    (tmp_path / "cells" / "driver-far-1.json").write_text(json.dumps(far))
+    assert drivers.at_work(tmp_path) == [far]
+    with pytest.raises(CvlctlError, match="is run from far, out of reach"):
+        drivers.cancel(tmp_path)
+
+
+def test_an_interrupt_reaches_every_cell(experiment: Any, acts: Acts, journal: Journal) -> None:
+    acts(**{"critic/a": "sleep 60", "critic/b": "sleep 60"})
+
+    def interrupt() -> None:
+        while len(journal()) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(experiment())
+    lines = [(line["cell"], line["what"]) for line in journal()]
+    assert sorted(lines) == [(name, what) for name in ("critic/a", "critic/b") for what in ("begun", "ended")]
