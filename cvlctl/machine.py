@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 _LIMITS = {2: ("memory.max", "memory.current", "inactive_file"),
@@ -20,8 +21,14 @@ def num_cpus(root: Path = Path("/")) -> int:
         root: where /proc and /sys are.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cpus, *_quotas(root)]))
+
+
+@cache
+def _quotas(root: Path) -> list[int]:
+    """CPUs that each of the groups with a quota may use."""
     quotas = (_quota(version, group) for version, group in _groups(root, "cpu"))
-    return max(1, min([cpus, *(math.ceil(quota) for quota in quotas if quota is not None)]))
+    return [math.ceil(quota) for quota in quotas if quota is not None]
 
 
 def cpu_name() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -15,9 +15,11 @@ from cvlctl.play import envs
 from cvlctl.recipes.estimates import EPISODE_STEPS, SIMULATED, Update, Work, count, training_seconds, update_of, weights
 from cvlctl.recipes.matrix import expand
 from cvlctl.recipes.values import (
+    NONE,
     Computed,
     Count,
     Noise,
+    Others,
     Out,
     PartOf,
     Place,
@@ -230,7 +232,7 @@ class BuildRecipe(Computed):
     def about_threads(self) -> str | None:
         return super().about_threads if isinstance(self.source, OnlineSource) else None
 
-    def work(self, others: Sequence[Any] = ()) -> Work:
+    def work(self, others: Others = NONE) -> Work:
         """How much there is to do."""
         source = self.source
         if isinstance(source, OnlineSource):
@@ -245,7 +247,7 @@ class BuildRecipe(Computed):
         num = source.episodes * (len(checkpoints) if isinstance(checkpoints, tuple) else 1)
         return Work(count(num, "episode"), num * EPISODE_STEPS / SIMULATED)
 
-    def learning(self, others: Sequence[Any] = ()) -> tuple[int, Update] | None:
+    def learning(self, others: Others = NONE) -> tuple[int, Update] | None:
         source = self.source
         return (source.updates, source.update) if isinstance(source, OnlineSource) else None
 

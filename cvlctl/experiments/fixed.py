@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from cvlctl import rates
 from cvlctl.collect.recipe import BuildRecipe
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments.graph import CELLS, Cell
+from cvlctl.experiments.graph import CELLS, Cell, needed_by
 from cvlctl.files import read_json, write_json
 from cvlctl.machine import num_cpus, total_memory
 from cvlctl.rates import Rate
 from cvlctl.recipes.estimates import compiling_pays
-from cvlctl.recipes.values import Computed
+from cvlctl.recipes.values import Computed, Others
 
 FILE = "machine.json"
 
@@ -89,14 +89,14 @@ def fixed(cells: Sequence[Cell], machine: Machine) -> list[Cell]:
     `threads` is one where a stage has as many cells as there are CPUs, all of them where it has one: cells that run
     side by side leave no CPU idle, and share none.
     """
-    recipes, counts = [cell.job.recipe for cell in cells], Counter(cell.job.stage for cell in cells)
+    needed, counts = needed_by(cells), Counter(cell.job.stage for cell in cells)
     return [
-        cell._replace(job=cell.job._replace(recipe=_fixed(cell.job.recipe, recipes, machine, counts[cell.job.stage])))
-        for cell in cells
+        cell._replace(job=job._replace(recipe=_fixed(job.recipe, needed[cell.name], machine, counts[job.stage])))
+        for cell, job in ((cell, cell.job) for cell in cells)
     ]
 
 
-def _fixed(recipe: Any, others: Sequence[Any], machine: Machine, cells: int) -> Any:
+def _fixed(recipe: Any, others: Others, machine: Machine, cells: int) -> Any:
     if not isinstance(recipe, Computed):
         return recipe  # an evaluation: its rows do not depend on how they are computed
     learning, decided = recipe.learning(others), dict[str, Any]()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.recipe import Job
+from cvlctl.recipes.values import Others
 
 CELLS = "cells"  # in the experiment's `out`: what its engines and its cells say
 _TRAINED = ("pretrain", "finetune")  # what patterns are of
@@ -70,6 +71,13 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
     return ordered
 
 
+def needed_by(cells: Sequence[Cell]) -> dict[str, Others]:
+    """For each cell the recipes of those that it needs, by their `out`."""
+    recipes = {cell.name: cell.job.recipe for cell in cells}
+    found = {cell.name: [recipes[need] for need in cell.needs if need in recipes] for cell in cells}
+    return {name: {recipe.out: recipe for recipe in needed} for name, needed in found.items()}
+
+
 def below(cells: Iterable[Cell], names: set[str]) -> set[str]:
     """Those cells and all that wait for them, by whatever way; `cells` in order."""
     found = set(names)
@@ -98,11 +106,13 @@ def _above(path: str, outs: dict[str, str]) -> list[str]:
 def _by_pattern(patterns: set[str], trained: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     """For each pattern the cells whose runs it matches."""
     parts = [(Path(place).parts, name) for place, name in trained]
-    magic = [pattern for pattern in patterns if any(sign in pattern for sign in "*?[")]
     found: dict[str, list[str]] = {pattern: [] for pattern in patterns}
-    for pattern in magic:
+    for pattern in patterns:
         wanted = Path(os.path.normpath(pattern)).parts
-        found[pattern] = [name for at, name in parts if _matches(at, wanted)]
+        plain = next((n for n, part in enumerate(wanted) if any(sign in part for sign in "*?[")), len(wanted))
+        if plain < len(wanted):
+            near = [(at[plain:], name) for at, name in parts if at[:plain] == wanted[:plain]]
+            found[pattern] = [name for at, name in near if _matches(at, wanted[plain:])]
     return found
 
 

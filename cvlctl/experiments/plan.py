@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments.graph import Cell
+from cvlctl.experiments.graph import Cell, needed_by
 from cvlctl.experiments.recipe import Job
 from cvlctl.folders import partial_of
 from cvlctl.runs import read_run, settled
@@ -28,10 +28,10 @@ def plan(cells: Sequence[Cell], *, force: bool = False) -> list[dict[str, Any]]:
 
     The state is "finished", "partial", "to do", or "another recipe" (it will not start without `force`).
     """
-    rows, recipes = [], [cell.job.recipe for cell in cells]
+    rows, needed = [], needed_by(cells)
     for cell in cells:
         job = cell.job
-        size, seconds = job.recipe.work(recipes)
+        size, seconds = job.recipe.work(needed[cell.name])
         rows.append({
             "cell": cell.name, "stage": job.stage, "command": job.command, "combination": job.combination,
             "needs": list(cell.needs), "out": str(job.recipe.out), "state": "to do" if force else state_of(job),

@@ -76,7 +76,8 @@ def chosen(cells: Sequence[Cell], only: str) -> list[Cell]:
     Raises:
         CvlctlError: no cell is like that.
     """
-    wanted = {cell.name for cell in cells if _matches(cell, _conditions(cells, only))}
+    conditions = _conditions(cells, only)
+    wanted = {cell.name for cell in cells if _matches(cell, conditions)}
     if not wanted:
         raise CvlctlError(f"--only: no cell is of {only!r}", "cvlctl run EXPERIMENT --dry-run shows what there is")
     for cell in reversed(in_order(cells)):

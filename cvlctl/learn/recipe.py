@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
@@ -20,7 +20,7 @@ from cvlctl.learn import labellers
 from cvlctl.learn.algorithms import ALGORITHMS, occupancy
 from cvlctl.learn.labellers import LABELLERS
 from cvlctl.recipes.estimates import Update, Work, count, training_seconds, update_of, weights
-from cvlctl.recipes.values import Computed, Count, Name, Out, Place, Rate, Seeds, Steps, Strict, fields_of
+from cvlctl.recipes.values import NONE, Computed, Count, Name, Others, Out, Place, Rate, Seeds, Steps, Strict, fields_of
 
 
 def _critic_weights(critic: occupancy.Config) -> int:
@@ -46,7 +46,7 @@ class _TrainRecipe(Computed):
                 raise ValueError(f"out: {self.out} is, holds or lies in {path}, which it reads: choose a place apart")
         return self
 
-    def learning(self, others: Sequence[Any] = ()) -> tuple[int, Update]:
+    def learning(self, others: Others = NONE) -> tuple[int, Update]:
         raise NotImplementedError
 
     def inputs(self) -> list[Path]:
@@ -56,8 +56,9 @@ class _TrainRecipe(Computed):
     def reads(self) -> list[str]:
         return [str(path) for path in self.inputs()]
 
-    def work(self, others: Sequence[Any] = ()) -> Work:
-        """How much there is to do; `others` are the recipes of an experiment, which may pretrain the critic."""
+    def work(self, others: Others = NONE) -> Work:
+        """How much there is to do; `others` are the recipes of an experiment, which may
+        pretrain the critic."""
         size = f"{count(self.steps, 'step')} x {count(len(self.seeds), 'seed')}"
         return Work(size, training_seconds(*self.learning(others), self.num_threads, self.compile))
 
@@ -70,7 +71,7 @@ class PretrainRecipe(_TrainRecipe):
     critic: occupancy.Config = Field(default_factory=occupancy.Config)
     batch_size: Annotated[Count, Field(ge=2)] = 1024
 
-    def learning(self, others: Sequence[Any] = ()) -> tuple[int, Update]:
+    def learning(self, others: Others = NONE) -> tuple[int, Update]:
         return self.steps, self.update(self.critic)
 
     def update(self, critic: Any) -> Update:
@@ -146,11 +147,10 @@ class FinetuneRecipe(_TrainRecipe):
             plain["algorithm"].pop("critic", None)  # the pretrained run's counts
         return plain
 
-    def learning(self, others: Sequence[Any] = ()) -> tuple[int, Update]:
+    def learning(self, others: Others = NONE) -> tuple[int, Update]:
         critic = getattr(self.algorithm.config, "critic", None)
-        for other in others:
-            if other.command == "pretrain" and other.out == self.init_from:
-                critic = other.critic
+        if self.init_from is not None and self.init_from in others:
+            critic = getattr(others[self.init_from], "critic", critic)
         return self.steps, self.update(critic)
 
     def update(self, critic: Any) -> Update:

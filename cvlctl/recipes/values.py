@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -82,6 +83,10 @@ Precision = Literal["auto", "float32", "medium", "bf16"]
 Compile = Annotated[Literal["auto", "true", "false"], BeforeValidator(_bool_as_text)]
 
 
+Others = Mapping[Path, Any]  # recipes of an experiment that write what one reads, by their `out`
+NONE: Others = MappingProxyType({})
+
+
 class Strict(BaseModel):
     """What all models of recipes are: unknown keys are errors, and nothing changes once it is read."""
 
@@ -103,7 +108,7 @@ class Strict(BaseModel):
         """Paths at which it puts its results."""
         return [str(getattr(self, "out", ""))]
 
-    def learning(self, others: Sequence[Any] = ()) -> tuple[int, Update] | None:
+    def learning(self, others: Others = NONE) -> tuple[int, Update] | None:
         """How many updates of which kind it makes, or None; `others` are the recipes of an experiment."""
         return None
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from fnmatch import fnmatch
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -15,7 +12,7 @@ from pydantic import (
 
 from cvlctl.data.recipe import SuccessExamples
 from cvlctl.recipes.estimates import EPISODE_STEPS, SIMULATED_WITH_WORKERS, Work, count
-from cvlctl.recipes.values import Count, Device, Name, Out, Pattern, Rate, Seed, Strict, not_bool
+from cvlctl.recipes.values import NONE, Count, Device, Name, Others, Out, Pattern, Rate, Seed, Strict, not_bool
 
 # --- evaluate
 
@@ -60,15 +57,9 @@ class EvaluateRecipe(Strict):
     baseline: Name | None = None  # of the pairwise differences; None: bc where it is there
     out: Out
 
-    def work(self, others: Sequence[Any] = ()) -> Work:
-        """How much there is to do; `others` are the recipes of an experiment that trains the policies."""
-        places = [(os.path.normpath(other.out), other) for other in others if other.command == "finetune"]
-        patterns = [os.path.normpath(pattern) for pattern in self.runs]
-        seeds = sum(
-            len(other.seeds)
-            for place, other in places
-            if place in patterns or any(fnmatch(place, one) for one in patterns)
-        )
+    def work(self, others: Others = NONE) -> Work:
+        """How much there is to do; `others` are the recipes of an experiment that train its policies."""
+        seeds = sum(len(other.seeds) for other in others.values() if other.command == "finetune")
         policies = count(seeds, "policy") if seeds else "policies of earlier runs"
         more = ", every checkpoint" if self.checkpoints == "all" else ""
         seconds = max(seeds, 1) * self.episodes * EPISODE_STEPS / SIMULATED_WITH_WORKERS
