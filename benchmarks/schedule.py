@@ -101,7 +101,7 @@ def simulate(cells: Sequence[Load], place: Place) -> Outcome:
     heapq.heapify(ready)
     running: list[tuple[float, int, Load]] = []
     free = [place.cpus, place.gpus * place.cells_per_gpu]
-    now, gate, starts, events = 0.0, 0.0, list[float](), list[tuple[float, float]]()
+    now, gate, starts, events = 0.0, -1 / place.submitted, list[float](), list[tuple[float, float]]()
     number = len(cells)
     while ready or running:
         put_off = []
