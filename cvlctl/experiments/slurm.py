@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,9 +130,7 @@ class _Submission:
                     say(f"SLURM takes no more jobs now: {len(missing)} cells are left; later, the same command goes on")
                     break
                 missing -= {task.name for task in part.tasks}
-            updates = [line for part, job in self.own for line in self._updates(part, job)]
-            self._split()
-            squeue.scontrol(updates)
+            self._let_wait()
             squeue.scontrol(f"release {one.job}" for one in self.done)
         except BaseException:
             jobs.forget(self.cells, self.record, self.entries)
@@ -171,23 +169,21 @@ class _Submission:
             self.own.append((part, job))
         return True
 
-    def _updates(self, part: Array, job: str) -> Iterator[str]:
-        """For scontrol: what each element waits for."""
-        found = waits(part, self.places, self.sizes, singly=True).elements
-        for number, dependency in enumerate(found, start=1):
-            if dependency:
-                self.dependencies.append(dependency)
-                yield f"update JobId={job}_{number} Dependency={dependency}"
-
-    def _split(self) -> None:
-        """Make jobs of their own of the elements that others wait for one by one: SLURM forgets those that are
-        cancelled in an array that has not begun, and what waits for them would run."""
+    def _let_wait(self) -> None:
+        """Tell the elements of arrays what each waits for; and make jobs of their own of those that others wait for one
+        by one: SLURM forgets what is cancelled in an array that has not begun, and what waits for it would run."""
+        own = [(f"{job}_{number}", dependency) for part, job in self.own
+               for number, dependency in enumerate(waits(part, self.places, self.sizes, singly=True).elements, start=1)
+               if dependency]  # fmt: skip
+        texts = [*self.dependencies, *(dependency for _, dependency in own)]
+        needed = dict.fromkeys(one for text in texts for one in re.findall(r"\d+_\d+", text))
+        updates = dict.fromkeys(needed, "") | {one: f" Dependency={dependency}" for one, dependency in own}
         names = {f"{job}_{number}": name for name, (job, number) in self.places.items()}
-        needed = dict.fromkeys(one for text in self.dependencies for one in re.findall(r"\d+_\d+", text))
-        lines = {one: f"update JobId={one} Comment={re.sub(r'[^A-Za-z0-9_./-]', '_', names[one])}" for one in needed}
-        own = {one.job for one in self.done}
-        squeue.scontrol(line for one, line in lines.items() if one.split("_")[0] in own)
-        squeue.scontrol((line for one, line in lines.items() if one.split("_")[0] not in own), strict=False)
+        lines = {one: f"update JobId={one} Comment={re.sub(r'[^A-Za-z0-9_./-]', '_', names[one])}{text}"
+                 for one, text in updates.items()}  # fmt: skip
+        here = {one.job for one in self.done}
+        squeue.scontrol((line for one, line in lines.items() if one.split("_")[0] not in here), strict=False)
+        squeue.scontrol(line for one, line in lines.items() if one.split("_")[0] in here)
 
 
 def _prepared(
