@@ -38,6 +38,7 @@ class Engine(StrEnum):
     """What runs the cells of an experiment."""
 
     local = "local"
+    slurm = "slurm"
 
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see `cvlctl recipes ls`.")]

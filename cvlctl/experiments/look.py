@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cvlctl import streams, terminal
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import drivers, status
+from cvlctl.experiments import drivers, on_slurm, status
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.recipe import ExperimentRecipe
 from cvlctl.experiments.run import chosen, planned
@@ -29,7 +29,8 @@ def look(experiment: ExperimentRecipe, only: str = "") -> dict[str, Any]:
     cells = chosen(planned(experiment, keep=False), only)
     rows = status.status(experiment.out, cells)
     states = {row["state"] for row in rows}
-    working = "running" if "running" in states or drivers.at_work(experiment.out) else ""
+    queued = any(row["state"] == "waiting" and row["job"] for row in rows)
+    working = "running" if queued or "running" in states or drivers.at_work(experiment.out) else ""
     word = working or ("failed" if states & {"failed", "blocked"} else "done" if states == {"done"} else "waiting")
     return {"status": word, "out": str(experiment.out), "cells": rows}
 
@@ -70,9 +71,11 @@ def logs(experiment: ExperimentRecipe, name: str) -> dict[str, Any]:
 
 
 def cancel(experiment: ExperimentRecipe) -> dict[str, Any]:
-    """Stop whoever runs the experiment. Returns status ("cancelled"), out, and stopped: how many processes."""
+    """Stop whoever runs the experiment. Returns status ("cancelled"), out, stopped (how many processes) and cells (how
+    many were taken back from SLURM)."""
+    cells = on_slurm.cancel(experiment.out)
     stopped = drivers.cancel(experiment.out)
-    return {"status": "cancelled", "out": str(experiment.out), "stopped": len(stopped)}
+    return {"status": "cancelled", "out": str(experiment.out), "stopped": len(stopped), "cells": cells}
 
 
 def render(result: dict[str, Any], console: Console) -> None:
@@ -80,7 +83,7 @@ def render(result: dict[str, Any], console: Console) -> None:
     if result["status"] == "log":
         console.print(result["text"], markup=False, highlight=False, soft_wrap=True, end="")
     elif result["status"] == "cancelled":
-        none = "" if result["stopped"] else ": nobody was running it"
+        none = "" if result["stopped"] or result["cells"] else ": nobody was running it"
         console.print(f"cancelled: {result['out']}{none}; cvlctl run goes on where each cell was saved", soft_wrap=True)
     else:
         status.render(result["cells"], console)

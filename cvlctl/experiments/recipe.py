@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, field_
 
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import STEPS, model
+from cvlctl.experiments.sbatch import SlurmSettings
 from cvlctl.recipes.matrix import expand, sized, text_of
 from cvlctl.recipes.values import Count, Name, Out, Strict, not_bool
 from cvlctl.recipes.yamlfile import Source
@@ -25,7 +26,7 @@ class LocalSettings(Strict):
     cells_per_gpu: Count = 1
 
 
-ENGINES = ("local",)  # what may run an experiment's cells
+ENGINES = ("local", "slurm")  # what may run an experiment's cells
 
 
 class Job(NamedTuple):
@@ -51,8 +52,9 @@ class ExperimentRecipe(Strict):
     size: Name | None = None  # which of `sizes`; both are first, since a fault in them is one wherever they are named
     sizes: dict[str, dict[str, Any]] = {}
     out: Out
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "slurm"] = "local"
     local: LocalSettings = LocalSettings()
+    slurm: SlurmSettings = SlurmSettings()
     matrix: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     stages: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     _jobs: tuple[Job, ...] = PrivateAttr(())

@@ -10,7 +10,7 @@ from typing import Any
 
 from cvlctl import interrupts
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import drivers, local, status
+from cvlctl.experiments import drivers, local, on_slurm, status
 from cvlctl.experiments.commands import function
 from cvlctl.experiments.fixed import fixed, machine_of
 from cvlctl.experiments.graph import Cell, below, cells_of, folder_of, in_order
@@ -49,13 +49,20 @@ def run_experiment(
     rows = plan(cells, force=force)
     at_once = _at_once(experiment)
     about: dict[str, Any] = {"out": str(experiment.out), "at_once": at_once, "cells": rows}
+    todo = _to_do(cells, rows)
     if dry_run:
-        return {"status": "planned", **about, "scores": []}
+        return {"status": "planned", **about, **(_submit(experiment, todo, rows, force, True)), "scores": []}
     for line in lines(cells, rows, at_once):
         say(line)
+    if experiment.engine == "slurm" and todo:
+        if fail_fast:
+            raise CvlctlError(
+                "--fail-fast: SLURM goes on when this command has ended", "leave it out, or --cancel later"
+            )
+        return {"status": "submitted", **about, **_submit(experiment, todo, rows, force, False), "scores": []}
     began = time.monotonic()
     with drivers.noted(experiment.out, experiment.engine):
-        _run(experiment, cells, rows, _to_do(cells, rows), force=force, fail_fast=fail_fast)
+        _run(experiment, cells, rows, todo, force=force, fail_fast=fail_fast)
     about["seconds"] = round(time.monotonic() - began, 1)
     _read_results(cells, rows)
     failed = any(row["state"] != "finished" for row in rows)
@@ -67,7 +74,8 @@ def run_experiment(
 def planned(experiment: ExperimentRecipe, *, keep: bool) -> list[Cell]:
     """The experiment's cells in order, with nothing left to be decided; `keep`: what decides is kept from now on."""
     cells = cells_of(experiment.out, experiment.jobs)
-    return fixed(cells, machine_of(experiment.out, _has_gpus(experiment), keep=keep))
+    cells = on_slurm.fitted(cells) if experiment.engine == "slurm" else cells
+    return fixed(cells, machine_of(experiment.out, _has_gpus(experiment, cells), keep=keep))
 
 
 def chosen(cells: Sequence[Cell], only: str) -> list[Cell]:
@@ -159,13 +167,30 @@ def _run(
             row["state"] = "stopped"  # by --fail-fast
 
 
-def _has_gpus(experiment: ExperimentRecipe) -> bool | None:
+def _submit(
+    experiment: ExperimentRecipe, todo: Sequence[Cell], rows: Sequence[dict[str, Any]], force: bool, dry_run: bool
+) -> dict[str, Any]:
+    """Give SLURM what is to be done, and write into `rows` what is there; nothing where another engine runs it."""
+    if experiment.engine != "slurm" or not todo:
+        return {}
+    result = on_slurm.submit(experiment.out, todo, force=force, dry_run=dry_run)
+    for row in rows:
+        if row["cell"] in result["queued"]:
+            row.update(state="submitted", job=result["queued"][row["cell"]])
+    return result
+
+
+def _has_gpus(experiment: ExperimentRecipe, cells: Sequence[Cell]) -> bool | None:
     """Whether cells are given GPUs; None: where this machine has some."""
+    if experiment.engine == "slurm":
+        return any(on_slurm.has_gpus(cell) for cell in cells)
     return None if experiment.local.gpus == "auto" else experiment.local.gpus > 0
 
 
 def _at_once(experiment: ExperimentRecipe) -> int:
     """How many cells run at once, as far as that is known before."""
+    if experiment.engine == "slurm":
+        return experiment.slurm.parallel or MANY
     processes = experiment.local.processes
     return num_cpus() if processes == "auto" else processes
 

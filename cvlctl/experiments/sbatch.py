@@ -216,14 +216,16 @@ cd -- {here} || exit 2
 recipe=${{cells[SLURM_ARRAY_TASK_ID - 1]}}
 export CVLCTL_CELL=${{recipe%/*}} CVLCTL_ENGINE=slurm CVLCTL_JOB=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
-{setup}# SLURM warns before the time limit, and when it preempts or cancels: the command saves what it has
+# SLURM warns before the time limit, and when it preempts or cancels: the command saves what it has
+code=130 stopped= child=
 trap 'stopped=1; kill -TERM "$child" 2>/dev/null' USR1 TERM
-for _ in {{1..60}}; do
+{setup}for _ in {{1..60}}; do
+  [ -z "$stopped" ] || break
   {command} </dev/null >>"$CVLCTL_CELL/log.txt" 2>&1 &
   child=$!
   while kill -0 "$child" 2>/dev/null; do wait "$child"; done
   wait "$child"; code=$?
-  [ "$code" = 75 ] && [ -z "$stopped" ] || break # 75: another process is at this cell; look again in a minute
+  [ "$code" = 75 ] || break # another process is at this cell: look again in a minute
   sleep 60 & child=$!; wait "$child"
 done
 trap '' USR1 TERM

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cvlctl.experiments import on_slurm
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.plan import in_all, rough, threads_of
 from cvlctl.experiments.start import LOG, last_lines
@@ -22,8 +23,11 @@ def render(result: dict[str, Any], console: Console) -> None:
     """Print the plan, or the scores, where everything lies, and what failed."""
     from cvlctl.score import evaluate
 
-    if result["status"] == "planned":
-        _render_plan(result, console)
+    if result["status"] in ("planned", "submitted"):
+        if result["status"] == "planned":
+            _render_plan(result, console)
+        for line in on_slurm.lines(result, result["status"] == "planned") if "arrays" in result else ():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     for scored in result["scores"]:
         evaluate.render(scored, console)

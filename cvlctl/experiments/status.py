@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvlctl import cell as own
+from cvlctl.experiments import on_slurm
 from cvlctl.experiments.graph import CELLS, Cell, folder_of
 from cvlctl.experiments.plan import state_of
 from cvlctl.experiments.start import state_in
@@ -30,10 +31,15 @@ def status(out: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """One dict a cell: cell, stage, command, combination, out, state (of STATES), why (of a failure; else ""), progress
     (in words), host, engine, job."""
     now, rows = _now(out / CELLS), list[dict[str, Any]]()
+    said = on_slurm.states(out)
     stuck: dict[str, str] = {}  # cells that nothing will come of now -> the failure behind it
     for cell in cells:
         told = state_in(folder_of(out, cell.name))
         state, why = _state(out, cell, told, now)
+        if cell.name in said:
+            state, why = on_slurm.seen(state, why, told, said[cell.name], _DIED)
+            if state in ("waiting", "running") and told.get("state") != "running":
+                told = {"engine": "slurm", "job": said[cell.name].job, "host": said[cell.name].host}
         behind = next((stuck[need] for need in cell.needs if need in stuck), None)
         if state == "waiting" and behind:
             state, why = "blocked", f"it needs {behind}, which failed"

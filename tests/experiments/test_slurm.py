@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import sbatch, slurm, squeue
+from cvlctl.experiments import on_slurm, sbatch, slurm, squeue
+from cvlctl.experiments.commands import load
+from cvlctl.experiments.run import run_experiment
 from cvlctl.experiments.sbatch import MOST, Array, SlurmSettings, Task, Waits, arrays, options, script, waits
 from cvlctl.recipes.yamlfile import Source
 
@@ -170,13 +172,13 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def begin(tmp_path: Path, recipe: str, *, number: int = 2, state: str = "RUNNING", **more: Any) -> Any:
+def begin(tmp_path: Path, recipe: str, *, number: int = 2, state: str = "RUNNING", setup: str = "", **more: Any) -> Any:
     """Element `number` of an array of three, whose recipe is a bash script."""
     cells = [tmp_path / "it's cells" / name for name in ("a/0", "a/1", "a/2")]
     for cell in cells:
         cell.mkdir(parents=True, exist_ok=True)
         (cell / "recipe-1f.yaml").write_text(recipe)
-    settings = SlurmSettings(setup=("export FROM_SETUP=yes",))
+    settings = SlurmSettings(setup=("export FROM_SETUP=yes", setup))
     part = array([Task(f"a/{i}", "a", "fit", cells[i] / "recipe-1f.yaml", (), 1, settings) for i in range(3)])
     (tmp_path / "s.sh").write_text(script(part, tmp_path, tmp_path, **more))
     about = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_JOB_ID": "12", "STATE": state}
@@ -227,6 +229,18 @@ def test_a_warning_lets_it_save_and_begin_again_but_not_what_was_cancelled(
     assert (tmp_path / "scontrol").exists() is requeued
     if requeued:  # this element, and not the array, whose id is that of its last element, too
         assert (tmp_path / "scontrol").read_text() == "requeue 12_2\n"
+
+
+def test_a_warning_before_the_command_begins_is_not_lost(fake: Path, tmp_path: Path) -> None:
+    process = begin(tmp_path, "exit 0", setup=f"touch '{tmp_path}/sets'; /bin/sleep 0.5")
+    until = time.monotonic() + 20
+    while not (tmp_path / "sets").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert ended(process) == 130
+    assert (tmp_path / "scontrol").read_text() == "requeue 12_2\n"
+    assert not (tmp_path / "it's cells" / "a/1" / "called").exists()
 
 
 def test_a_cell_that_another_process_is_at_is_tried_again(fake: Path, tmp_path: Path) -> None:
@@ -301,6 +315,72 @@ def test_a_refusal_names_the_key(said: str, words: str) -> None:
 
 
 # --- without SLURM
+
+EXPERIMENT = """\
+out: OUT
+engine: slurm
+slurm: {partition: cpu, time: 60, setup: [module load python]}
+matrix: {task: [a, b, c]}
+stages:
+  critic: {command: pretrain, stores: ["${task}.zarr"], steps: 9, threads: 2, out: "${out}/critic/${task}",
+    slurm: {partition: gpu, gpus: 1}}
+  policy: {command: finetune, stores: ["${task}.zarr"], steps: 9, threads: 1, init_from: "${out}/critic/${task}",
+    algorithm: cvl, out: "${out}/policy/${task}"}
+  scores: {command: evaluate, runs: ["${out}/policy/*"], episodes: 1, out: "${out}/scores", slurm: {mem: 1G, cpus: 3}}
+"""
+
+
+def test_an_experiment_becomes_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = tmp_path / "e.yaml"
+    path.write_text(EXPERIMENT.replace("OUT", str(tmp_path / "e")))
+    result = run_experiment(load(path, (), "run"), dry_run=True)
+    assert [(one["stage"], one["cells"], one["job"]) for one in result["arrays"]] == [
+        ("critic", 3, None), ("policy", 3, None), ("scores", 1, None),
+    ]  # fmt: skip
+    lines = [Path(one["file"]).read_text().splitlines() for one in result["arrays"]]
+    for wanted, found in zip(
+        (("partition=gpu", "gres=gpu:1", "cpus-per-task=2"), ("partition=cpu", "cpus-per-task=1"),
+         ("mem=1G", "cpus-per-task=3")), lines, strict=True,
+    ):  # fmt: skip
+        assert {f"#SBATCH --{one}" for one in ("time=60", *wanted)} <= set(found)
+        assert "module load python" in found
+    # a cell of this engine computes where SLURM puts it: on a GPU, if it asks for one
+    recipes = {name: next((tmp_path / "e/cells" / name).glob("recipe-*.yaml")) for name in ("critic/b", "policy/b")}
+    assert [load(file).device for file in recipes.values()] == ["cuda", "cpu"]
+    assert lines[0][lines[0].index("cells=(") + 2].strip() == str(recipes["critic/b"])
+    with pytest.raises(CvlctlError, match="no sbatch on this machine"):
+        run_experiment(load(path, (), "run"))
+    with pytest.raises(CvlctlError, match="--fail-fast"):
+        run_experiment(load(path, (), "run"), fail_fast=True)
+    path.write_text(path.read_text().replace("gpus: 1", "gpos: 1"))
+    with pytest.raises(CvlctlError, match=r"e.yaml, line 7: unknown key stages.critic.slurm.gpos\n.*did you mean gpus"):
+        load(path, (), "run")
+
+
+DIED = "its process died"
+
+
+@pytest.mark.parametrize(
+    ("by_files", "told", "said", "seen"),
+    [
+        (("done", ""), {}, ("running", ""), ("done", "")),
+        (("running", ""), {"job": "3_1"}, ("waiting", ""), ("running", "")),
+        (("failed", "no store"), {"job": "1_1"}, ("waiting", "for free nodes"), ("waiting", "for free nodes")),
+        (("failed", DIED), {"job": "3_1"}, ("running", ""), ("running", "")),  # on its way
+        (("failed", DIED), {"job": "3_1"}, ("failed", "killed for memory"), ("failed", "killed for memory")),
+        (("failed", "no store"), {"job": "3_1"}, ("failed", "its command failed"), ("failed", "no store")),
+        (("waiting", ""), {}, ("failed", "its node failed"), ("failed", "its node failed")),
+        (("waiting", ""), {}, ("blocked", "a cell"), ("blocked", "a cell")),
+        (("stopped", ""), {"job": "3_1"}, ("cancelled", "cancelled in SLURM"), ("stopped", "cancelled in SLURM")),
+        (("stopped", ""), {"engine": "local", "job": "x"}, ("failed", "its node failed"), ("stopped", "")),
+        (("stopped", ""), {"job": "3_1"}, ("gone", "SLURM knows it no longer"), ("stopped", "")),
+    ],
+)
+def test_what_a_cell_says_and_what_slurm_says_are_one_state(
+    by_files: tuple[str, str], told: dict[str, Any], said: tuple[str, str], seen: tuple[str, str]
+) -> None:
+    assert on_slurm.seen(*by_files, told, slurm.State(*said, "3_1", "n1"), DIED) == seen
 
 
 def test_scripts_are_written_where_there_is_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
