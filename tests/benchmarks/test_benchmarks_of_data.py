@@ -17,8 +17,7 @@ import cvlctl
 from cvlctl.collect.build import build
 from cvlctl.collect.recipe import BuildManyRecipe
 from cvlctl.data.writer import write_store
-from cvlctl.experiments.commands import load
-from cvlctl.experiments.run import run_experiment
+from cvlctl.experiments.commands import function, load
 from cvlctl.play import envs
 from cvlctl.play.rollout import collect_episode
 from cvlctl.types import Episode
@@ -103,8 +102,10 @@ def test_maps_of_mountain_car_from_the_recipe_in_a_tiny_form(
     monkeypatch.chdir(tmp_path)
     size = "sizes.tiny={frames: 1_050, starts: 1_000, updates: 3, q_updates: 3, seeds: [0]}"
     plain = [f"stages.{stage}.compile=false" for stage in ("data", "critic", "q")]
-    result = run_experiment(load(recipe, [size, "size=tiny", *plain, "stages.critic.critic.hidden=[16]"]))
-    store, critic, q = (stage["out"] for stage in result["stages"])
+    jobs = load(recipe, [size, "size=tiny", *plain, "stages.critic.critic.hidden=[16]"]).jobs
+    for job in jobs:
+        function(job.command)(job.recipe, force=False)
+    store, critic, q = (str(job.recipe.out) for job in jobs)
     arguments = ["--store", store, "--critic", critic, "--pairs", "300", "--bank", "200", "--q"]
     maps.main([*arguments, q])
     assert Path("build/mountain-car-maps.png").stat().st_size > 10_000

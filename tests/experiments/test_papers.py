@@ -87,8 +87,8 @@ def hours(experiment: ExperimentRecipe) -> float:
     """Of the whole plan, by the rates that hold where none was measured: tests have a cache of their own."""
     planned = run_experiment(experiment, dry_run=True)
     assert planned["status"] == "planned"
-    assert {stage["state"] for stage in planned["stages"]} == {"to do"}
-    return sum(stage["estimate_seconds"] for stage in planned["stages"]) / 3600
+    assert {stage["state"] for stage in planned["cells"]} == {"to do"}
+    return sum(stage["estimate_seconds"] for stage in planned["cells"]) / 3600
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
