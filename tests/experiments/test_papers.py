@@ -137,6 +137,7 @@ def run_tiny(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *overrid
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # up to twenty processes, one after the other, beside whatever else the machine does
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
 def test_a_tiny_form_runs_to_its_end(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_tiny(path, tmp_path, monkeypatch)
@@ -149,6 +150,7 @@ def test_the_sweep_multiplies() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # up to twenty processes, one after the other, beside whatever else the machine does
 def test_a_tiny_form_of_the_sweep_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / REPLAY, tmp_path / REPLAY)
     few = ["matrix.bc_coefficient=[0.2]", "matrix.temperature=[0.1, 1.0]", "stages.scores.episodes=1"]
