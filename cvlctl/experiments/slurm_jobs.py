@@ -40,7 +40,7 @@ def read(cells: Path) -> dict[str, Any]:
 @contextmanager
 def recorded(cells: Path) -> Iterator[dict[str, Any]]:
     """The record, for this process alone."""
-    with files.lock(cells / FOLDER / ".lock"):
+    with files.lock(cells / "slurm.lock"):
         yield read(cells)
 
 

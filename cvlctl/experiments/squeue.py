@@ -159,7 +159,7 @@ def in_words(said: Said, output: str = "") -> tuple[str, str]:
     if said.state == "CANCELLED":
         return "cancelled", "cancelled in SLURM"
     code = f": exit code {said.exit_code.split(':')[0]}" if said.exit_code else ""
-    return "failed", _FAILED.get(said.state, f"its command failed{code}")
+    return "failed", _FAILED.get(said.state, f"it was killed, or failed before it could say why{code}")
 
 
 def _memory(said: Said, output: str) -> str:

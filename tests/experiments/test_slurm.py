@@ -259,7 +259,8 @@ def test_a_cell_that_another_process_is_at_is_tried_again(fake: Path, tmp_path: 
         (squeue.Said("COMPLETED"), "exceeded memory limit", ("ended", "")),
         (squeue.Said("CANCELLED", "DependencyNeverSatisfied"), "",
          ("blocked", "a cell that it needs failed or was cancelled")),
-        (squeue.Said("FAILED", exit_code="2:0"), "", ("failed", "its command failed: exit code 2")),
+        (squeue.Said("FAILED", exit_code="2:0"), "",
+         ("failed", "it was killed, or failed before it could say why: exit code 2")),
         (squeue.Said("FAILED"), "error: StepId=3.batch exceeded memory limit (176160768 > 104857600), being killed",
          ("failed", "killed for memory: it had 168 MiB where it may have 100; raise slurm.mem, or lower batch_size or "
                     "memory_gb")),

@@ -35,7 +35,7 @@ stages:
      steps: 9, batch_size: 16, seeds: [0, 1], threads: 1, out: "${out}/policy/tuned"}
   scores: {command: evaluate, runs: ["${out}/policy/*"], episodes: 1, workers: 0, out: "${out}/scores"}
 """
-SECONDS = 75.0  # that a policy trains: more than SLURM's 40 at most
+SECONDS = 60.0  # that a policy trains: more than SLURM's 40 at most
 Run = Callable[..., dict[str, Any]]
 
 
@@ -131,7 +131,7 @@ def test_time_limits_and_a_cancelled_job_change_no_bit(run: Run, tmp_path: Path)
         time.sleep(0.2)
     rows = run(*on_slurm, "--status")["cells"]
     squeue.cancel([row["job"] for row in rows if row["cell"] == "policy/1"])
-    ended = states(run(*on_slurm, "--status", "--follow"))
+    ended = states(run(*on_slurm, "--status", "--follow", code=2))
     assert (ended["policy/0"], ended["policy/1"], ended["scores"]) == ("done", "stopped", "blocked")
     said = "".join(file.read_text() for file in (out / "cells/slurm").glob("policy-*.txt"))
     assert "DUE TO JOB REQUEUE" in said
