@@ -57,8 +57,8 @@ class Said(NamedTuple):
     memory: str = ""  # likewise: what it had at most, and what it asked for
 
 
-def call(command: Sequence[str], given: str | None = None, *, environment: dict[str, str] | None = None) -> str:
-    """What one of SLURM's commands prints.
+def call(command: Sequence[str], given: str | None = None) -> str:
+    """What one of SLURM's commands prints, `given` some text to read.
 
     Raises:
         CvlctlError: there is no such command, or it does not answer.
@@ -67,7 +67,8 @@ def call(command: Sequence[str], given: str | None = None, *, environment: dict[
     try:
         done = subprocess.run(
             command, input=given, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS,
-            env=environment, check=True, stdin=None if given is not None else subprocess.DEVNULL,
+            check=True, stdin=None if given is not None else subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C is for us: a submission comes to its end, or is taken back
         )  # fmt: skip
     except OSError as error:
         raise CvlctlError(f"SLURM is not here: {command[0]}: {error.strerror}", "engine: local needs none") from None
