@@ -7,7 +7,7 @@ folder. So cells compute the same bits wherever they run, today or when the expe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,4 +116,19 @@ def _fixed(recipe: Any, others: Others, machine: Machine, cells: int) -> Any:
         decided["compile"] = "true" if pays and machine.compiles else "false"
     if getattr(recipe, "memory_gb", None) == "auto" and on_cpu:
         decided["memory_gb"] = machine.memory_gb
-    return recipe.model_copy(update=decided)
+    return recipe.model_copy(update=decided | _decided_before(recipe, decided))
+
+
+def _decided_before(recipe: Computed, keys: Iterable[str]) -> dict[str, Any]:
+    """What was decided of these keys for the result that is there: begun by another experiment, or another machine."""
+    places = [Path(place) for place in recipe.writes()]
+    records = [read_json(place / "run.json") or _provenance(place) for place in reversed(places)]
+    then: dict[str, Any] = next((found["recipe"] for found in records if isinstance(found.get("recipe"), dict)), {})
+    kinds = {"threads": int, "device": str, "precision": str, "compile": str, "memory_gb": float}
+    return {key: then[key] for key in keys if type(then.get(key)) is kinds[key] and then[key] != "auto"}
+
+
+def _provenance(store: Path) -> dict[str, Any]:
+    attributes = (read_json(store / "zarr.json") or {}).get("attributes")
+    found = attributes.get("provenance") if isinstance(attributes, dict) else None
+    return found if isinstance(found, dict) else {}

@@ -176,3 +176,25 @@ def test_settings_of_engines_are_the_stages_over_the_experiments(tmp_path: Path)
     assert (found["critic"].processes, found["critic"].gpus, found["bc"].gpus) == (3, 0, "auto")
     with pytest.raises(CvlctlError, match=r"stages\.critic\.local\.gpu.*"):
         cells(tmp_path, {"critic": {**STAGES["critic"], "local": {"gpu": 0}}})
+
+
+def test_what_was_decided_for_a_result_that_is_there_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    stages = {name: STAGES[name] for name in ("critic", "data", "sac")}
+    then = {"threads": 7, "device": "auto", "precision": "float32", "compile": "false", "memory_gb": 9.0}
+    run, policies, store = Path("e/critic/gym/Hopper-v5"), Path("../sac/gym/Hopper-v5.policies"), Path("e/data/gym")
+    for place in (run, policies):
+        place.mkdir(parents=True)
+        (place / "run.json").write_text(json.dumps({"status": "finished", "recipe": then}))
+    (store / "Hopper-v5.zarr").mkdir(parents=True)
+    provenance = {"attributes": {"provenance": {"recipe": then | {"threads": "nonsense"}}}}
+    (store / "Hopper-v5.zarr" / "zarr.json").write_text(json.dumps(provenance))
+    found = {cell.name: cell.job.recipe for cell in fixed(cells(tmp_path, stages), MACHINE._replace(flops=1e9))}
+    critic = found["critic/gym/Hopper-v5"]
+    assert (critic.threads, critic.device, critic.precision, critic.memory_gb) == (7, "cpu", "float32", 9.0)
+    assert critic.compile == "false"
+    assert found["critic/gym/Pendulum-v1"].precision == "medium"
+    assert found["_~sac~gym~Hopper-v5.zarr"].precision == "float32"
+    assert found["data/gym/Hopper-v5.zarr"].precision == "float32"
+    assert found["data/gym/Hopper-v5.zarr"].threads == 1
