@@ -23,15 +23,21 @@ TEXT = """\
 out: e
 matrix:
   task: [gym/Pendulum-v1, gym/MountainCarContinuous-v0, gym/Hopper-v5]
-  method: [bc, td3_bc, iql, successor_features, cvl, laeo]
+  method:
+    - {name: bc, hidden: [8]}
+    - {name: td3_bc, hidden: [8]}
+    - {name: iql, hidden: [8]}
+    - {name: successor_features, hidden: [8]}
+    - {name: cvl, hidden: [8], bank_size: 16, critic: {hidden: [8], latent_dim: 4}}
+    - {name: laeo, hidden: [8], num_examples: 16, critic: {hidden: [8], latent_dim: 4}}
 stages:
   data: {command: build-dataset, task: "${task}", source: {name: random, episodes: 6}, horizon: 60,
     out: "${out}/data/${task}.zarr"}
-  critic: {command: pretrain, stores: ["${out}/data/${task}.zarr"], critic: {hidden: [16]}, steps: 300, batch_size: 32,
+  critic: {command: pretrain, stores: ["${out}/data/${task}.zarr"], critic: {hidden: [8], latent_dim: 4}, steps: 300, batch_size: 32,
     seeds: [0, 1, 2], checkpoint_seconds: 0.5, out: "${out}/critic/${task}"}
-  policy: {command: finetune, stores: ["${out}/data/${task}.zarr"], algorithm: {name: "${method}", hidden: [16]},
+  policy: {command: finetune, stores: ["${out}/data/${task}.zarr"], algorithm: "${method}",
     success_examples: {from: "${out}/data/${task}.zarr", rule: last}, steps: 300, batch_size: 32, seeds: [0, 1, 2],
-    checkpoint_seconds: 0.5, out: "${out}/policy/${task}/${method}"}
+    checkpoint_seconds: 0.5, out: "${out}/policy/${task}/${method.name}"}
   scores: {command: evaluate, runs: ["${out}/policy/*/*/*"], episodes: 2, horizon: 60, confidence: {resamples: 100},
     out: "${out}/scores"}
 """
