@@ -33,8 +33,8 @@ matrix:
 stages:
   data: {command: build-dataset, task: "${task}", source: {name: random, episodes: 6}, horizon: 60,
     out: "${out}/data/${task}.zarr"}
-  critic: {command: pretrain, stores: ["${out}/data/${task}.zarr"], critic: {hidden: [8], latent_dim: 4}, steps: 300, batch_size: 32,
-    seeds: [0, 1, 2], checkpoint_seconds: 0.5, out: "${out}/critic/${task}"}
+  critic: {command: pretrain, stores: ["${out}/data/${task}.zarr"], critic: {hidden: [8], latent_dim: 4},
+    steps: 300, batch_size: 32, seeds: [0, 1, 2], checkpoint_seconds: 0.5, out: "${out}/critic/${task}"}
   policy: {command: finetune, stores: ["${out}/data/${task}.zarr"], algorithm: "${method}",
     success_examples: {from: "${out}/data/${task}.zarr", rule: last}, steps: 300, batch_size: 32, seeds: [0, 1, 2],
     checkpoint_seconds: 0.5, out: "${out}/policy/${task}/${method.name}"}
