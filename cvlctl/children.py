@@ -37,13 +37,13 @@ def begin(code: str, *arguments: str, more: Mapping[str, str] | None = None, **p
     One thread for its numerics: the parallelism is between processes, and their libraries' threads would only fight for
     the CPUs. `more` is added to its environment.
     """
-    about = json.dumps([_import_path(), cvlctl.__file__, os.getpid()])
+    about = json.dumps([import_path(), cvlctl.__file__, os.getpid()])
     command = [sys.executable, "-P", "-c", _BEGIN + code, about, *arguments]
     environment = os.environ | dict.fromkeys(_THREADS, "1") | dict(more or {})
     return subprocess.Popen(command, env=environment, process_group=0, text=True, stdin=subprocess.PIPE, **pipes)
 
 
-def _import_path() -> list[str]:
+def import_path() -> list[str]:
     """Where this process imports from, less the current directory by whatever name; the rest by absolute ones."""
 
     def is_here(path: str) -> bool:

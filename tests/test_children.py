@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_nothing_is_imported_from_the_current_directory(hostile: Path) -> None:
     """Not even where the parent does, as an interactive session does."""
-    answers = dict(workers.share_out("cvlctl.children:_import_path", [], 1))
+    answers = dict(workers.share_out("cvlctl.children:import_path", [], 1))
     assert answers == {}
     process = children.begin("import json\nprint(json.dumps([sys.path, sys.argv[2]]))", "x", stdout=subprocess.PIPE)
     out, _ = process.communicate(timeout=60)

@@ -38,6 +38,7 @@ class Engine(StrEnum):
     """What runs the cells of an experiment."""
 
     local = "local"
+    ray = "ray"
     slurm = "slurm"
 
 

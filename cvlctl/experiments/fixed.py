@@ -7,7 +7,7 @@ folder. So cells compute the same bits wherever they run, today or when the expe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +81,18 @@ def _here(gpus: bool | None) -> Machine:
     )
     compiles = not triton_lacks("cuda") if seen else gpus or have_compiler()
     return _guess(gpus)._replace(precision=settings.precision, compiles=compiles)
+
+
+def fitted(cells: Sequence[Cell], has_gpus: Callable[[Cell], bool]) -> list[Cell]:
+    """The cells, with `device: cpu` in the place of auto where their engine is asked for no GPU."""
+
+    def fit(cell: Cell) -> Cell:
+        recipe = cell.job.recipe
+        if has_gpus(cell) or getattr(recipe, "device", None) != "auto":
+            return cell
+        return cell._replace(job=cell.job._replace(recipe=recipe.model_copy(update={"device": "cpu"})))
+
+    return [fit(cell) for cell in cells]
 
 
 def fixed(cells: Sequence[Cell], machine: Machine) -> list[Cell]:

@@ -96,7 +96,7 @@ class _Pool:
 
     def step(self) -> list[tuple[Cell, dict[str, Any]]]:
         """What has ended, after which others have begun."""
-        ended = [self._ended(one, *found) for one in list(self.running) if (found := _poll(one.process)) is not None]
+        ended = [self._ended(one, *found) for one in list(self.running) if (found := poll(one.process)) is not None]
         told = [(cell, state) for cell, state in ended if state["state"] != "held"]
         for cell, state in told:
             self._settle(cell, None if state["state"] == "done" else cell.name)
@@ -130,7 +130,7 @@ class _Pool:
         if gpu is None:
             return []
         if cell.name in self._look_at:  # another process ran it, and may yet
-            if not _is_free(folder_of(self.out, cell.name)):
+            if not is_free(folder_of(self.out, cell.name)):
                 self._look_at[cell.name] = time.monotonic() + HELD_SECONDS
                 return []
             if not self.force and state_of(cell.job) == "finished":
@@ -191,7 +191,7 @@ def cpus_of(cell: Cell, cpus: int) -> int:
     return int(recipe.num_threads)
 
 
-def _poll(process: subprocess.Popen[str]) -> tuple[int, int] | None:
+def poll(process: subprocess.Popen[str]) -> tuple[int, int] | None:
     """Exit code and most bytes of memory of a process that has ended, else None."""
     if process.returncode is not None:
         return process.returncode, 0
@@ -202,7 +202,7 @@ def _poll(process: subprocess.Popen[str]) -> tuple[int, int] | None:
     return process.returncode, used.ru_maxrss * 1024
 
 
-def _is_free(folder: Path) -> bool:
+def is_free(folder: Path) -> bool:
     """Whether nobody runs the cell of this folder."""
     try:
         lock(folder / own.LOCK).close()

@@ -23,18 +23,6 @@ def has_gpus(cell: Cell) -> bool:
     return cell.job.engines["slurm"].gpus not in (None, "0")
 
 
-def fitted(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells, with `device: cpu` in the place of auto where SLURM is asked for no GPU."""
-
-    def fit(cell: Cell) -> Cell:
-        recipe = cell.job.recipe
-        if has_gpus(cell) or getattr(recipe, "device", None) != "auto":
-            return cell
-        return cell._replace(job=cell.job._replace(recipe=recipe.model_copy(update={"device": "cpu"})))
-
-    return [fit(cell) for cell in cells]
-
-
 def submit(out: Path, cells: Sequence[Cell], *, force: bool, dry_run: bool) -> dict[str, Any]:
     """Give SLURM the cells that are not there yet.
 

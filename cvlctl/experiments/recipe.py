@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, ValidationInfo, field_validator
 
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import STEPS, model
 from cvlctl.experiments.sbatch import SlurmSettings
 from cvlctl.recipes.matrix import expand, sized, text_of
-from cvlctl.recipes.values import Count, Name, Out, Strict, not_bool
+from cvlctl.recipes.values import Count, Name, Out, PartOf, Rate, Strict, checked, not_bool
 from cvlctl.recipes.yamlfile import Source
 from cvlctl.recipes.yamltext import Key
 
@@ -26,7 +26,27 @@ class LocalSettings(Strict):
     cells_per_gpu: Count = 1
 
 
-ENGINES = ("local", "slurm")  # what may run an experiment's cells
+def _address(text: str) -> str:
+    if "://" in text:
+        raise CvlctlError(
+            f"{text} is for clients outside of a cluster, and cells read and write files",
+            "on a node of the cluster, say address: auto, or HOST:PORT",
+        )
+    if text != "auto" and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}", text):
+        raise CvlctlError(f"{text!r} is no address of a Ray cluster", "say auto, or HOST:PORT, as ray start printed it")
+    return text
+
+
+class RaySettings(Strict):
+    """`engine: ray`: tasks of a Ray cluster, or of a Ray of this machine alone."""
+
+    address: Annotated[Name, AfterValidator(checked(_address))] | None = None  # None: its own, started and ended
+    num_cpus: Rate | None = None  # of a cell; None: as many as it has threads, players of episodes a whole node
+    num_gpus: PartOf | Count = 0  # of a cell that computes on one; 0.5: two share it
+    max_retries: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 3  # where its worker or node dies
+
+
+ENGINES = ("local", "ray", "slurm")  # what may run an experiment's cells
 
 
 class Job(NamedTuple):
@@ -52,8 +72,9 @@ class ExperimentRecipe(Strict):
     size: Name | None = None  # which of `sizes`; both are first, since a fault in them is one wherever they are named
     sizes: dict[str, dict[str, Any]] = {}
     out: Out
-    engine: Literal["local", "slurm"] = "local"
+    engine: Literal["local", "ray", "slurm"] = "local"
     local: LocalSettings = LocalSettings()
+    ray: RaySettings = RaySettings()
     slurm: SlurmSettings = SlurmSettings()
     matrix: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
     stages: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from cvlctl import interrupts
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import drivers, local, on_slurm, status
+from cvlctl.experiments import drivers, local, on_ray, on_slurm, status
 from cvlctl.experiments.commands import function
-from cvlctl.experiments.fixed import fixed, machine_of
+from cvlctl.experiments.fixed import fitted, fixed, machine_of
 from cvlctl.experiments.graph import Cell, below, cells_of, folder_of, in_order
 from cvlctl.experiments.plan import is_older, lines, plan, state_of, title
 from cvlctl.experiments.recipe import ExperimentRecipe
@@ -22,6 +22,9 @@ from cvlctl.machine import num_cpus
 from cvlctl.progress import Screen, clock, say
 from cvlctl.recipes.explain import nearest
 from cvlctl.recipes.matrix import text_of
+
+_RUNS: dict[str, Callable[..., None]] = {"local": local.run, "ray": on_ray.run}  # engines that wait for their cells
+_GPUS = {"ray": on_ray.has_gpus, "slurm": on_slurm.has_gpus}  # asked for them cell by cell; local takes what is here
 
 
 @interrupts.watched()
@@ -74,8 +77,12 @@ def run_experiment(
 def planned(experiment: ExperimentRecipe, *, keep: bool) -> list[Cell]:
     """The experiment's cells in order, with nothing left to be decided; `keep`: what decides is kept from now on."""
     cells = cells_of(experiment.out, experiment.jobs)
-    cells = on_slurm.fitted(cells) if experiment.engine == "slurm" else cells
-    return fixed(cells, machine_of(experiment.out, _has_gpus(experiment, cells), keep=keep))
+    has_gpus, gives = _GPUS.get(experiment.engine), None  # None: where this machine has some
+    if has_gpus is not None:
+        gives, cells = any(map(has_gpus, cells)), fitted(cells, has_gpus)
+    elif experiment.local.gpus != "auto":
+        gives = experiment.local.gpus > 0
+    return fixed(cells, machine_of(experiment.out, gives, keep=keep))
 
 
 def chosen(cells: Sequence[Cell], only: str) -> list[Cell]:
@@ -153,10 +160,10 @@ def _run(
 
     with screen:
         if todo:
-            local.run(
+            _RUNS[experiment.engine](
                 experiment.out,
                 todo,
-                experiment.local,
+                getattr(experiment, experiment.engine),
                 force=force,
                 fail_fast=fail_fast,
                 settled=settled,
@@ -180,19 +187,12 @@ def _submit(
     return result
 
 
-def _has_gpus(experiment: ExperimentRecipe, cells: Sequence[Cell]) -> bool | None:
-    """Whether cells are given GPUs; None: where this machine has some."""
-    if experiment.engine == "slurm":
-        return any(on_slurm.has_gpus(cell) for cell in cells)
-    return None if experiment.local.gpus == "auto" else experiment.local.gpus > 0
-
-
 def _at_once(experiment: ExperimentRecipe) -> int:
     """How many cells run at once, as far as that is known before."""
     if experiment.engine == "slurm":
         return experiment.slurm.parallel or MANY
     processes = experiment.local.processes
-    return num_cpus() if processes == "auto" else processes
+    return num_cpus() if processes == "auto" or experiment.engine != "local" else processes
 
 
 def _under_way(

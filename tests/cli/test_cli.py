@@ -22,7 +22,7 @@ from cvlctl.score import evaluate as evaluate_command
 from cvlctl.version import __version__
 
 RANDOM = "task: gym/Pendulum-v1\nsource: {name: random, episodes: 1}\nout: OUT\n"
-HEAVY = ("torch", "zarr", "mujoco", "metaworld", "gymnasium", "matplotlib", "pydantic", "numpy", "scipy")
+HEAVY = ("torch", "zarr", "mujoco", "metaworld", "gymnasium", "matplotlib", "pydantic", "numpy", "scipy", "ray")
 
 
 @pytest.fixture
