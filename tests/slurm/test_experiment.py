@@ -35,7 +35,7 @@ stages:
      steps: 9, batch_size: 16, seeds: [0, 1], threads: 1, out: "${out}/policy/tuned"}
   scores: {command: evaluate, runs: ["${out}/policy/*"], episodes: 1, workers: 0, out: "${out}/scores"}
 """
-SECONDS = 60.0  # that a policy trains: more than SLURM's 40 at most
+SECONDS = 50.0  # that a policy trains: more than SLURM's 40 at most
 Run = Callable[..., dict[str, Any]]
 
 
@@ -137,6 +137,7 @@ def test_time_limits_and_a_cancelled_job_change_no_bit(run: Run, tmp_path: Path)
     assert "DUE TO JOB REQUEUE" in said
     assert 0 < progress(out, "policy/1") < steps
 
+    on_slurm[-1] = "slurm.time=10"
     assert {one["stage"] for one in run(*on_slurm)["arrays"]} == {"policy", "scores"}
     assert set(states(run(*on_slurm, "--status", "--follow")).values()) == {"done"}
     assert_same(out, local)
