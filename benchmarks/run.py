@@ -47,6 +47,7 @@ SCRIPTS: dict[str, list[str]] = {
                  "2000", "--eager-only"],
     "scaling": ["--threads", "1", "--transitions", "1000", "2000", "--rounds", "1", "--updates", "1",
                 "--memory-updates", "2", "--eager-only"],
+    "engines": ["--cells", "2", "--steps", "1", "--rounds", "1", "--hidden", "16", "--more", "1", "--rows", "1000"],
     "backends": ["--tasks", "metaworld/drawer-close-v3", "--episodes", "2", "--rounds", "1"],
 }  # fmt: skip
 NEEDS = {"sac": "stable_baselines3", "td_learners": "d3rlpy", "backends": "envpool"}  # a script without its peer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,13 @@ import pytest
 from toy_stores import many
 
 import cvlctl
+from cvlctl import cell as own
 from cvlctl.collect.build import build
 from cvlctl.collect.recipe import BuildManyRecipe
 from cvlctl.data.writer import write_store
 from cvlctl.experiments.commands import function, load
+from cvlctl.experiments.graph import folder_of
+from cvlctl.experiments.run import planned
 from cvlctl.play import envs
 from cvlctl.play.rollout import collect_episode
 from cvlctl.types import Episode
@@ -153,6 +157,38 @@ def test_the_benchmark_builds_the_same_both_ways(script: Script, monkeypatch: py
     source = {"name": "sac", "steps": 30, "learning_starts": 20, "hidden": [8], "batch_size": 8}
     found = building.benchmark(["gym/Pendulum-v1", "gym/MountainCarContinuous-v0"], source, 1, False)
     assert asked == [1, 2] and found["same_stores"] and found["comparisons"][0]["ratio"] > 0
+
+
+def test_benchmark_of_engines(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engines = script("engines")
+    asked, clock = [], itertools.count()
+
+    def in_process(loaded: Any) -> dict[str, Any]:
+        """Each cell takes three seconds by its record."""
+        asked.append((loaded.engine, loaded.local.processes))
+        for cell in planned(loaded, keep=True):
+            assert function(cell.job.command)(cell.job.recipe, force=False)["status"] == "trained"
+            folder = folder_of(loaded.out, cell.name)
+            folder.mkdir(parents=True)
+            own.write(folder, {"ended": 3 * next(clock)})
+        return {"status": "done", "cells": []}
+
+    monkeypatch.setattr(engines, "run_experiment", in_process)
+    monkeypatch.setattr(engines, "find_spec", lambda name: True)
+    monkeypatch.setattr(engines, "num_cpus", lambda: 2)
+    monkeypatch.setattr(engines, "_command", lambda line: None)
+    out = tmp_path / "found.json"
+    small = ["--cells", "2", "--steps", "1", "--rounds", "1", "--hidden", "8", "--more", "2", "--rows", "1000"]
+    engines.main([*small, "--json", str(out)])
+    found = json.loads(out.read_text())
+    assert asked == [("local", 1), ("ray", 1), ("local", 2), ("local", 1), ("local", 1)]
+    assert found["same_weights"]
+    assert [row["peer"] for row in found["comparisons"][2:]] == ["a limit of 0.5 s", "a limit of 1.5 s"]
+    for row in found["comparisons"][2:]:
+        assert row["ours"] == pytest.approx(3, abs=0.1)
+    assert "the same weights" in capsys.readouterr().out
 
 
 def test_benchmark_of_backends(script: Script, tmp_path: Path) -> None:
