@@ -136,6 +136,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("cluster")
     command = [
         sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2",
+        "--num-gpus=2",  # Ray takes our word for them
         f"--port={address.split(':')[1]}", "--node-ip-address=127.0.0.1", "--include-dashboard=false",
         "--disable-usage-stats", "--object-store-memory=100000000",
     ]  # fmt: skip
@@ -205,13 +206,22 @@ def test_cells_run_in_order_and_a_failure_stays_where_it_happens(
     # again: a kill is told of, and what another process runs is left to it, while others go on
     acts(**{"critic/b": "die"})
     held = lock(folder_of(tmp_path / "e", "critic/a") / own.LOCK)
-    threading.Timer(6.0, held.close).start()
     before = len(lines)
-    result = run_experiment(on_cluster())
+
+    def let_go() -> None:
+        while len(journal()) == before:  # critic/b: its task starts as early as that of critic/a
+            time.sleep(0.05)
+        time.sleep(3)
+        held.close()
+
+    threading.Thread(target=let_go).start()
+    on_gpu = ["ray.num_gpus=1", *(f"stages.{stage}.device=cuda" for stage in ("critic", "policy"))]
+    result = run_experiment(on_cluster(*on_gpu, "stages.policy.ray.num_gpus=0.5", "stages.both.device=cpu"))
     assert states(result) == {"critic/a": "finished", "critic/b": "failed", "policy/a": "finished",
                               "policy/b": "blocked", "both": "finished"}  # fmt: skip
     assert result["cells"][1]["error"].startswith("killed (SIGKILL), most likely because memory ran out; it had taken")
     lines = [(line["cell"], line["what"]) for line in journal()][before:]
+    assert {line["gpu"] for line in journal()[before:] if line["cell"] != "both"} <= {"0", "1"}
     assert lines[0] == ("critic/b", "begun")
     assert lines.count(("critic/a", "begun")) == 1
 
