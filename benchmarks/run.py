@@ -48,9 +48,11 @@ SCRIPTS: dict[str, list[str]] = {
     "scaling": ["--threads", "1", "--transitions", "1000", "2000", "--rounds", "1", "--updates", "1",
                 "--memory-updates", "2", "--eager-only"],
     "engines": ["--cells", "2", "--steps", "1", "--rounds", "1", "--hidden", "16", "--more", "1", "--rows", "1000"],
+    "intervals": ["--runs", "3", "--tasks", "2", "--resamples", "5", "--rounds", "1"],
     "backends": ["--tasks", "metaworld/drawer-close-v3", "--episodes", "2", "--rounds", "1"],
 }  # fmt: skip
-NEEDS = {"sac": "stable_baselines3", "td_learners": "d3rlpy", "backends": "envpool"}  # a script without its peer
+# scripts without their peer
+NEEDS = {"sac": "stable_baselines3", "td_learners": "d3rlpy", "intervals": "rliable", "backends": "envpool"}
 
 
 def measure(name: str, out: Path, small: bool) -> bool:

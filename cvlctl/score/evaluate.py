@@ -28,6 +28,7 @@ from cvlctl.progress import Progress, say
 from cvlctl.score import find_runs, kept
 from cvlctl.score.recipe import EvaluateRecipe, EvaluationGoals
 from cvlctl.score.report import Estimates, as_text, baseline_of, can_be_shown, estimates_of, render, report
+from cvlctl.score.tuning import settings_of
 from cvlctl.types import EpisodeResult
 
 __all__ = ["as_text", "evaluate", "render"]
@@ -52,7 +53,8 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
 
     Returns:
         status ("evaluated" or "finished already"), out, rows (a path), episodes, plots (paths), and lists of records:
-        table (`scores.score_table`), aggregate, pairwise, offline, runs.
+        table (`tables.score_table`), aggregate, pairwise, relative, comparison, offline, tuning, runs, profiles,
+        efficiency.
 
     Raises:
         CvlctlError: no such runs, no policies in them, or an `out` that another process is writing, or that holds
@@ -82,6 +84,8 @@ def _wanted(recipe: EvaluateRecipe) -> _Wanted:
     """Look for what the recipe names. Nothing is touched."""
     found = find_runs.checkpoints(recipe)
     labels = find_runs.labels(found)
+    for pattern in recipe.tuning:
+        settings_of(pattern, labels.values())
     baseline, estimates = baseline_of(recipe, labels), estimates_of(found, labels)
     goals = None if recipe.goals is None else _goals(recipe.goals, found)
     jobs = [

@@ -34,6 +34,7 @@ FORMAT = 1
 GOALS = "goals.npy"
 FILES = (
     "evaluation.json", "rows.jsonl", GOALS, "table.csv", "table.md", "table.json", "scores.png", "curves.png",
+    "profiles.png",
 )  # fmt: skip
 _JOB = {"algorithm": str, "task": str, "seed": int, "step": int, "checkpoint": str, "sha256": str}
 _REPLACE = "choose another out, or --force to replace it"
@@ -91,7 +92,7 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
         )  # those that are there stay what they are
         if then != now[name] and not more:
             raise CvlctlError(f"{out} holds another evaluation: {name} was {then}, now {now[name]}", _REPLACE)
-    return before
+    return before | {"recipe": recipe.with_defaults(before["recipe"])}  # of keys that an earlier version had not
 
 
 def _is_record(found: dict[str, Any]) -> bool:

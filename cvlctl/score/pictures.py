@@ -39,6 +39,38 @@ def plot_curves(
     return save_figure(figure, path)
 
 
+def plot_profiles(
+    profiles: Sequence[Record], efficiency: Sequence[Record], path: str | os.PathLike[str]
+) -> Path | None:
+    """Performance profiles (PNG), and beside them sample efficiency where there are several steps; bands are pointwise.
+
+    None where there is no profile: fewer than two tasks, or no metric in common.
+    """
+    if not profiles or not can_draw():
+        return None
+    colours, metric = colours_of(record["algorithm"] for record in profiles), profiles[0]["metric"]
+    several = any(len(record["steps"]) > 1 for record in efficiency)
+    names = ["share of runs above", *(["IQM over runs and tasks"] if several else [])]
+    figure, panels = make_panels((("", name) for name in names), 3.3)
+    for records, (_, name), axes in zip((profiles, efficiency), panels, panels.values(), strict=False):
+        x, y = ("tau", "share") if records is profiles else ("steps", "iqm")
+        for record in records:
+            colour = colours[record["algorithm"]]
+            axes.plot(record[x], record[y], color=colour, linewidth=1.8, marker="." if name != names[0] else "")
+            if record["low"] is not None:
+                axes.fill_between(record[x], record["low"], record["high"], color=colour, alpha=0.15, linewidth=0)
+    first, *second = panels.values()
+    label_axes(first, x=metric, y="share of runs")
+    first.set_ylim(-0.03, 1.03)
+    for axes in second:
+        label_axes(axes, x="training steps", y=metric)
+    handles = [
+        first.plot([], [], color=colour, linewidth=2.5, label=caption(name))[0] for name, colour in colours.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), frameon=False, fontsize=9)
+    return save_figure(figure, path)
+
+
 def plot_scores(records: Sequence[Record], path: str | os.PathLike[str]) -> Path | None:
     """Return and success of `score_table` (PNG), a panel per task: every algorithm's mean, interval and runs (dots)."""
     if not can_draw():

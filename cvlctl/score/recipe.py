@@ -55,6 +55,7 @@ class EvaluateRecipe(Strict):
     aggregate: tuple[Literal["iqm", "mean", "median", "optimality_gap"], ...] = ("iqm", "mean", "optimality_gap")
     confidence: Confidence = Confidence()
     baseline: Name | None = None  # of the pairwise differences; None: bc where it is there
+    tuning: tuple[Name, ...] = ()  # patterns of names: each one's settings, tried online n at a time
     out: Out
 
     def work(self, others: Others = NONE) -> Work:

@@ -15,14 +15,23 @@ from rich.table import Table
 from rich.text import Text
 
 from cvlctl.figures import short_names
-from cvlctl.score.rows import Record
+from cvlctl.score.rows import METRICS, Record
 
-_NAMES = {"task": "task", "algorithm": "algorithm", "baseline": "against", "metric": "metric"}
-_COUNTS = {"seed": "seed", "tasks": "tasks", "runs": "seeds", "episodes": "episodes"}
+_NAMES = {
+    "task": "task",
+    "of": "settings",
+    "chosen": "chosen offline",
+    "algorithm": "algorithm",
+    "baseline": "against",
+    "metric": "metric",
+}
+_COUNTS = {"seed": "seed", "tried": "tried", "tasks": "tasks", "runs": "seeds", "episodes": "episodes"}
 _SCORES = {"return_mean": "return", "success_mean": "success", "normalised_mean": "normalised"}
 _OFFLINE = {"offline_mean": "offline estimate", "discounted_mean": "discounted return"}
 _AGGREGATES = {"iqm": "IQM", "mean": "mean", "median": "median", "optimality_gap": "optimality gap"}
 _COMPARISONS = {"difference": "difference", "probability_of_improvement": "P(better)"}
+_RELATIVE = {f"{metric}_over": f"{metric}, % over" for metric in METRICS}
+_TUNED = {"return_tuned": "return of the best", "success_tuned": "success of the best"}
 
 
 def to_rich(records: Sequence[Record], title: str = "") -> Table:
@@ -81,10 +90,15 @@ def _columns(records: Sequence[Record]) -> list[tuple[str, str, list[str]]]:
     """(key, heading, cells), without the columns that are empty throughout."""
     short = short_names([record["task"] for record in records if "task" in record])
     columns = []
-    for key, heading in (_NAMES | _COUNTS | _SCORES | _OFFLINE | _AGGREGATES | _COMPARISONS).items():
+    for key, heading in (
+        _NAMES | _COUNTS | _SCORES | _OFFLINE | _AGGREGATES | _COMPARISONS | _RELATIVE | _TUNED
+    ).items():
         if any(record.get(key) is not None for record in records):
             plain = key in _NAMES or key in _COUNTS
-            cells = [str(short.get(r[key], r[key])) if plain else _cell(r, key) for r in records]
+            cells = [
+                ("-" if r.get(key) is None else str(short.get(r[key], r[key]))) if plain else _cell(r, key)
+                for r in records
+            ]
             columns.append((key, heading, cells))
     return columns or [("", "nothing to show", [])]
 
@@ -93,16 +107,26 @@ def _cell(record: Record, key: str) -> str:
     value, low, high = (record.get(key + end) for end in ("", "_low", "_high"))
     if value is None:
         return "-"
-    percent = key in ("success_mean", "probability_of_improvement") or record.get("metric") == "success"
+    if key in _RELATIVE:
+        text, *interval = (f"{x:+.0f}%".replace("-0%", "+0%") for x in (value, low, high) if x is not None)
+        return _sure(text, [x.removesuffix("%") for x in interval], record)
+    percent = (
+        key in ("success_mean", "success_tuned", "probability_of_improvement") or record.get("metric") == "success"
+    )
     # one number of digits a cell: percents whole, returns above 100 whole, the rest by their size
     size = max(abs(x) for x in (value, low, high) if x is not None)
     digits = 0 if percent or size > 100 else 1 if size > 1 else 3
     shown = [round(100 * x if percent else x, digits) + 0.0 for x in (value, low, high) if x is not None]  # no -0
     text, *interval = (f"{x:.{digits}f}" for x in shown)
     text += "%" * percent
-    if interval and not (
-        key == "probability_of_improvement" and interval[0] == interval[1]
-    ):  # nothing left to resample
+    if key == "probability_of_improvement" and len(set(interval)) == 1:
+        interval = []  # nothing left to resample
+    return _sure(text, interval, record)
+
+
+def _sure(text: str, interval: Sequence[str], record: Record) -> str:
+    """A score with how sure it is."""
+    if interval:
         return f"{text} [{', '.join(interval)}]"
     return f"{text} (1 run)" if 1 in (record.get("runs"), record.get("baseline_runs")) else text
 
@@ -136,9 +160,43 @@ def _notes(records: Sequence[Record]) -> list[str]:
         for r in records
         if "backend" in r
     )
+    notes += _of_relative(records) + _of_tuning(records)
     notes += dict.fromkeys(_reference(r) for r in records if r.get("reference_min") is not None)
     notes += [f"{r['algorithm']} on {r['task']}: seeds end at unequal steps" for r in records if r.get("uneven_steps")]
     return notes + [f"{r['algorithm']}: too few runs on {', '.join(r['missing'])}" for r in records if r.get("missing")]
+
+
+def _of_relative(records: Sequence[Record]) -> list[str]:
+    """Where a percentage says little, or could not be told."""
+    records = [record for record in records if "small_base" in record]
+    small: list[str] = []
+    unsure: list[str] = []
+    for record in records:
+        place = f"{record['baseline']} on {record['task'].rsplit('/', 1)[-1]}"
+        known = [metric for metric in METRICS if record.get(f"{metric}_over") is not None]
+        resampled = record["runs"] > 1 < record["baseline_runs"]
+        unbounded = [metric for metric in known if resampled and record[f"{metric}_over_low"] is None]
+        small += [f"{place} ({', '.join(record['small_base'])})"] if record["small_base"] else []
+        unsure += [f"{place} ({', '.join(unbounded)})"] if unbounded else []
+    texts = {
+        "near random actions, and a percentage over next to nothing says little": small,
+        "no interval, since as far as its seeds go the base may be 0 or less": unsure,
+    }
+    return [f"{text}: {', '.join(dict.fromkeys(places))}" for text, places in texts.items() if places]
+
+
+def _of_tuning(records: Sequence[Record]) -> list[str]:
+    if not any("tried" in record for record in records):
+        return []
+    notes = [
+        "tried: so many of the settings, drawn at random; what one seed's half of the episodes chooses is scored by"
+        " the other half of the other seeds' (of one seed: its own)"
+    ]
+    if any(record["tried"] and record["runs"] == 2 for record in records):
+        notes.append("two seeds make one pair to choose and to score: no intervals of the best")
+    if any(not record["tried"] for record in records):
+        notes.append("tried 0: the setting that fitted Q evaluation's estimate prefers, by all of its episodes")
+    return notes
 
 
 def _reference(record: Record) -> str:

@@ -10,11 +10,22 @@ from cvlctl.errors import CvlctlError
 from cvlctl.files import read_json, write_atomically
 from cvlctl.play import envs
 from cvlctl.recipes.explain import nearest
+from cvlctl.score.comparisons import comparison_table, relative_table, sentences
 from cvlctl.score.find_runs import Checkpoint
-from cvlctl.score.pictures import plot_curves, plot_scores
+from cvlctl.score.pictures import plot_curves, plot_profiles, plot_scores
 from cvlctl.score.recipe import EvaluateRecipe
 from cvlctl.score.render import to_csv, to_markdown, to_rich
-from cvlctl.score.tables import OfflineEstimate, aggregate_table, offline_table, pairwise, run_table, score_table
+from cvlctl.score.tables import (
+    OfflineEstimate,
+    aggregate_table,
+    efficiency_table,
+    offline_table,
+    pairwise,
+    profile_table,
+    run_table,
+    score_table,
+)
+from cvlctl.score.tuning import tuning_table
 from cvlctl.types import EpisodeResult
 from cvlctl.version import versions
 
@@ -24,7 +35,8 @@ if TYPE_CHECKING:
 SIMULATOR = ("mujoco", "metaworld", "gymnasium")  # physics, and with them scores, differ between versions
 TABLES = {
     "table": "scores", "aggregate": "over all tasks", "pairwise": "against the baseline",
-    "offline": "offline estimates", "runs": "single runs",
+    "relative": "per cent over the baseline", "offline": "offline estimates", "tuning": "tuning budget",
+    "runs": "single runs",
 }  # fmt: skip
 
 Estimates = Mapping[tuple[str, str, int], OfflineEstimate]  # of (algorithm, task, seed)
@@ -35,7 +47,9 @@ def report(
 ) -> dict[str, Any]:
     """Write tables and pictures of `rows`; returns the number of episodes, the pictures' paths, and the tables."""
     tables = _tables(list(rows), recipe, baseline)
-    tables["offline"] = offline_table(rows, estimates, **recipe.confidence.model_dump())
+    confidence = recipe.confidence.model_dump()
+    tables["offline"] = offline_table(rows, estimates, **confidence)
+    tables["tuning"] = tuning_table(rows, recipe.tuning, estimates, **confidence)
     return {"episodes": len(rows), "plots": _write_tables(recipe, list(rows), tables), **tables}
 
 
@@ -80,6 +94,10 @@ def _tables(rows: list[EpisodeResult], recipe: EvaluateRecipe, baseline: str) ->
         "table": [record | told for record in table],
         "aggregate": aggregate_table(rows, references=references, aggregates=recipe.aggregate, **confidence),
         "pairwise": pairwise(rows, baseline=baseline, **confidence),
+        "relative": relative_table(rows, baseline=baseline, references=references, **confidence),
+        "comparison": comparison_table(rows, baseline=baseline, **confidence),
+        "profiles": profile_table(rows, references=references, **confidence),
+        "efficiency": efficiency_table(rows, references=references, **confidence),
         "runs": run_table(rows, references=references, **confidence),
     }
 
@@ -89,7 +107,8 @@ def _write_tables(recipe: EvaluateRecipe, rows: list[EpisodeResult], tables: dic
     write_atomically(out / "table.csv", to_csv(tables["table"]).encode())
     write_atomically(out / "table.md", as_text(tables, "markdown").encode())
     curves = plot_curves(rows, out / "curves.png", **confidence)
-    plots = [plot_scores(tables["table"], out / "scores.png"), curves]
+    profiles = plot_profiles(tables["profiles"], tables["efficiency"], out / "profiles.png")
+    plots = [plot_scores(tables["table"], out / "scores.png"), curves, profiles]
     return [str(plot) for plot in plots if plot]
 
 
@@ -97,7 +116,9 @@ def as_text(result: dict[str, Any], form: str) -> str:
     """The tables of a result: "markdown" has all of them, "csv" the score table alone."""
     if form == "csv":
         return to_csv(result["table"])
-    return "\n".join(to_markdown(result[name], title) for name, title in TABLES.items() if result.get(name))
+    texts = [to_markdown(result[name], title) for name, title in TABLES.items() if result.get(name)]
+    told = [f"* {sentence}\n" for sentence in sentences(result.get("comparison", []))]
+    return "\n".join([*texts, *(["".join(told)] if told else [])])
 
 
 def can_be_shown(result: dict[str, Any]) -> bool:
@@ -114,6 +135,8 @@ def render(result: dict[str, Any], console: Console) -> None:
     for name, title in TABLES.items():
         if result.get(name) and name != "runs":  # one of an earlier version may lack a table
             console.print(to_rich(result[name], title))
+    for sentence in sentences(result.get("comparison", [])):
+        console.print(sentence, markup=False, highlight=False)
     for name in ("rows", *(["plots"] if result["plots"] else [])):
         places = [result[name]] if isinstance(result[name], str) else result[name]
         console.print(f"{name + ':':8}{' '.join(places)}", markup=False, soft_wrap=True)

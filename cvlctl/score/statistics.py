@@ -50,6 +50,19 @@ def probability_of_improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return ((a > b) + 0.5 * (a == b)).mean(axis=(-3, -2, -1))
 
 
+def profile(scores: np.ndarray, taus: np.ndarray) -> np.ndarray:
+    """Performance profile: the share of all runs x tasks scores above each tau, (..., runs, tasks) -> (..., taus).
+
+    `taus` ascend. Scores are counted in the gaps between them: no comparison of every score with every tau.
+    """
+    flat = scores.reshape(-1, scores.shape[-2] * scores.shape[-1])
+    num = len(taus) + 1
+    gap = np.searchsorted(taus, flat, side="left") + num * np.arange(len(flat))[:, None]  # taus below the score
+    counts = np.bincount(gap.ravel(), minlength=num * len(flat)).reshape(*scores.shape[:-2], num)
+    above = counts[..., :0:-1].cumsum(axis=-1)[..., ::-1]
+    return np.asarray(above / flat.shape[1])
+
+
 AGGREGATES: dict[str, Statistic] = {"mean": mean, "median": median, "iqm": iqm, "optimality_gap": optimality_gap}
 
 

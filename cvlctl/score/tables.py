@@ -9,23 +9,37 @@ Tables are lists of flat records with a `level`; an *estimate* is three keys, <k
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, Unpack
 
 import numpy as np
 
-from cvlctl.score.rows import METRICS, Record, References, Rows, as_tree, final_runs, matrix, scores_of
+from cvlctl.score.rows import (
+    METRICS,
+    Record,
+    References,
+    Rows,
+    as_tree,
+    final_runs,
+    matrix,
+    scores_of,
+)
 from cvlctl.score.statistics import (
     Confidence,
     Statistic,
     aggregates_of,
     bootstrap,
     estimates_of,
+    iqm,
     mean,
     probability_of_improvement,
+    profile,
     wilson,
 )
+from cvlctl.types import EpisodeResult
 
 Names = Sequence[str]
+TOP = {"normalised": 100.0, "success": 1.0}  # what an expert scores
 
 
 class OfflineEstimate(NamedTuple):
@@ -114,20 +128,77 @@ def aggregate_table(
     table is empty, for raw returns of different tasks do not add up. Keys: algorithm, metric, tasks, runs, missing (the
     tasks with fewer runs: the estimates are then None, being means of something else), and one estimate per aggregate.
     """
-    rows, records = list(rows), []
-    references = references or {}
-    metric = "normalised" if all(row.task in references for row in rows) else "success"
-    algorithms, tasks, arrays = matrix(rows, metric, references)
-    if len(tasks) < 2 or (metric == "success" and any(row.success is None for row in rows)):
-        return []
-    for algorithm in algorithms:
-        scores = arrays[algorithm]
+    records = []
+    metric, tasks, arrays = over_tasks(list(rows), references)
+    for algorithm, scores in arrays.items():
         missing = [task for task, column in zip(tasks, scores.T, strict=True) if np.isnan(column).any()]
         record: Record = {"algorithm": algorithm, "metric": metric, "tasks": len(tasks), "runs": len(scores)}
         samples = [] if missing else [scores]
         record |= {"missing": missing} | estimates_of(aggregates_of(aggregates, metric), *samples, **confidence)
         records.append(record)
     return records
+
+
+def over_tasks(rows: Sequence[EpisodeResult], references: References) -> tuple[str, list[str], dict[str, np.ndarray]]:
+    """The metric that all tasks have, the tasks, and final scores (runs, tasks) by algorithm; no scores of one task."""
+    metric = "normalised" if all(row.task in (references or {}) for row in rows) else "success"
+    _, tasks, arrays = matrix(rows, metric, references)
+    common = len(tasks) > 1 and (metric == "normalised" or all(row.success is not None for row in rows))
+    return metric, tasks, arrays if common else {}
+
+
+def profile_table(rows: Rows, *, references: References = None, **confidence: Unpack[Confidence]) -> list[Record]:
+    """Performance profiles: one record per algorithm that has all its runs on every task; empty as `aggregate_table`.
+
+    Keys: algorithm, metric (its own scale: 0 to 1, or to 100), tasks, runs, level, and lists over a grid of 101 steps:
+    tau, share (of all runs x tasks scores above it), low, high (pointwise; None for one run).
+    """
+    records = []
+    metric, tasks, arrays = over_tasks(list(rows), references)
+    taus = np.linspace(0, TOP[metric], 101)
+    for algorithm, scores in arrays.items():
+        if not np.isnan(scores).any():
+            record: Record = {"algorithm": algorithm, "metric": metric, "tasks": len(tasks), "runs": len(scores)}
+            record |= {"level": confidence.get("level", 0.95), "tau": taus.tolist()}
+            low, high = bootstrap(partial(profile, taus=taus), scores, **confidence) or (None, None)
+            records.append(record | {"share": profile(scores, taus).tolist(), "low": low, "high": high})
+    return records
+
+
+def efficiency_table(rows: Rows, *, references: References = None, **confidence: Unpack[Confidence]) -> list[Record]:
+    """Sample efficiency: the IQM over runs and tasks at every step that all runs of all tasks have; empty as profiles.
+
+    Keys: algorithm, metric, tasks, runs, level, and lists steps, iqm, low, high (pointwise; None for one run). A run
+    that is drawn is drawn with all its steps.
+    """
+    rows, records = list(rows), []
+    metric, tasks, arrays = over_tasks(rows, references)
+    for algorithm, final in arrays.items():
+        by_step = _by_step([row for task in tasks for row in rows if (row.task, row.algorithm) == (task, algorithm)])
+        tables = {step: matrix(some, metric, references)[2][algorithm] for step, some in by_step.items()}
+        whole = {step: x for step, x in tables.items() if x.shape == final.shape and not np.isnan(x).any()}
+        if not whole:
+            continue
+        columns = np.arange(len(tasks))
+
+        def at_each_step(
+            runs: np.ndarray, whole: dict[int, np.ndarray] = whole, at: np.ndarray = columns
+        ) -> np.ndarray:
+            return np.stack([iqm(scores[runs, at]) for scores in whole.values()], axis=-1)
+
+        every = np.repeat(np.arange(len(final))[:, None], len(tasks), axis=1)  # (runs, tasks): each run's number
+        low, high = bootstrap(at_each_step, every, **confidence) or (None, None)
+        record: Record = {"algorithm": algorithm, "metric": metric, "tasks": len(tasks), "runs": len(final)}
+        record |= {"level": confidence.get("level", 0.95), "steps": list(whole)}
+        records.append(record | {"iqm": at_each_step(every).tolist(), "low": low, "high": high})
+    return records
+
+
+def _by_step(rows: Sequence[EpisodeResult]) -> dict[int, list[EpisodeResult]]:
+    found: dict[int, list[EpisodeResult]] = {step: [] for step in sorted({row.step for row in rows})}
+    for row in rows:
+        found[row.step].append(row)
+    return found
 
 
 def pairwise(rows: Rows, *, baseline: str = "bc", **confidence: Unpack[Confidence]) -> list[Record]:

@@ -203,6 +203,14 @@ def test_benchmark_of_backends(script: Script, tmp_path: Path) -> None:
     assert done["steps"] == 400 and found["machine"]["cpus"] >= 1
 
 
+def test_benchmark_of_intervals(script: Script, tmp_path: Path) -> None:
+    pytest.importorskip("rliable")
+    small = ["--runs", "3", "--tasks", "2", "--resamples", "5", "--rounds", "1"]
+    script("intervals").main([*small, "--json", str(tmp_path / "found.json")])
+    rows = json.loads((tmp_path / "found.json").read_text())["comparisons"]
+    assert len(rows) == 4 and all(row["peer"] == "rliable" and row["ratio"] > 1 for row in rows)
+
+
 def test_references_are_measured(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = script("measure_references")
     monkeypatch.setattr(measured, "RANDOM_EPISODES", 1)

@@ -123,6 +123,20 @@ def test_checkpoints_all_gives_learning_curves(tmp_path: Path, runs: Path) -> No
     assert all(record["step"] == 30 for record in result["table"])
 
 
+def test_a_tuning_budget_needs_no_new_episodes(tmp_path: Path, runs: Path, played: list[Any]) -> None:
+    first = evaluate(recipe(tmp_path))
+    assert first["tuning"] == [] and first["profiles"] == [] and first["comparison"] == []  # one task
+    played.clear()
+    with pytest.raises(CvlctlError, match=r"tuning: 0 of the evaluated runs match 'iql\*'"):
+        evaluate(recipe(tmp_path, tuning=["iql*"]))
+    again = evaluate(recipe(tmp_path, tuning=["*"]))
+    assert played == []
+    assert [(r["of"], r["tried"], r["settings"]) for r in again["tuning"]] == [("*", 1, 2), ("*", 2, 2)]
+    values = [r["return_runs"] for r in again["table"]]
+    assert again["tuning"][0]["return_tuned"] == pytest.approx(np.mean(values))
+    assert "| settings | tried |" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_asked_again_nothing_runs(tmp_path: Path, runs: Path, played: list[Any]) -> None:
     first = evaluate(recipe(tmp_path))
     played.clear()

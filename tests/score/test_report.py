@@ -17,10 +17,12 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from cvlctl.learn.pictures import plot_metrics
-from cvlctl.score.pictures import plot_curves, plot_scores
+from cvlctl.score.comparisons import relative_table
+from cvlctl.score.pictures import plot_curves, plot_profiles, plot_scores
 from cvlctl.score.render import folded, to_csv, to_markdown, to_rich
 from cvlctl.score.rows import METRICS, Record
-from cvlctl.score.tables import aggregate_table, pairwise, run_table, score_table
+from cvlctl.score.tables import aggregate_table, efficiency_table, pairwise, profile_table, run_table, score_table
+from cvlctl.score.tuning import tuning_table
 from cvlctl.types import EpisodeResult
 
 TASKS = ("metaworld/drawer-close-v3", "metaworld/button-press-topdown-wall-v3")
@@ -161,6 +163,27 @@ def test_references_stand_under_the_table() -> None:
     assert "normalised 0" not in rendered(score_table(rows()))
 
 
+def test_percentages_say_where_they_say_little() -> None:
+    known = {TASKS[0]: {"min": 900.0, "max": 11000.0}, TASKS[1]: {"min": -5000.0, "max": 4000.0}}
+    records = relative_table(rows(success=False), references=known)
+    text = rendered(records)
+    assert max(map(len, text.splitlines())) <= 100
+    cell = f"{records[1]['return_over']:+.0f}% [{records[1]['return_over_low']:+.0f}, "
+    assert cell in text and "return, % over" in text and "all 2 tasks" in text
+    assert "next to nothing says little: bc on drawer-close-v3 (return" in " ".join(text.split())
+    assert "bc on button-press" not in " ".join(text.split())
+    base = {"task": "t", "algorithm": "cvl", "baseline": "bc", "runs": 2, "baseline_runs": 2, "small_base": []}
+    text = to_markdown([base | {"return_over": -0.2, "return_over_low": None, "return_over_high": None}])
+    assert "| +0% |" in text and "the base may be 0 or less: bc on t (return)" in text
+
+
+def test_a_tuning_budget_is_shown_with_what_chose() -> None:
+    lines = to_markdown(tuning_table(rows(algorithms=("cvl 1", "cvl 2", "bc")), ["cvl*"])).splitlines()
+    heading = "| task | settings | tried | seeds | episodes | return of the best | success of the best |"
+    assert lines[0] == heading and lines[2].startswith("| drawer-close-v3 | cvl* | 1 | 3 | 4 | ")
+    assert "%" in lines[2].split("|")[-2] and any("scored by the other half" in line for line in lines)
+
+
 def test_csv_holds_everything() -> None:
     records = score_table(rows())
     lines = list(csv.DictReader(io.StringIO(to_csv(records))))
@@ -193,6 +216,18 @@ def test_curves_show_every_algorithm(tmp_path: Path) -> None:
 def test_curves_of_a_single_step_are_not_drawn(tmp_path: Path) -> None:
     assert plot_curves(rows(steps=(1000,)), tmp_path / "curves.png") is None
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_profiles_show_every_algorithm_and_sample_efficiency_where_there_are_steps(tmp_path: Path) -> None:
+    def drawn(steps: Sequence[int]) -> np.ndarray:
+        data = rows(algorithms=("bc", "cvl"), steps=steps)
+        tables = profile_table(data, resamples=20), efficiency_table(data, resamples=20)
+        return picture(plot_profiles(*tables, tmp_path / "profiles.png"))
+
+    both, alone = drawn((1000, 2000)), drawn((1000,))
+    assert has_colour(both, "#777777") and has_colour(both, "#0072b2") and not has_colour(both, "#d55e00")
+    assert both.shape[1] > 1.3 * alone.shape[1]
+    assert plot_profiles([], [], tmp_path / "none.png") is None and not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
