@@ -22,7 +22,7 @@ from cvlctl.version import versions
 FOLDER, ENGINE, JOB = "CVLCTL_CELL", "CVLCTL_ENGINE", "CVLCTL_JOB"  # in the environment
 STATE, LOCK = "state.json", ".lock"
 HELD = 75  # exit code: another process is at it (EX_TEMPFAIL)
-HEARTBEAT_SECONDS = 10.0  # between two writes at the most: who is silent for long is dead
+HEARTBEAT_SECONDS, SILENT_SECONDS = 10.0, 60.0  # between two writes at the most; who is silent for so long is dead
 _PROGRESS_SECONDS = 1.0  # between two writes at the least
 
 _is_one = False

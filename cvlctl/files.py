@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Self, TextIO
@@ -320,7 +321,9 @@ def _note(handle: TextIO, file: Path) -> bool:
 
 
 def is_running(process: int) -> bool:
-    """Whether a process of this machine is running."""
+    """Whether a process of this machine is running; below 1 are numbers of groups, or of all processes."""
+    if process < 1:
+        return False
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -328,6 +331,19 @@ def is_running(process: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
+
+
+def now_at(folder: Path) -> float:
+    """The time by the clock of the file system that a folder is on, which those of hosts differ from."""
+    probe = folder / f".now.{os.getpid()}.tmp"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def entries(folder: Path) -> list[str]:

@@ -61,6 +61,8 @@ def watched(program: bool = False) -> Iterator[None]:
     if before[signal.SIGHUP] is signal.SIG_IGN:
         del before[signal.SIGHUP]
     _came, _program = 0.0, program
+    if program:  # where a launcher ignores it, exit codes of children would be lost
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         for number in before:
             signal.signal(number, _handler)

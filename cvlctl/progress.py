@@ -139,7 +139,7 @@ class Screen:
 
 def how_far(done: int, total: int, unit: str, rate: float, text: str = "") -> str:
     """ "40% of 6000 updates, 31/s, 1m56s left"."""
-    left = f", {clock((total - done) / rate)} left" if rate > 0 else ""
+    left = f", {clock((total - done) / rate)} left" if rate > 1e-9 else ""
     return f"{done / max(total, 1):.0%} of {total} {unit}, {rate:.0f}/s{left}{text and '  '}{text}"
 
 

@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.recipe import Job
 from cvlctl.recipes.values import Others
 
 CELLS = "cells"  # in the experiment's `out`: what its engines and its cells say
+_OURS = ("machine.json", "slurm.json", "slurm.lock", "driver-*.json")  # files there
+_OF_A_CELL = ("log.txt", "state.json", ".lock", "recipe-*.yaml")  # files in each cell's folder
 _TRAINED = ("pretrain", "finetune")  # what patterns are of
 
 
@@ -33,13 +35,14 @@ def cells_of(out: Path, jobs: Sequence[Job]) -> list[Cell]:
     """The jobs as cells, in the order of the file.
 
     Raises:
-        CvlctlError: they wait for each other in a circle.
+        CvlctlError: they wait for each other in a circle, or what two of them say of themselves would lie in one place.
     """
     names = _names(out, jobs)
+    _check_names(names, jobs)
     outs = {
-        os.path.normpath(place): name for name, job in zip(names, jobs, strict=True) for place in job.recipe.writes()
+        os.path.abspath(place): name for name, job in zip(names, jobs, strict=True) for place in job.recipe.writes()
     }
-    trained = [(os.path.normpath(job.recipe.out), name) for name, job in zip(names, jobs, strict=True)
+    trained = [(os.path.abspath(job.recipe.out), name) for name, job in zip(names, jobs, strict=True)
                if job.command in _TRAINED]  # fmt: skip
     tails = _by_pattern({pattern for job in jobs for pattern in job.recipe.reads()}, trained)
     place = {name: number for number, name in enumerate(names)}
@@ -97,9 +100,26 @@ def _names(out: Path, jobs: Sequence[Job]) -> list[str]:
     return found
 
 
+def _check_names(names: Sequence[str], jobs: Sequence[Job]) -> None:
+    """Refuse cells whose folders would be one, or be in the place of a file of ours."""
+    outs: dict[str, Any] = {}
+    for name, job in zip(names, jobs, strict=True):
+        if (other := outs.setdefault(name, job.recipe.out)) is not job.recipe.out:
+            raise CvlctlError(f"{other} and {job.recipe.out} would both be the cell {name}", "rename one of them")
+    for name, out in outs.items():
+        parts = name.split("/")
+        inside = [part for number, part in enumerate(parts) if "/".join(parts[:number]) in outs]
+        if parts[0] == CELLS or _is_like(parts[0], _OURS) or any(_is_like(part, _OF_A_CELL) for part in inside):
+            raise CvlctlError(f"out: {out} is where this experiment keeps a file of its own", "choose another out")
+
+
+def _is_like(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _above(path: str, outs: dict[str, str]) -> list[str]:
     """The cell that writes `path`, or what holds it."""
-    place = Path(os.path.normpath(path))
+    place = Path(os.path.abspath(path))
     return next(([outs[str(one)]] for one in (place, *place.parents) if str(one) in outs), [])
 
 
@@ -108,7 +128,7 @@ def _by_pattern(patterns: set[str], trained: Sequence[tuple[str, str]]) -> dict[
     parts = [(Path(place).parts, name) for place, name in trained]
     found: dict[str, list[str]] = {pattern: [] for pattern in patterns}
     for pattern in patterns:
-        wanted = Path(os.path.normpath(pattern)).parts
+        wanted = Path(os.path.abspath(pattern)).parts
         plain = next((n for n, part in enumerate(wanted) if any(sign in part for sign in "*?[")), len(wanted))
         if plain < len(wanted):
             near = [(at[plain:], name) for at, name in parts if at[:plain] == wanted[:plain]]

@@ -12,11 +12,11 @@ from typing import Any
 
 from cvlctl import cell as own
 from cvlctl import children
-from cvlctl.errors import Busy
+from cvlctl.errors import Busy, CvlctlError
 from cvlctl.experiments.graph import Cell, folder_of
 from cvlctl.experiments.plan import state_of
 from cvlctl.experiments.recipe import LocalSettings
-from cvlctl.experiments.start import arguments, begin, outcome, write_recipe
+from cvlctl.experiments.start import arguments, begin, outcome, state_in, write_recipe
 from cvlctl.files import lock
 from cvlctl.interrupts import interruptible
 from cvlctl.machine import num_cpus
@@ -90,6 +90,7 @@ class _Pool:
         self._unsettled = {cell.name for cell in cells}
         self._failed: dict[str, str] = {}  # cells that failed or were blocked -> which failed first
         self._look_at: dict[str, float] = {}  # held by others: when to look again
+        self._scan_at = 0.0  # when to look through all that wait though none has ended
         self._cpus = num_cpus()
         self._processes = self._cpus if settings.processes == "auto" else settings.processes
         self._gpus = _gpus_here()
@@ -100,7 +101,10 @@ class _Pool:
         told = [(cell, state) for cell, state in ended if state["state"] != "held"]
         for cell, state in told:
             self._settle(cell, None if state["state"] == "done" else cell.name)
-        for cell in list(self.waiting) if ended or len(self.running) < self._processes else ():
+        if not ended and time.monotonic() < self._scan_at:
+            return told
+        self._scan_at = time.monotonic() + HELD_SECONDS
+        for cell in list(self.waiting):
             why = next((self._failed[need] for need in cell.needs if need in self._failed), None)
             if why is not None:
                 self.waiting.remove(cell)
@@ -133,18 +137,27 @@ class _Pool:
             if not is_free(folder_of(self.out, cell.name)):
                 self._look_at[cell.name] = time.monotonic() + HELD_SECONDS
                 return []
+            told = state_in(folder_of(self.out, cell.name))
             if not self.force and state_of(cell.job) == "finished":
-                self.waiting.remove(cell)
-                self._settle(cell, None)
-                return [(cell, {"state": "done"})]
-        self.waiting.remove(cell)
-        folder = folder_of(self.out, cell.name)
-        line = arguments(cell, write_recipe(self.out, cell), self.force)
-        environment = {own.ENGINE: "local"}
+                return self._settled(cell, {"state": "done"})
+            if told.get("state") == "failed":  # there, and it would here
+                return self._settled(cell, {"state": "failed", "error": told.get("error", ["it failed elsewhere", ""])})
+        folder, environment = folder_of(self.out, cell.name), {own.ENGINE: "local"}
         if gpu >= 0:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[gpu]
-        self.running.append(_Running(cell, begin(folder, line, environment), cpus, gpu, time.time()))
+        try:
+            process = begin(folder, arguments(cell, write_recipe(self.out, cell), self.force), environment)
+        except CvlctlError as error:  # this one: the others may have room yet
+            return self._settled(cell, {"state": "failed", "error": [error.what, error.hint]})
+        self.waiting.remove(cell)
+        self.running.append(_Running(cell, process, cpus, gpu, time.time()))
         return [(cell, {"state": "running"})]
+
+    def _settled(self, cell: Cell, state: dict[str, Any]) -> list[tuple[Cell, dict[str, Any]]]:
+        """What came of one that did not run."""
+        self.waiting.remove(cell)
+        self._settle(cell, None if state["state"] == "done" else cell.name)
+        return [(cell, state)]
 
     def _free_gpu(self, cell: Cell) -> int | None:
         """Which GPU a cell gets; -1: it needs none; None: all are taken."""
@@ -159,7 +172,7 @@ class _Pool:
     def _ended(self, one: _Running, code: int, peak: int) -> tuple[Cell, dict[str, Any]]:
         self.running.remove(one)
         children.close([one.process])
-        state = outcome(folder_of(self.out, one.cell.name), code, peak)
+        state = outcome(folder_of(self.out, one.cell.name), code, peak, one.process.pid)
         state |= {"began": one.began, "ended": time.time()}
         if state["state"] == "held":
             self._look_at[one.cell.name] = time.monotonic() + HELD_SECONDS

@@ -12,7 +12,7 @@ from cvlctl.experiments import drivers, on_slurm, status
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.recipe import ExperimentRecipe
 from cvlctl.experiments.run import chosen, planned
-from cvlctl.experiments.start import LOG
+from cvlctl.experiments.start import LOG, tail
 from cvlctl.progress import say
 from cvlctl.recipes.explain import nearest
 
@@ -62,9 +62,10 @@ def logs(experiment: ExperimentRecipe, name: str) -> dict[str, Any]:
     names = [cell.name for cell in planned(experiment, keep=False)]
     if name not in names:
         raise CvlctlError(f"no cell {name}", nearest(name, names, "cells"))
-    path = folder_of(experiment.out, name) / LOG
+    folder = folder_of(experiment.out, name)
+    path = folder / LOG
     try:
-        text = path.read_bytes()[-_MOST_BYTES:].decode(errors="replace")
+        text = tail(folder, _MOST_BYTES)
     except OSError as error:
         raise CvlctlError(f"{name} has said nothing: {path}: {error.strerror}", "it has not run yet") from error
     return {"status": "log", "cell": name, "path": str(path), "text": text}

@@ -110,7 +110,7 @@ def jobs_of(experiment: ExperimentRecipe, source: Source) -> Iterator[Job]:
         at: Key = ("stages", stage)
         engines = {name: _settings(experiment, name, body.pop(name, None), source, at) for name in ENGINES}
         job = Job(stage, command, combination, model(command).read(body, source, at), engines)
-        place, title = os.path.normpath(job.recipe.out), f"{stage} {job.label}".strip()
+        place, title = os.path.abspath(job.recipe.out), f"{stage} {job.label}".strip()
         if place in taken:
             what = f"{title} and {taken[place]} have the same out, {job.recipe.out}"
             hint = "mention in it what tells them apart, such as ${algorithm.name}"

@@ -7,14 +7,16 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cvlctl import cell as own
 from cvlctl import children
+from cvlctl.errors import CvlctlError
 from cvlctl.experiments.graph import Cell, folder_of
-from cvlctl.files import read_json, write_atomically
+from cvlctl.files import disk, open_regular, read_json, write_atomically
 
 LOG = "log.txt"
 _CODE = "import sys; sys.argv[1:2] = []; from cvlctl.__main__ import main; main()"
@@ -40,22 +42,33 @@ def arguments(cell: Cell, recipe: Path, force: bool) -> list[str]:
 
 
 def begin(folder: Path, line: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """Start `cvlctl` with a command line, as the cell of a folder; what it says goes into the log there."""
-    with open(folder / LOG, "a") as log:
-        return children.begin(
-            _CODE, *line, stdout=log, stderr=subprocess.STDOUT, more={own.FOLDER: str(folder), **environment}
-        )
+    """Start `cvlctl` with a command line, as the cell of a folder; what it says goes into the log there.
+
+    Raises:
+        CvlctlError: the disk, or the machine, has no room for it.
+    """
+    with disk(folder / LOG):
+        log = open(folder / LOG, "a")  # noqa: SIM115 (closed just below)
+    with log:
+        more = {own.FOLDER: str(folder), **environment}
+        try:
+            return children.begin(_CODE, *line, stdout=log, stderr=subprocess.STDOUT, more=more)
+        except OSError as error:
+            raise CvlctlError(f"cannot start a process: {error.strerror}", "fewer processes at once") from error
 
 
-def outcome(folder: Path, code: int, peak: int | None = None) -> dict[str, Any]:
+def outcome(folder: Path, code: int, peak: int | None = None, pid: int | None = None) -> dict[str, Any]:
     """What came of a cell whose process has ended: state ("done", "failed", "held" or "stopped"), and error and hint.
 
     Args:
         code: its exit code; below 0: the signal that killed it.
         peak: bytes of memory that it took at most, where that is known.
+        pid: of its process, where that is known: what an earlier one said of itself is then not taken for its word.
     """
     states = {0: "done", own.HELD: "held", 130: "stopped"}
     told = state_in(folder)
+    if pid is not None and told.get("pid") != pid:
+        told = {}
     if code in states:
         return {**told, "state": states[code], "code": code}
     if code < 0 or code > 128:  # it could not say anything any more
@@ -66,18 +79,45 @@ def outcome(folder: Path, code: int, peak: int | None = None) -> dict[str, Any]:
 
 
 def state_in(folder: Path) -> dict[str, Any]:
-    """What a cell said last of itself; nothing where it never ran."""
-    return read_json(folder / own.STATE) or {}
+    """What a cell said last of itself, as far as it makes sense; nothing where it never ran."""
+    told = read_json(folder / own.STATE) or {}
+    return {name: value for name, value in told.items() if name not in _LEGAL or _LEGAL[name](value)}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e15 < value < 1e15  # of which NaN is none
+
+
+def _is_progress(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("unit"), str) and all(
+        _is_number(value.get(name)) for name in ("done", "total", "rate"))  # fmt: skip
+
+
+_LEGAL: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("state", "host", "engine", "job"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(("began", "ended"), _is_number),
+    "pid": lambda value: type(value) is int and value > 0,
+    "error": lambda value: isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) for one in value),
+    "progress": _is_progress,
+}
+
+
+def tail(folder: Path, most: int) -> str:
+    """The end of a cell's log, `most` bytes of it.
+
+    Raises:
+        OSError: there is none.
+    """
+    with open_regular(folder / LOG) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
+        return file.read(most).decode(errors="replace")
 
 
 def last_lines(folder: Path, number: int = _LAST_LINES) -> str:
-    """The end of a cell's log."""
-    try:
-        with open(folder / LOG, "rb") as file:
-            file.seek(max(0, os.path.getsize(folder / LOG) - 8_000))
-            return "\n".join(file.read().decode(errors="replace").rstrip().splitlines()[-number:])
-    except OSError:
-        return ""
+    """The last lines of a cell's log; none where there is none."""
+    with suppress(OSError):
+        return "\n".join(tail(folder, 8_000).rstrip().splitlines()[-number:])
+    return ""
 
 
 def _killed(number: int, peak: int | None) -> list[str]:

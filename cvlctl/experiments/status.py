@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,13 +13,12 @@ from cvlctl.experiments import on_slurm
 from cvlctl.experiments.graph import CELLS, Cell, folder_of
 from cvlctl.experiments.plan import state_of
 from cvlctl.experiments.start import state_in
-from cvlctl.files import is_running
+from cvlctl.files import is_running, now_at
 from cvlctl.progress import how_far
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-SILENT_SECONDS = 60.0  # a cell that has said nothing for so long runs no more
 MANY = 40  # cells: those that are done or wait are then told of by their number alone
 STATES = ("done", "running", "waiting", "failed", "blocked", "stopped")
 _DIED = "its process died without a word, or its host is gone: the same command goes on where it was"
@@ -30,7 +27,7 @@ _DIED = "its process died without a word, or its host is gone: the same command 
 def status(out: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """One dict a cell: cell, stage, command, combination, out, state (of STATES), why (of a failure; else ""), progress
     (in words), host, engine, job."""
-    now, rows = _now(out / CELLS), list[dict[str, Any]]()
+    now, rows = now_at(out / CELLS), list[dict[str, Any]]()
     said = on_slurm.states(out)
     stuck: dict[str, str] = {}  # cells that nothing will come of now -> the failure behind it
     for cell in cells:
@@ -59,8 +56,8 @@ def _state(out: Path, cell: Cell, told: Mapping[str, Any], now: float) -> tuple[
     if state == "running":
         with suppress(OSError):
             silent = now - (folder_of(out, cell.name) / own.STATE).stat().st_mtime
-            gone = told.get("host") == platform.node() and not is_running(int(told.get("pid") or 0))
-            if silent < SILENT_SECONDS and not gone:
+            gone = told.get("host") == platform.node() and not is_running(told.get("pid", 0))
+            if abs(silent) < own.SILENT_SECONDS and not gone:
                 return "running", ""
         state = "failed"
         told = {"error": [_DIED, ""]}
@@ -70,14 +67,14 @@ def _state(out: Path, cell: Cell, told: Mapping[str, Any], now: float) -> tuple[
     if done == "another recipe":
         return "failed", f"{cell.job.recipe.out} holds the result of another recipe"
     if state == "failed":
-        return "failed", str((told.get("error") or ["it died without a word"])[0])
+        return "failed", told.get("error", ["it died without a word"])[0]
     return ("stopped", "") if state == "stopped" else ("waiting", "")
 
 
 def in_words(told: Mapping[str, Any]) -> str:
     """How far a running cell is."""
     found = told.get("progress")
-    if not isinstance(found, dict):
+    if found is None:
         return "starting"
     return how_far(found["done"], found["total"], found["unit"], found["rate"])
 
@@ -86,19 +83,6 @@ def counts(states: Sequence[str]) -> str:
     """ "3 of 6 cells done, 2 running, 1 waiting"."""
     others = [f"{states.count(state)} {state}" for state in STATES[1:] if state in states]
     return ", ".join([f"{states.count('done')} of {len(states)} cells done", *others])
-
-
-def _now(folder: Path) -> float:
-    """The time by the clock of the file system that states lie on: those of hosts differ."""
-    probe = folder / f".now.{os.getpid()}"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    except OSError:
-        return time.time()
-    finally:
-        with suppress(OSError):
-            probe.unlink()
 
 
 def render(rows: Sequence[Mapping[str, Any]], console: Console) -> None:

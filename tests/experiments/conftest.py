@@ -11,7 +11,7 @@ import pytest
 
 from cvlctl.experiments import start
 
-# "name": what it does instead of its command; the others end at once
+# "name": what it does instead of its command, "; " between; the others end at once
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -28,25 +28,25 @@ try:
     cell.begin()
 except CvlctlError:
     sys.exit(cell.HELD)
-note("begun")
-act = json.loads((root.parent / "acts.json").read_text()).get(name, "")
-code = 0
+acts, code = json.loads((root.parent / "acts.json").read_text()).get(name, ""), 0
 try:
     with interrupts.watched(program=True):
+        note("begun")
         cell.progress("work", 1, 4, "steps", 2.0)
-        if act.startswith("sleep"):
-            time.sleep(float(act.split()[1]))
-        if act.startswith("until"):  # all of these have begun: no clock decides what a busy machine shows
-            while set(act.split()[1:]) - {json.loads(line)["cell"] for line in open(root.parent / "journal.jsonl")}:
-                time.sleep(0.02)
-                if time.monotonic() - began > 60:
-                    sys.exit(3)
-        if act == "fail":
-            print("a line before the end")
-            cell.failed("it cannot be", "do something else")
-            code = 2
-        if act == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
+        for act in acts.split("; "):
+            if act.startswith("sleep"):
+                time.sleep(float(act.split()[1]))
+            if act.startswith("until"):  # all of these have begun: no clock decides what a busy machine shows
+                while set(act.split()[1:]) - {json.loads(line)["cell"] for line in open(root.parent / "journal.jsonl")}:
+                    time.sleep(0.02)
+                    if time.monotonic() - began > 60:
+                        sys.exit(3)
+            if act == "fail":
+                print("a line before the end")
+                cell.failed("it cannot be", "do something else")
+                code = 2
+            if act == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
 except KeyboardInterrupt:
     code = 130
 note("ended")

@@ -100,6 +100,29 @@ def test_a_circle_is_one_clear_error(tmp_path: Path) -> None:
         cells(tmp_path, stages)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "why"),
+    [("../o/a~b", "../o/a/b", "both be the cell _~o~a~b"), ("${out}/x", "${out}/x/log.txt", "keeps a file of its"),
+     ("${out}/x/state.json/y", "${out}/x", "keeps a file"), ("${out}/x", "${out}/machine.json", "keeps a file"),
+     ("${out}/x", "${out}/cells/y", "keeps a file"), ("${out}/x", "${out}/cells", "keeps a file"),
+     ("${out}/x", "${out}/y/log.txt", None), ("${out}/x", "${out}/log.txt", None), ("${out}/x", "${out}", None)],
+)  # fmt: skip
+def test_no_two_cells_say_what_they_say_in_one_place(tmp_path: Path, one: str, other: str, why: str | None) -> None:
+    stages = {name: {**TRAIN, "stores": ["a.zarr"], "algorithm": "bc", "out": out} for name, out in
+              (("one", one), ("other", other))}  # fmt: skip
+    if why is None:
+        assert len(cells(tmp_path, stages)) == 2
+    else:
+        with pytest.raises(CvlctlError, match=why):
+            cells(tmp_path, stages)
+
+
+def test_a_path_is_the_same_however_it_is_written(tmp_path: Path) -> None:
+    stages = {"data": STAGES["data"], "train": {**TRAIN, "algorithm": "bc", "out": "${out}/bc/${task}",
+              "stores": [str(Path.cwd() / "e/data/${task}.zarr")]}}  # fmt: skip
+    assert cells(tmp_path, stages)[-1].needs == ("data/gym/Hopper-v5.zarr",)
+
+
 def test_what_waits_for_what_by_whatever_way(tmp_path: Path) -> None:
     found = in_order(cells(tmp_path))
     assert below(found, {"critic/gym/Hopper-v5"}) == {

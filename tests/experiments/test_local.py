@@ -18,7 +18,7 @@ import pytest
 from cvlctl import cell as own
 from cvlctl.cli.console import console
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import drivers, local, look, show
+from cvlctl.experiments import drivers, local, look, show, start
 from cvlctl.experiments.commands import load
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.run import run_experiment
@@ -133,7 +133,7 @@ def test_a_failure_stays_where_it_happens(
 
 
 def test_fail_fast_stops_the_others(experiment: Any, acts: Acts, journal: Journal) -> None:
-    acts(**{"critic/a": "fail", "critic/b": "sleep 60"})
+    acts(**{"critic/a": "until critic/b; fail", "critic/b": "sleep 60"})
     begin = time.monotonic()
     result = run_experiment(experiment(), fail_fast=True)
     assert time.monotonic() - begin < 30
@@ -219,6 +219,99 @@ def test_a_cell_that_died_without_a_word_is_seen(experiment: Any, tmp_path: Path
     assert look.look(experiment())["cells"][0]["state"] == "running"
     os.utime(folder / own.STATE, (time.time() - 100,) * 2)  # but it says nothing any more
     assert look.look(experiment())["cells"][0]["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"progress": 3}, {"progress": {}}, {"progress": {"done": 1, "total": 2, "unit": "s", "rate": float("nan")}},
+     {"progress": {"done": 1, "total": 2, "unit": "s", "rate": 1e-300}}, {"progress": {"done": 10**400}},
+     {"pid": "text"}, {"pid": [1]}, {"pid": -1}, {"pid": 0}, {"pid": 1e300}, {"pid": 10**30}, {"host": [1]},
+     {"state": "failed", "error": 3}, {"state": "failed", "error": []}, {"state": {}}],
+)  # fmt: skip
+def test_a_damaged_state_says_nothing(experiment: Any, tmp_path: Path, damage: dict[str, Any]) -> None:
+    folder = folder_of(tmp_path / "e", "critic/a")
+    folder.mkdir(parents=True)
+    own.write(folder, {"state": "running", "pid": os.getpid(), **own.where(), **damage})
+    found = look.look(experiment())["cells"][0]
+    gone = "failed" if "pid" in damage or "state" in damage else "running"
+    assert found["state"] == ("waiting" if damage == {"state": {}} else gone)
+    look.render({"status": "", "cells": [found]}, console())
+
+
+def test_a_log_is_read_from_its_end_and_never_waited_for(experiment: Any, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "e", "critic/a")
+    folder.mkdir(parents=True)
+    with open(folder / "log.txt", "wb") as file:
+        file.truncate(2**40)
+        file.seek(0, os.SEEK_END)
+        file.write(b"\xff\x00the end")
+    assert look.logs(experiment(), "critic/a")["text"].endswith("the end")
+    (folder / "log.txt").unlink()
+    os.mkfifo(folder / "log.txt")
+    with pytest.raises(CvlctlError, match="critic/a has said nothing"):
+        look.logs(experiment(), "critic/a")
+
+
+def test_a_cell_that_cannot_begin_leaves_the_others_alone(experiment: Any, tmp_path: Path, acts: Acts) -> None:
+    (tmp_path / "e" / "cells" / "critic").mkdir(parents=True)
+    (tmp_path / "e" / "cells" / "critic" / "a").touch()  # a file in its folder's place: as on a full disk
+    result = run_experiment(experiment())
+    assert states(result) == {"critic/a": "failed", "critic/b": "finished", "policy/a": "blocked",
+                              "policy/b": "finished", "both": "blocked"}  # fmt: skip
+    assert "cannot write" in result["cells"][0]["error"]
+
+
+def test_what_an_earlier_process_said_is_not_what_this_one_died_of(
+    experiment: Any, tmp_path: Path, acts: Acts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(tmp_path / "e", "critic/a")
+    folder.mkdir(parents=True)
+    own.write(folder, {"state": "failed", "pid": 1, "code": 1, "error": ["an old story", ""]})
+    monkeypatch.setattr(start, "_CODE", "import sys; print('a new one'); sys.exit(1)")
+    assert run_experiment(experiment(), only="cell=critic/a")["cells"][0]["error"] == "a new one"
+
+
+def test_what_failed_elsewhere_meanwhile_is_not_tried_again(
+    experiment: Any, acts: Acts, journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "HELD_SECONDS", 0.2)
+    folder = folder_of(tmp_path / "e", "critic/a")
+    held = lock(folder / own.LOCK)
+
+    def fail() -> None:
+        own.write(folder, {"state": "failed", "error": ["it cannot be", "there either"]})
+        held.close()
+
+    threading.Timer(1.0, fail).start()
+    result = run_experiment(experiment(), only="stage=critic")
+    assert states(result) == {"critic/a": "failed", "critic/b": "finished"}
+    assert (result["cells"][0]["error"], result["cells"][0]["hint"]) == ("it cannot be", "there either")
+    assert [line["cell"] for line in journal() if line["what"] == "begun"] == ["critic/b"]
+
+
+def test_nobody_is_stopped_who_has_the_number_of_a_driver_that_died(tmp_path: Path) -> None:
+    other = subprocess.Popen([sys.executable, "-P", "-c", "input()"], stdin=subprocess.PIPE)
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    for pid in (other.pid, -1, 0, "text", 10**30):
+        about = {"host": own.where()["host"], "pid": pid, "engine": "local"}
+        (folder / f"driver-here-{pid}.json").write_text(json.dumps(about))
+    (folder / "driver-x.json").write_text("[]")
+    assert drivers.cancel(tmp_path) == []
+    assert other.poll() is None
+    assert list(folder.iterdir()) == []
+    other.communicate(b"")
+
+
+def test_a_driver_of_another_host_that_is_silent_is_gone(tmp_path: Path) -> None:
+    file = tmp_path / "cells" / "driver-far-1.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"host": "far", "pid": 1, "engine": "local"}))
+    assert len(drivers.at_work(tmp_path)) == 1
+    for ago in (100, -100):  # its clock does not matter
+        file.write_text(json.dumps({"host": "far", "pid": 1, "engine": "local"}))
+        os.utime(file, (time.time() - ago,) * 2)
+        assert drivers.at_work(tmp_path) == []
 
 
 def test_who_is_at_work_is_known_as_long_as_they_are(tmp_path: Path) -> None:
