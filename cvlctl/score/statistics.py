@@ -88,18 +88,29 @@ def bootstrap(statistic: Statistic, *samples: np.ndarray, **confidence: Unpack[C
 
     Stratified: each array's runs are drawn with replacement within each task, independently of the other arrays' runs.
     """
+    drawn = _drawn(*samples, **confidence)
+    return None if drawn is None else _interval(statistic(*drawn), **confidence)
+
+
+def _drawn(*samples: np.ndarray, **confidence: Unpack[Confidence]) -> list[np.ndarray] | None:
+    """Arrays (resamples, runs, tasks): the same for every statistic."""
     if min(map(len, samples), default=0) < 2:
         return None
-    rng, tail = np.random.default_rng(confidence.get("seed", 0)), 50 * (1 - confidence.get("level", 0.95))
-    num = confidence.get("resamples", 2000)
-    drawn = [np.take_along_axis(x[None], rng.integers(len(x), size=(num, *x.shape)), axis=1) for x in samples]
-    return np.percentile(statistic(*drawn), [tail, 100 - tail], axis=0).tolist()
+    rng, num = np.random.default_rng(confidence.get("seed", 0)), confidence.get("resamples", 2000)
+    return [np.take_along_axis(x[None], rng.integers(len(x), size=(num, *x.shape)), axis=1) for x in samples]
+
+
+def _interval(values: np.ndarray, **confidence: Unpack[Confidence]) -> list[Any]:
+    tail = 50 * (1 - confidence.get("level", 0.95))
+    found: list[Any] = np.percentile(values, [tail, 100 - tail], axis=0).tolist()
+    return found
 
 
 def estimates_of(statistics: Mapping[str, Statistic], *samples: np.ndarray, **confidence: Unpack[Confidence]) -> Record:
     """One estimate a statistic; None throughout where there are no samples."""
     record: Record = {"level": confidence.get("level", 0.95)}
+    drawn = _drawn(*samples, **confidence)
     for key, statistic in statistics.items():
-        low, high = bootstrap(statistic, *samples, **confidence) or (None, None)
+        low, high = (None, None) if drawn is None else _interval(statistic(*drawn), **confidence)
         record |= {key: float(statistic(*samples)) if samples else None, f"{key}_low": low, f"{key}_high": high}
     return record
