@@ -156,6 +156,9 @@ def run(
     command goes on with what is missing, and so it does after Ctrl-C.
     """
     chosen = [*(overrides or []), *([f"engine={engine.value}"] if engine else [])]
+    if only and (cancel or logs is not None):
+        other = "--cancel" if cancel else "--logs"
+        raise CvlctlError(f"--only is not for {other}", "--cancel stops all of it, and --logs names its cell")
 
     def work() -> Any:
         from cvlctl.experiments import commands, look, run

@@ -109,9 +109,10 @@ def _of_the_system(error: BaseException | None) -> OSError | None:
 
 
 def _is_memory(error: Exception) -> bool:
-    """Whether memory ran out: NumPy's MemoryError, or the RuntimeErrors that PyTorch makes of it on CPU and GPU."""
-    words = ("can't allocate memory", "out of memory", "storage size calculation overflowed")
-    told = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    """Whether memory ran out: NumPy's MemoryError, the RuntimeErrors that PyTorch makes of it on CPU and GPU, or what
+    the system says of a library or a process that it has no room for."""
+    words = ("can't allocate memory", "cannot allocate memory", "out of memory", "storage size calculation overflowed")
+    told = isinstance(error, RuntimeError | ImportError | OSError) and any(word in str(error).lower() for word in words)
     return told or isinstance(error, MemoryError)
 
 

@@ -6,6 +6,8 @@ folder. So cells compute the same bits wherever they run, today or when the expe
 
 from __future__ import annotations
 
+import os
+import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -52,12 +54,24 @@ def machine_of(out: Path, gpus: bool | None, *, keep: bool) -> Machine:
             machine = Machine(**(read_json(path) or {}))
             if [type(value) for value in machine] != [str, int, str, bool, float, float, float]:
                 raise TypeError
+            if not all(0 < value < 1e30 for value in (machine.cpus, machine.memory_gb, machine.flops, machine.call)):
+                raise TypeError
         except TypeError:
             raise CvlctlError(f"{path} is damaged", "delete it: what runs already stays what it is") from None
         return machine
     machine = _here(gpus) if keep else _guess(gpus)
-    if keep:
+    if not keep:
+        return machine
+    mine = path.with_name(f"machine-{platform.node()}-{os.getpid()}.json")
+    write_json(mine, machine._asdict())
+    try:
+        os.link(mine, path)
+    except FileExistsError:  # another host began at the same time, and was first: it decides for both
+        return machine_of(out, gpus, keep=False)
+    except OSError:  # a file system without links
         write_json(path, machine._asdict())
+    finally:
+        mine.unlink(missing_ok=True)
     return machine
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,11 @@ def chosen(cells: Sequence[Cell], only: str) -> list[Cell]:
     wanted = {cell.name for cell in cells if _matches(cell, conditions)}
     if not wanted:
         raise CvlctlError(f"--only: no cell is of {only!r}", "cvlctl run EXPERIMENT --dry-run shows what there is")
-    for cell in reversed(in_order(cells)):
-        if cell.name in wanted and only:
-            missing = {need for need in cell.needs if need not in wanted}
-            wanted |= {other.name for other in cells if other.name in missing and state_of(other.job) != "finished"}
+    jobs = {cell.name: cell.job for cell in cells}
+    missing = cache(lambda name: state_of(jobs[name]) != "finished")
+    for cell in reversed(in_order(cells)) if only else ():
+        if cell.name in wanted:
+            wanted |= {need for need in cell.needs if need not in wanted and missing(need)}
     return [cell for cell in cells if cell.name in wanted]
 
 
@@ -117,7 +119,7 @@ def _matches(cell: Cell, conditions: Sequence[tuple[str, str]]) -> bool:
     job = cell.job
     facts = {"stage": job.stage, "command": job.command, "cell": cell.name}
     facts |= {key: text_of(value) for key, value in job.combination.items()}
-    return all(fnmatchcase(facts.get(key, ""), pattern) for key, pattern in conditions)
+    return all(key in facts and fnmatchcase(facts[key], pattern) for key, pattern in conditions)
 
 
 def _to_do(cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]]) -> list[Cell]:

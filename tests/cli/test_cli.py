@@ -139,6 +139,8 @@ FAULTS = [
     (MemoryError("Unable to allocate 9 TiB"), 2, "out of memory", "lower batch_size"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 2, "out of memory", "lower batch_size"),
     (RuntimeError("CUDA out of memory. Tried to"), 2, "out of memory", "lower batch_size"),
+    (OSError(12, "Cannot allocate memory"), 2, "out of memory", "lower batch_size"),
+    (ImportError("libx.so: failed to map segment: Cannot allocate memory"), 2, "out of memory", "lower batch_size"),
     (KeyboardInterrupt(), 130, "interrupted", "run the same command again"),
 ]
 

@@ -138,6 +138,7 @@ def test_only_takes_what_it_names_and_what_that_needs(tmp_path: Path) -> None:
     assert [cell.name for cell in chosen(found, "cell=data/*")] == [
         f"data/gym/{t}.zarr" for t in ("Pendulum-v1", "Hopper-v5")
     ]
+    assert "one/gym/Hopper-v5" not in [cell.name for cell in chosen(found, "method=*")]  # it is of no method
     with pytest.raises(CvlctlError, match="--only: 'stag=train' is no condition"):
         chosen(found, "stag=train")
     with pytest.raises(CvlctlError, match="no cell is of 'stage=none'"):
@@ -188,9 +189,21 @@ def test_the_first_run_decides_for_all(tmp_path: Path) -> None:
     changed = first._replace(cpus=64, flops=1e15)
     (out / CELLS / FILE).write_text(json.dumps(changed._asdict()))
     assert machine_of(out, True, keep=True) == changed == machine_of(out, None, keep=False)
-    (out / CELLS / FILE).write_text('{"device": "cpu"}')
-    with pytest.raises(CvlctlError, match=r"machine\.json is damaged"):
-        machine_of(out, None, keep=False)
+    for damage in ({"device": "cpu"}, changed._asdict() | {"flops": 0.0}, changed._asdict() | {"call": float("nan")}):
+        (out / CELLS / FILE).write_text(json.dumps(damage))
+        with pytest.raises(CvlctlError, match=r"machine\.json is damaged"):
+            machine_of(out, None, keep=False)
+
+
+def test_of_two_that_begin_at_once_one_decides_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meanwhile(gpus: bool | None) -> Machine:
+        (tmp_path / CELLS).mkdir()
+        (tmp_path / CELLS / FILE).write_text(json.dumps(MACHINE._asdict()))
+        return MACHINE._replace(cpus=64)
+
+    monkeypatch.setattr("cvlctl.experiments.fixed._here", meanwhile)
+    assert machine_of(tmp_path, None, keep=True) == machine_of(tmp_path, None, keep=True) == MACHINE
+    assert [file.name for file in (tmp_path / CELLS).iterdir()] == [FILE]
 
 
 def test_settings_of_engines_are_the_stages_over_the_experiments(tmp_path: Path) -> None:
