@@ -81,9 +81,10 @@ def _render_failures(result: dict[str, Any], console: Console) -> None:
     for row in [row for row in result["cells"] if row["state"] == "failed"][:5]:
         folder = folder_of(Path(result["out"]), row["cell"])
         console.print(f"{row['cell']}, the end of {folder / LOG}:", markup=False, soft_wrap=True)
-        for line in last_lines(folder).splitlines():
+        lines = last_lines(folder).splitlines()
+        for line in lines:
             console.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
-        if row.get("hint"):
+        if row.get("hint") and f"hint: {row['hint']}" not in lines:  # of a process that could not say it
             console.print(f"    hint: {row['hint']}", markup=False, soft_wrap=True)
     console.print("the same command runs what is missing or failed", markup=False)
 

@@ -338,3 +338,16 @@ def test_an_interrupt_reaches_every_cell(experiment: Any, acts: Acts, journal: J
         run_experiment(experiment())
     lines = [(line["cell"], line["what"]) for line in journal()]
     assert sorted(lines) == [(name, what) for name in ("critic/a", "critic/b") for what in ("begun", "ended")]
+
+
+def test_an_experiment_that_is_edited_while_it_runs_goes_on_as_it_began(
+    experiment: Any, acts: Acts, journal: Journal, tmp_path: Path
+) -> None:
+    acts(**{"critic/a": "until critic/b"})
+    began = run_experiment(experiment())
+    files = {line["cell"]: line["argv"][1] for line in journal()}
+    edited = run_experiment(experiment("stages.policy.steps=10"))
+    assert began["status"] == edited["status"] == "done"
+    again = {line["cell"]: line["argv"][1] for line in journal()}
+    assert {name for name in CELLS if files[name] != again[name]} == {"policy/a", "policy/b"}
+    assert all(Path(file).is_file() for file in (*files.values(), *again.values()))  # each as it was planned
