@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cvlctl import cell as own
 from cvlctl import children
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.graph import Cell, folder_of
@@ -54,6 +55,8 @@ def run(
         tasks = _Tasks(ray, out, cells, force)
         try:
             for cell in cells:
+                if interrupted():
+                    raise KeyboardInterrupt
                 tasks.submit(cell)
             while tasks.left:
                 if interrupted():
@@ -183,10 +186,12 @@ class _Tasks:
 
     def _result(self, cell: Cell) -> dict[str, Any]:
         """What came of a cell: what its task says, or Ray where that cannot."""
+        folder = folder_of(self._out, cell.name)
         try:
             told: dict[str, Any] = self._ray.get(self._refs[cell.name])
-        except self._ray.exceptions.RayError as error:
-            told = {**state_in(folder_of(self._out, cell.name)), "state": "failed", "error": _in_words(error)}
+        except self._ray.exceptions.RayError as error:  # the cell could not say anything any more
+            told = {**state_in(folder), "state": "failed", "error": _in_words(error)}
+            own.write(folder, told)
         if told["state"] == "stopped":  # by somebody else than this command
             told |= {"state": "failed", "error": ["stopped by a signal", "the same command goes on where it was"]}
         return told
@@ -219,10 +224,9 @@ def _in_words(error: Exception) -> list[str]:
     if isinstance(cause, ImportError):
         return [f"a node of the Ray cluster cannot import cvlctl: {cause}", "install the same version on every node"]
     if name in ("WorkerCrashedError", "NodeDiedError", "LocalRayletDiedError"):
-        return ["its worker or node died, again and again", "a higher ray.max_retries; it goes on where it was saved"]
+        what = "its worker or node died, more often than ray.max_retries allows"
+        return [what, "give it more; it goes on where it was saved"]
     if name == "OutOfMemoryError":
-        return [
-            f"Ray ended it, since memory ran out: {first_line(error)}",
-            "fewer cells at once: a higher ray.num_cpus",
-        ]
+        what = f"Ray ended it, since memory ran out: {first_line(error)}"
+        return [what, "fewer cells at once: a higher ray.num_cpus"]
     return [f"Ray: {name}: {first_line(cause)}", "the same command goes on where it was"]

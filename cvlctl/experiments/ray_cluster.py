@@ -31,9 +31,11 @@ def joined(address: str | None) -> Iterator[Any]:
         raise CvlctlError("engine: ray needs the package ray", "pip install 'cvlctl[ray]', or say engine: local")
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    address = _answering(address)
+    _check_answers(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address or "")
     import ray
 
+    if address == "auto":
+        _check_answers(_last_cluster())
     try:
         with _signals_kept():
             _begin(ray, address)
@@ -56,22 +58,29 @@ def _begin(ray: Any, address: str | None) -> None:
         raise CvlctlError(f"cannot join the Ray cluster at {address}: {first_line(error)}", hint) from error
 
 
-def _answering(address: str | None) -> str | None:
-    """The address, if somebody answers there: Ray would try for a minute.
+def _check_answers(address: str) -> None:
+    """That somebody does at HOST:PORT, if it is one: Ray would try for minutes.
 
     Raises:
         CvlctlError: nobody does.
     """
-    if address == "auto":
-        address = os.environ.get("RAY_ADDRESS", "auto")
-    host, colon, port = (address or "").rpartition(":")
+    host, colon, port = address.rpartition(":")
     if colon and port.isdecimal():
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
         except (OSError, OverflowError) as error:
             what = f"no Ray cluster answers at {address}: {error}"
             raise CvlctlError(what, "ray start --head starts one, and prints its address") from error
-    return address
+
+
+def _last_cluster() -> str:
+    """Where Ray would look for a cluster; "" where it cannot be told. One that was killed leaves its address."""
+    from ray._private import services
+
+    try:
+        return str(services.canonicalize_bootstrap_address("auto") or "")
+    except Exception:  # not a function that Ray promises; and with no address at all, joining says so
+        return ""
 
 
 @contextmanager

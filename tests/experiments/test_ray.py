@@ -23,7 +23,7 @@ from test_local import CELLS, TEXT, Acts, Journal, states
 from cvlctl import cell as own
 from cvlctl import checkpoints
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import on_ray, ray_cluster, ray_work, start
+from cvlctl.experiments import look, on_ray, ray_cluster, ray_work, start
 from cvlctl.experiments.commands import load
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.run import planned, run_experiment
@@ -203,8 +203,8 @@ def test_cells_run_in_order_and_a_failure_stays_where_it_happens(
     assert told["engine"] == "ray"
     assert len(told["job"]) == 48  # of a task
 
-    # again: a kill is told of, and what another process runs is left to it, while others go on
-    acts(**{"critic/b": "die"})
+    # again: kills of a cell and of a worker are told of, and what another process runs is left to it
+    acts(**{"critic/b": "die", "policy/a": "kill"})
     held = lock(folder_of(tmp_path / "e", "critic/a") / own.LOCK)
     before = len(lines)
 
@@ -216,14 +216,31 @@ def test_cells_run_in_order_and_a_failure_stays_where_it_happens(
 
     threading.Thread(target=let_go).start()
     on_gpu = ["ray.num_gpus=1", *(f"stages.{stage}.device=cuda" for stage in ("critic", "policy"))]
-    result = run_experiment(on_cluster(*on_gpu, "stages.policy.ray.num_gpus=0.5", "stages.both.device=cpu"))
-    assert states(result) == {"critic/a": "finished", "critic/b": "failed", "policy/a": "finished",
+    result = run_experiment(
+        on_cluster(*on_gpu, "stages.policy.ray={num_gpus: 0.5, max_retries: 0}", "stages.both.device=cpu")
+    )
+    assert states(result) == {"critic/a": "finished", "critic/b": "failed", "policy/a": "failed",
                               "policy/b": "blocked", "both": "finished"}  # fmt: skip
+    assert result["cells"][2]["error"] == "its worker or node died, more often than ray.max_retries allows"
+    found = {row["cell"]: row["why"] for row in look.look(on_cluster())["cells"]}
+    assert found["policy/a"] == "its worker or node died, more often than ray.max_retries allows"
     assert result["cells"][1]["error"].startswith("killed (SIGKILL), most likely because memory ran out; it had taken")
     lines = [(line["cell"], line["what"]) for line in journal()][before:]
     assert {line["gpu"] for line in journal()[before:] if line["cell"] != "both"} <= {"0", "1"}
     assert lines[0] == ("critic/b", "begun")
     assert lines.count(("critic/a", "begun")) == 1
+
+
+@needs_ray
+def test_a_cluster_that_is_gone_is_known_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import services
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda address: "127.0.0.1:9")  # as its file says
+    begin = time.monotonic()
+    with pytest.raises(CvlctlError, match=r"no Ray cluster answers at 127\.0\.0\.1:9: "), ray_cluster.joined("auto"):
+        pass
+    assert time.monotonic() - begin < 30
 
 
 @needs_ray
