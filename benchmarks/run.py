@@ -184,7 +184,7 @@ def section(kind: str, scripts: dict[str, Any]) -> list[str]:
         parts += [wrapped(curve["note"])] if curve.get("note") else []
     parts += ["### Conditions", table(["script", "load before", "after", "seconds"], conditions)]
     if absent := [name for name in SCRIPTS if name not in scripts]:
-        parts.append(f"Not run: {', '.join(absent)}.")
+        parts.append(wrapped(f"Not run: {', '.join(absent)}."))
     return parts
 
 
