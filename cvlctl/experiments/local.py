@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -205,14 +206,19 @@ def cpus_of(cell: Cell, cpus: int) -> int:
 
 
 def poll(process: subprocess.Popen[str]) -> tuple[int, int] | None:
-    """Exit code and most bytes of memory of a process that has ended, else None."""
+    """Exit code and most bytes of memory of a process that has ended, else None.
+
+    The memory is 0 where it was less than this process has taken: the kernel then tells of that, from before the
+    child's own program began.
+    """
     if process.returncode is not None:
         return process.returncode, 0
     found, status, used = os.wait4(process.pid, os.WNOHANG)
     if not found:
         return None
     process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, used.ru_maxrss * 1024
+    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return process.returncode, used.ru_maxrss * 1024 if used.ru_maxrss > own_peak else 0
 
 
 def is_free(folder: Path) -> bool:

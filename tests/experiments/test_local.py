@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -149,8 +150,10 @@ def test_a_kill_is_told_of_with_the_memory_that_it_took(experiment: Any, acts: A
     assert states(result)["critic/b"] == "failed"
     assert states(result)["policy/b"] == "blocked"
     why = result["cells"][1]["error"]
-    assert why.startswith("killed (SIGKILL), most likely because memory ran out; it had taken 0.")
-    assert why.endswith(" GiB")
+    assert why.startswith("killed (SIGKILL), most likely because memory ran out")
+    told = start.outcome(folder_of(tmp_path / "e", "critic/b"), -signal.SIGKILL, 3 * 2**30)
+    assert told["error"][0].endswith("because memory ran out; it had taken 3.0 GiB")
+    why = told["error"][0]
     found = look.look(experiment())
     assert {row["cell"]: row["why"] for row in found["cells"]}["critic/b"] == why
 
@@ -352,3 +355,16 @@ def test_an_experiment_that_is_edited_while_it_runs_goes_on_as_it_began(
     again = {line["cell"]: line["argv"][1] for line in journal()}
     assert {name for name in CELLS if files[name] != again[name]} == {"policy/a", "policy/b"}
     assert all(Path(file).is_file() for file in (*files.values(), *again.values()))  # each as it was planned
+
+
+def test_the_memory_of_a_process_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(own_kb: int) -> int:
+        monkeypatch.setattr(local.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=own_kb))
+        process = subprocess.Popen([sys.executable, "-P", "-c", "bytearray(b'1') * 2**26"])
+        while (found := local.poll(process)) is None:
+            time.sleep(0.02)
+        assert found[0] == 0
+        return found[1]
+
+    assert peak(1) > 2**26
+    assert peak(2**40) == 0  # it was a copy of a larger one at first: what the kernel tells is of that
