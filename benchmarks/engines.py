@@ -35,8 +35,8 @@ import torch
 import cvlctl
 from cvlctl import checkpoints
 from cvlctl.experiments.commands import load
+from cvlctl.experiments.engines.start import arguments, state_in, write_recipe
 from cvlctl.experiments.run import planned, run_experiment
-from cvlctl.experiments.start import arguments, state_in, write_recipe
 from cvlctl.machine import num_cpus
 
 LENGTH = 100

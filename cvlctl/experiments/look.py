@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from cvlctl import streams, terminal
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import drivers, on_slurm, status
+from cvlctl.experiments import drivers, status
+from cvlctl.experiments.engines import on_slurm
+from cvlctl.experiments.engines.start import LOG, tail
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.recipe import ExperimentRecipe
 from cvlctl.experiments.run import chosen, planned
-from cvlctl.experiments.start import LOG, tail
 from cvlctl.progress import say
 from cvlctl.recipes.explain import nearest
 
@@ -62,10 +63,9 @@ def logs(experiment: ExperimentRecipe, name: str) -> dict[str, Any]:
     names = [cell.name for cell in planned(experiment, keep=False)]
     if name not in names:
         raise CvlctlError(f"no cell {name}", nearest(name, names, "cells"))
-    folder = folder_of(experiment.out, name)
-    path = folder / LOG
+    path = folder_of(experiment.out, name) / LOG
     try:
-        text = tail(folder, _MOST_BYTES)
+        text = tail(path, _MOST_BYTES)
     except OSError as error:
         raise CvlctlError(f"{name} has said nothing: {path}: {error.strerror}", "it has not run yet") from error
     return {"status": "log", "cell": name, "path": str(path), "text": text}

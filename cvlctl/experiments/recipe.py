@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import STEPS, model
-from cvlctl.experiments.sbatch import SlurmSettings
+from cvlctl.experiments.engines.sbatch import SlurmSettings
 from cvlctl.recipes.matrix import expand, sized, text_of
 from cvlctl.recipes.values import Count, Name, Out, PartOf, Rate, Strict, checked, not_bool
 from cvlctl.recipes.yamlfile import Source

@@ -11,14 +11,15 @@ from typing import Any
 
 from cvlctl import interrupts
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import drivers, local, on_ray, on_slurm, status
+from cvlctl.experiments import drivers, status
 from cvlctl.experiments.commands import function
+from cvlctl.experiments.engines import local, on_ray, on_slurm
+from cvlctl.experiments.engines.start import state_in
 from cvlctl.experiments.fixed import fitted, fixed, machine_of
 from cvlctl.experiments.graph import Cell, below, cells_of, folder_of, in_order
 from cvlctl.experiments.plan import is_older, lines, plan, state_of, title
 from cvlctl.experiments.recipe import ExperimentRecipe
 from cvlctl.experiments.show import MANY
-from cvlctl.experiments.start import state_in
 from cvlctl.machine import num_cpus
 from cvlctl.progress import Screen, clock, say
 from cvlctl.recipes.explain import nearest

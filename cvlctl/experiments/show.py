@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cvlctl.experiments import on_slurm
+from cvlctl.experiments.engines import on_slurm
+from cvlctl.experiments.engines.start import LOG, last_lines
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.plan import in_all, rough, threads_of
-from cvlctl.experiments.start import LOG, last_lines
 from cvlctl.progress import clock
 from cvlctl.recipes.matrix import text_of
 

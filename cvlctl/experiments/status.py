@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cvlctl import cell as own
-from cvlctl.experiments import on_slurm
+from cvlctl.experiments.engines import on_slurm
+from cvlctl.experiments.engines.start import state_in
 from cvlctl.experiments.graph import CELLS, Cell, folder_of
 from cvlctl.experiments.plan import state_of
-from cvlctl.experiments.start import state_in
 from cvlctl.files import is_running, now_at
 from cvlctl.progress import how_far
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cvlctl.experiments import start
+from cvlctl.experiments.engines import start
 
 # "name": what it does instead of its command, "; " between; the others end at once
 STAND_IN = """

@@ -19,8 +19,9 @@ import pytest
 from cvlctl import cell as own
 from cvlctl.cli.console import console
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import drivers, local, look, show, start
+from cvlctl.experiments import drivers, look, show
 from cvlctl.experiments.commands import load
+from cvlctl.experiments.engines import local, start, waiting
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.run import run_experiment
 from cvlctl.files import lock
@@ -179,7 +180,8 @@ def test_what_another_process_runs_is_left_to_it(
 def test_status_while_it_runs_and_cancel(experiment: Any, acts: Acts, tmp_path: Path, journal: Journal) -> None:
     acts(**{"critic/a": "sleep 60", "critic/b": "fail"})
     code = (
-        "import sys, tests.experiments.conftest as c; from cvlctl.experiments import start; start._CODE = c.STAND_IN;"
+        "import sys, tests.experiments.conftest as c; from cvlctl.experiments.engines import start;"
+        "start._CODE = c.STAND_IN;"
         "from cvlctl.__main__ import main; main()"
     )
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
@@ -329,19 +331,30 @@ def test_who_is_at_work_is_known_as_long_as_they_are(tmp_path: Path) -> None:
         drivers.cancel(tmp_path)
 
 
-def test_an_interrupt_reaches_every_cell(experiment: Any, acts: Acts, journal: Journal) -> None:
+def interrupt_amid(experiment: Any, acts: Acts, journal: Journal, number: signal.Signals) -> None:
+    """A signal once two cells have begun: both hear of it, no other begins."""
     acts(**{"critic/a": "sleep 60", "critic/b": "sleep 60"})
 
     def interrupt() -> None:
         while len(journal()) < 2:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         run_experiment(experiment())
     lines = [(line["cell"], line["what"]) for line in journal()]
     assert sorted(lines) == [(name, what) for name in ("critic/a", "critic/b") for what in ("begun", "ended")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_reaches_every_cell(
+    experiment: Any, acts: Acts, journal: Journal, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt_amid(experiment, acts, journal, number)
+    said = capsys.readouterr().err
+    assert "stopping: cells save what they have" in said
+    assert "stopped; the same command goes on" in said
 
 
 def test_an_experiment_that_is_edited_while_it_runs_goes_on_as_it_began(
@@ -359,9 +372,9 @@ def test_an_experiment_that_is_edited_while_it_runs_goes_on_as_it_began(
 
 def test_the_memory_of_a_process_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def peak(own_kb: int) -> int:
-        monkeypatch.setattr(local.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=own_kb))
+        monkeypatch.setattr(waiting.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=own_kb))
         process = subprocess.Popen([sys.executable, "-P", "-c", "bytearray(b'1') * 2**26"])
-        while (found := local.poll(process)) is None:
+        while (found := waiting.poll(process)) is None:
             time.sleep(0.02)
         assert found[0] == 0
         return found[1]

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import on_slurm, sbatch, slurm, squeue
 from cvlctl.experiments.commands import load
+from cvlctl.experiments.engines import on_slurm, sbatch, slurm, squeue
+from cvlctl.experiments.engines.sbatch import MOST, Array, SlurmSettings, Task, Waits, arrays, options, script, waits
 from cvlctl.experiments.run import run_experiment
-from cvlctl.experiments.sbatch import MOST, Array, SlurmSettings, Task, Waits, arrays, options, script, waits
 from cvlctl.recipes.yamlfile import Source
 
 

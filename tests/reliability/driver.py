@@ -13,7 +13,7 @@ from typing import Any
 
 from cvlctl.data.store import open_store
 from cvlctl.data.verify import verify_store
-from cvlctl.experiments.start import LOG
+from cvlctl.experiments.engines.start import LOG
 from cvlctl.files import read_json
 
 HERE = Path(__file__).parent

@@ -13,7 +13,7 @@ from reliability.cases import CASES, Case, lay
 from reliability.driver import Runner, count, described, difference
 from reliability.runner import CRASHED
 
-from cvlctl.experiments.start import LOG
+from cvlctl.experiments.engines.start import LOG
 
 FEW = 3  # points of a case in the default run
 Point = tuple[int, str]  # before which change, and how

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import slurm, slurm_jobs, squeue
-from cvlctl.experiments.sbatch import SlurmSettings, Task
+from cvlctl.experiments.engines import slurm, slurm_jobs, squeue
+from cvlctl.experiments.engines.sbatch import SlurmSettings, Task
 
 pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 PATIENCE = 60.0  # seconds

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cvlctl import checkpoints
-from cvlctl.experiments import squeue
+from cvlctl.experiments.engines import squeue
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.usefixtures("cluster")]
 TEXT = """\

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import slurm
+from cvlctl.experiments.engines import slurm
+from cvlctl.experiments.engines.sbatch import Task
+from cvlctl.experiments.engines.slurm_jobs import RECORD
+from cvlctl.experiments.engines.start import write_recipe
+from cvlctl.experiments.engines.waiting import cpus_of
 from cvlctl.experiments.graph import CELLS, Cell
-from cvlctl.experiments.local import cpus_of
-from cvlctl.experiments.sbatch import Task
-from cvlctl.experiments.slurm_jobs import RECORD
-from cvlctl.experiments.start import write_recipe
 
 WORKERS = 4  # CPUs of a cell whose players of episodes take as many as there are
 

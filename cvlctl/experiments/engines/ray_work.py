@@ -13,8 +13,8 @@ from typing import Any
 
 from cvlctl import cell as own
 from cvlctl import children
-from cvlctl.experiments.local import POLL_SECONDS, STOP_SECONDS, poll
-from cvlctl.experiments.start import begin, outcome
+from cvlctl.experiments.engines.start import begin, outcome
+from cvlctl.experiments.engines.waiting import POLL_SECONDS, STOP_SECONDS, poll
 from cvlctl.interrupts import interruptible
 
 

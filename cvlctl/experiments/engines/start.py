@@ -21,6 +21,7 @@ from cvlctl.files import disk, open_regular, read_json, write_atomically
 LOG = "log.txt"
 _CODE = "import sys; sys.argv[1:2] = []; from cvlctl.__main__ import main; main()"
 _LAST_LINES = 15
+_TAIL = 8_000  # bytes that hold them
 
 
 def write_recipe(out: Path, cell: Cell) -> Path:
@@ -102,22 +103,27 @@ _LEGAL: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def tail(folder: Path, most: int) -> str:
-    """The end of a cell's log, `most` bytes of it.
+def tail(path: Path, most: int) -> str:
+    """The end of a log, `most` bytes of it.
 
     Raises:
         OSError: there is none.
     """
-    with open_regular(folder / LOG) as file:
+    with open_regular(path) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - most))
         return file.read(most).decode(errors="replace")
 
 
+def end_of(path: Path) -> str:
+    """The last lines of a log; nothing where there is none."""
+    with suppress(OSError):
+        return tail(path, _TAIL)
+    return ""
+
+
 def last_lines(folder: Path, number: int = _LAST_LINES) -> str:
     """The last lines of a cell's log; none where there is none."""
-    with suppress(OSError):
-        return "\n".join(tail(folder, 8_000).rstrip().splitlines()[-number:])
-    return ""
+    return "\n".join(end_of(folder / LOG).rstrip().splitlines()[-number:])
 
 
 def _killed(number: int, peak: int | None) -> list[str]:

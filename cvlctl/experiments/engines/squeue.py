@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments.sbatch import MOST, Place, SlurmSettings
+from cvlctl.experiments.engines.sbatch import MOST, Place, SlurmSettings
 
 ANSWER_SECONDS = 120  # SLURM's commands try for some time to reach their controller
 ENDED = {  # states that a job does not leave by itself
@@ -43,7 +42,6 @@ _FAILED = {
 }  # fmt: skip
 _MEMORY = re.compile(r"oom[-_ ]?kill|exceeded (job |step )?memory limit", re.IGNORECASE)
 _HAD = re.compile(r"exceeded memory limit \((\d+) > (\d+)\)")
-_TAIL = 4_000  # bytes of a job's output
 
 
 class Said(NamedTuple):
@@ -171,16 +169,6 @@ def _memory(said: Said, output: str) -> str:
     else:
         facts = said.memory
     return f"killed for memory{facts and ': '}{facts}; raise slurm.mem, or lower batch_size or memory_gb"
-
-
-def end_of(output: Path) -> str:
-    """The end of a job's output; nothing where there is none."""
-    try:
-        with open(output, "rb") as file:
-            file.seek(max(0, output.stat().st_size - _TAIL))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def cancel(jobs: Sequence[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -13,21 +12,24 @@ from typing import Any
 
 from cvlctl import cell as own
 from cvlctl import children
-from cvlctl.errors import Busy, CvlctlError
+from cvlctl.errors import CvlctlError
+from cvlctl.experiments.engines.start import arguments, begin, outcome, state_in, write_recipe
+from cvlctl.experiments.engines.waiting import (
+    HELD_SECONDS,
+    POLL_SECONDS,
+    STOP_SECONDS,
+    Settled,
+    Told,
+    cpus_of,
+    is_free,
+    poll,
+    run_all,
+)
 from cvlctl.experiments.graph import Cell, folder_of
 from cvlctl.experiments.plan import state_of
 from cvlctl.experiments.recipe import LocalSettings
-from cvlctl.experiments.start import arguments, begin, outcome, state_in, write_recipe
-from cvlctl.files import lock
 from cvlctl.interrupts import interruptible
 from cvlctl.machine import num_cpus
-from cvlctl.progress import say
-
-POLL_SECONDS = 0.05
-HELD_SECONDS = 5.0  # between two looks at a cell that another process runs
-STOP_SECONDS = 60.0  # that cells have to save what they have: a compiler or a slow disk may be in between
-
-Settled = Callable[[Cell, dict[str, Any]], None]
 
 
 @dataclass
@@ -55,9 +57,7 @@ def run(
 
     Args:
         cells: in order; what they need and is not among them is done.
-        settled: is told of every cell that it is "running", and what came of it: state ("done", "failed" or "blocked"),
-            error (with its hint), began and ended.
-        look: is called again and again, for those who watch.
+        settled, look: as `run_all` says.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, once every cell has saved what it has.
@@ -65,19 +65,7 @@ def run(
     pool = _Pool(out, cells, settings, force)
     with interruptible() as interrupted:
         try:
-            while pool.waiting or pool.running:
-                if interrupted():
-                    say(f"stopping: {len(pool.running)} cells save what they have (once more stops them at once)")
-                    pool.stop()
-                    say("stopped; the same command goes on where each cell was saved last")
-                    raise KeyboardInterrupt
-                for cell, told in pool.step():
-                    settled(cell, told)
-                    if fail_fast and told["state"] == "failed":
-                        pool.stop()
-                        return
-                look()
-                time.sleep(POLL_SECONDS)
+            run_all(pool, interrupted, fail_fast=fail_fast, settled=settled, look=look)
         finally:
             pool.end()
 
@@ -96,8 +84,14 @@ class _Pool:
         self._processes = self._cpus if settings.processes == "auto" else settings.processes
         self._gpus = _gpus_here()
 
-    def step(self) -> list[tuple[Cell, dict[str, Any]]]:
+    @property
+    def left(self) -> list[Cell]:
+        """Those of which nothing has come yet."""
+        return [*self.waiting, *(one.cell for one in self.running)]
+
+    def step(self) -> Told:
         """What has ended, after which others have begun."""
+        time.sleep(POLL_SECONDS)
         ended = [self._ended(one, *found) for one in list(self.running) if (found := poll(one.process)) is not None]
         told = [(cell, state) for cell, state in ended if state["state"] != "held"]
         for cell, state in told:
@@ -120,7 +114,7 @@ class _Pool:
         if why is not None:
             self._failed[cell.name] = why
 
-    def _begin_if_there_is_room(self, cell: Cell) -> list[tuple[Cell, dict[str, Any]]]:
+    def _begin_if_there_is_room(self, cell: Cell) -> Told:
         """That it runs; or is done, where another process has made it in the meantime."""
         if time.monotonic() < self._look_at.get(cell.name, 0.0):
             return []
@@ -154,7 +148,7 @@ class _Pool:
         self.running.append(_Running(cell, process, cpus, gpu, time.time()))
         return [(cell, {"state": "running"})]
 
-    def _settled(self, cell: Cell, state: dict[str, Any]) -> list[tuple[Cell, dict[str, Any]]]:
+    def _settled(self, cell: Cell, state: dict[str, Any]) -> Told:
         """What came of one that did not run."""
         self.waiting.remove(cell)
         self._settle(cell, None if state["state"] == "done" else cell.name)
@@ -194,40 +188,6 @@ class _Pool:
         """Whatever still runs is killed."""
         children.end([one.process for one in self.running])
         children.close([one.process for one in self.running])
-
-
-def cpus_of(cell: Cell, cpus: int) -> int:
-    """How many CPUs a cell keeps busy, of so many: players of episodes take all that they are given."""
-    recipe = cell.job.recipe
-    workers = getattr(recipe, "workers", None)
-    if workers is not None:
-        return cpus if workers == "auto" else max(1, workers)
-    return int(recipe.num_threads)
-
-
-def poll(process: subprocess.Popen[str]) -> tuple[int, int] | None:
-    """Exit code and most bytes of memory of a process that has ended, else None.
-
-    The memory is 0 where it was less than this process has taken: the kernel then tells of that, from before the
-    child's own program began.
-    """
-    if process.returncode is not None:
-        return process.returncode, 0
-    found, status, used = os.wait4(process.pid, os.WNOHANG)
-    if not found:
-        return None
-    process.returncode = os.waitstatus_to_exitcode(status)
-    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return process.returncode, used.ru_maxrss * 1024 if used.ru_maxrss > own_peak else 0
-
-
-def is_free(folder: Path) -> bool:
-    """Whether nobody runs the cell of this folder."""
-    try:
-        lock(folder / own.LOCK).close()
-    except Busy:
-        return False
-    return True
 
 
 def _gpus_here() -> list[str]:

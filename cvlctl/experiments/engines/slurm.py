@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 from cvlctl import files
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import slurm_jobs as jobs
-from cvlctl.experiments import squeue
-from cvlctl.experiments.sbatch import MOST, Array, Place, Task, Waits, arrays, options, script, waits
+from cvlctl.experiments.engines import slurm_jobs as jobs
+from cvlctl.experiments.engines import squeue
+from cvlctl.experiments.engines.sbatch import MOST, Array, Place, Task, Waits, arrays, options, script, waits
+from cvlctl.experiments.engines.start import end_of
 from cvlctl.interrupts import held
 from cvlctl.progress import say
 
@@ -90,7 +91,7 @@ def states(cells: Path, names: Collection[str] | None = None) -> dict[str, State
             found[name] = State("gone", why, f"{job}_{number}", "")
             continue
         failed = one.state in squeue.ENDED and one.state != "COMPLETED"
-        output = squeue.end_of(Path(f"{outputs[job]}-{number}.txt")) if failed else ""
+        output = end_of(Path(f"{outputs[job]}-{number}.txt")) if failed else ""
         found[name] = State(*squeue.in_words(one, output), f"{job}_{number}", one.host)
     return found
 

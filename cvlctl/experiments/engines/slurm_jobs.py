@@ -9,8 +9,8 @@ from typing import Any
 
 from cvlctl import files
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments.sbatch import Place, Task
-from cvlctl.experiments.squeue import ENDED, Said, cancel, queue, scontrol
+from cvlctl.experiments.engines.sbatch import Place, Task
+from cvlctl.experiments.engines.squeue import ENDED, Said, cancel, queue, scontrol
 
 RECORD, FOLDER = "slurm.json", "slurm"  # in the experiment's folder of cells: this; and scripts and output
 

@@ -16,18 +16,17 @@ from typing import Any
 from cvlctl import cell as own
 from cvlctl import children
 from cvlctl.errors import CvlctlError
+from cvlctl.experiments.engines.ray_cluster import first_line, joined
+from cvlctl.experiments.engines.ray_work import by_value
+from cvlctl.experiments.engines.start import arguments, state_in, write_recipe
+from cvlctl.experiments.engines.waiting import HELD_SECONDS, STOP_SECONDS, Settled, Told, cpus_of, is_free, run_all
 from cvlctl.experiments.graph import Cell, folder_of
-from cvlctl.experiments.local import HELD_SECONDS, STOP_SECONDS, Settled, cpus_of, is_free
 from cvlctl.experiments.plan import state_of
-from cvlctl.experiments.ray_cluster import first_line, joined
-from cvlctl.experiments.ray_work import by_value
 from cvlctl.experiments.recipe import RaySettings
-from cvlctl.experiments.start import arguments, state_in, write_recipe
 from cvlctl.interrupts import interruptible
-from cvlctl.progress import say
 
 LOOK_SECONDS = 0.5
-_MOST_LOOKS = 64  # at cells that may have begun, between two looks at what has ended
+_AT_ONCE = 64  # cells that are given to Ray, or looked at whether they have begun, between two looks at the others
 _DONE = {"state": "done"}
 
 
@@ -52,26 +51,7 @@ def run(
             what = f"stage {cell.job.stage} has a ray.address of its own"
             raise CvlctlError(what, "an experiment runs on one cluster: say address in its own `ray` alone")
     with interruptible() as interrupted, joined(settings.address) as ray:
-        tasks = _Tasks(ray, out, cells, force)
-        try:
-            for cell in cells:
-                if interrupted():
-                    raise KeyboardInterrupt
-                tasks.submit(cell)
-            while tasks.left:
-                if interrupted():
-                    raise KeyboardInterrupt
-                for cell, told in tasks.step():
-                    settled(cell, told)
-                    if fail_fast and told["state"] == "failed":
-                        tasks.stop()
-                        return
-                look()
-        except KeyboardInterrupt:
-            say("stopping: cells save what they have (once more stops them at once)")
-            tasks.stop()
-            say("stopped; the same command goes on where each cell was saved last")
-            raise
+        run_all(_Tasks(ray, out, cells, force), interrupted, fail_fast=fail_fast, settled=settled, look=look)
 
 
 def has_gpus(cell: Cell) -> bool:
@@ -111,22 +91,27 @@ class _Tasks:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._asked = {cell.name: asked_of(cell, nodes) for cell in cells}
         self._remote = ray.remote(by_value(children.import_path(), os.getcwd()))
-        self.left: dict[str, Cell] = {}  # in order
+        self._new = list(cells)  # not given to Ray yet
+        self.left = {cell.name: cell for cell in cells}  # in order
         self._refs: dict[str, Any] = {}  # what will come of a cell
         self._begun, self._failed = set[str](), dict[str, str]()  # failed or blocked -> which failed first
         self._look_at: dict[str, float] = {}  # held by others: when to look again
 
-    def submit(self, cell: Cell) -> None:
+    def _submit(self, cell: Cell) -> None:
         """Give a cell to Ray, after those that it needs."""
         folder = Path(os.path.abspath(folder_of(self._out, cell.name)))
         line = arguments(cell, Path(os.path.abspath(write_recipe(self._out, cell))), self._force)
         needs = [self._refs[need] for need in cell.needs if need in self._refs]
         task = self._remote.options(name=f"cvlctl {cell.name}", **self._asked[cell.name])
         self._refs[cell.name] = task.remote(str(folder), line, *needs)
-        self.left[cell.name] = cell
 
-    def step(self) -> list[tuple[Cell, dict[str, Any]]]:
-        """What has begun, and what has ended, after a while at most."""
+    def step(self) -> Told:
+        """What has begun, and what has ended, after a while at most; at first the cells are given to Ray."""
+        for cell in self._new[:_AT_ONCE]:
+            self._submit(cell)
+        del self._new[:_AT_ONCE]
+        if self._new:
+            return []
         told = self._blocked() + self._free_again()
         due = {self._refs[cell.name]: cell for cell in self._due()}
         if not due:
@@ -144,7 +129,7 @@ class _Tasks:
             if cell.name not in self._look_at and not any(need in self.left for need in cell.needs)
         ]  # fmt: skip
 
-    def _blocked(self) -> list[tuple[Cell, dict[str, Any]]]:
+    def _blocked(self) -> Told:
         found = []
         for cell in list(self.left.values()):
             why = next((self._failed[need] for need in cell.needs if need in self._failed), None)
@@ -155,7 +140,7 @@ class _Tasks:
                 )
         return found
 
-    def _free_again(self) -> list[tuple[Cell, dict[str, Any]]]:
+    def _free_again(self) -> Told:
         """Cells that another process ran, and has made; others that it let go are given to Ray once more."""
         found = []
         for name in [name for name, at in self._look_at.items() if time.monotonic() >= at]:
@@ -168,13 +153,13 @@ class _Tasks:
                 self._refs[name] = _DONE
                 found.append((self.left.pop(name), _DONE))
             else:
-                self.submit(cell)
+                self._submit(cell)
         return found
 
-    def _ended(self, cell: Cell) -> list[tuple[Cell, dict[str, Any]]]:
+    def _ended(self, cell: Cell) -> Told:
         told = self._result(cell)
         if told["state"] == "waits":  # what it needs was held by another process
-            self.submit(cell)
+            self._submit(cell)
             return []
         if told["state"] == "held":
             self._look_at[cell.name] = time.monotonic() + HELD_SECONDS
@@ -200,7 +185,7 @@ class _Tasks:
         """Of cells that may run, those that say so: Ray begins them about in order."""
         looks, found = 0, []
         for ref, cell in due.items():
-            if cell.name not in self._begun and looks < _MOST_LOOKS:
+            if cell.name not in self._begun and looks < _AT_ONCE:
                 if state_in(folder_of(self._out, cell.name)).get("job") == ref.task_id().hex():
                     self._begun.add(cell.name)
                     found.append(cell)
@@ -210,7 +195,7 @@ class _Tasks:
 
     def stop(self) -> None:
         """Take back what waits, let what runs save what it has, and wait until it is gone."""
-        refs = [self._refs[name] for name in self.left]
+        refs = [self._refs[name] for name in self.left if name in self._refs]
         for ref in refs:
             self._ray.cancel(ref)
         if refs:
