@@ -24,6 +24,7 @@ class Cell(NamedTuple):
     name: str  # its `out`, below the experiment's where it lies there: "finetune/cvl"
     job: Job
     needs: tuple[str, ...]  # names of the cells whose results it reads, in the order of the file
+    force: bool = False  # what there is of its result is replaced
 
 
 def folder_of(out: Path, name: str) -> Path:

@@ -74,8 +74,8 @@ def logs(experiment: ExperimentRecipe, name: str) -> dict[str, Any]:
 def cancel(experiment: ExperimentRecipe) -> dict[str, Any]:
     """Stop whoever runs the experiment. Returns status ("cancelled"), out, stopped (how many processes) and cells (how
     many were taken back from SLURM)."""
+    stopped = drivers.cancel(experiment.out)  # first: one may be about to submit more
     cells = on_slurm.cancel(experiment.out)
-    stopped = drivers.cancel(experiment.out)
     return {"status": "cancelled", "out": str(experiment.out), "stopped": len(stopped), "cells": cells}
 
 

@@ -22,11 +22,11 @@ def title(job: Job) -> str:
     return f"{job.stage}: {job.command} {job.label}".strip()
 
 
-def plan(cells: Sequence[Cell], *, force: bool = False) -> list[dict[str, Any]]:
+def plan(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """One dict a cell: cell (its name), stage, command, combination, needs (names), out, state, size, estimate_seconds,
     threads (how many, and why; None: no matter).
 
-    The state is "finished", "partial", "to do", or "another recipe" (it will not start without `force`).
+    The state is "finished", "partial", "to do", or "another recipe" (it will not start without --force).
     """
     rows, needed = [], needed_by(cells)
     for cell in cells:
@@ -34,7 +34,7 @@ def plan(cells: Sequence[Cell], *, force: bool = False) -> list[dict[str, Any]]:
         size, seconds = job.recipe.work(needed[cell.name])
         rows.append({
             "cell": cell.name, "stage": job.stage, "command": job.command, "combination": job.combination,
-            "needs": list(cell.needs), "out": str(job.recipe.out), "state": "to do" if force else state_of(job),
+            "needs": list(cell.needs), "out": str(job.recipe.out), "state": "to do" if cell.force else state_of(job),
             "size": size, "estimate_seconds": round(seconds), "threads": getattr(job.recipe, "about_threads", None),
         })  # fmt: skip
     return rows

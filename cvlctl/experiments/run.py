@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,7 @@ def run_experiment(
     """Run the cells of the experiment that are not finished, each when those that it needs are.
 
     Args:
+        force: what is there of the cells that `only` names is replaced; what they need goes on.
         dry_run: only tell what there is to do.
         only: "stage=train task=*window*": cells that match, and what they need; "": all.
         fail_fast: stop at the first failure; else it blocks those alone that wait for it.
@@ -50,13 +52,21 @@ def run_experiment(
         CvlctlError: what is wrong with the plan.
         KeyboardInterrupt: Ctrl-C or SIGTERM, once every cell has saved what it has.
     """
-    cells = chosen(planned(experiment, keep=not dry_run), only)
-    rows = plan(cells, force=force)
+    cells = cells_of(experiment.out, experiment.jobs)
+    with nullcontext() if dry_run else drivers.noted(experiment.out, experiment.engine):
+        return _run_cells(experiment, cells, only, force=force, dry_run=dry_run, fail_fast=fail_fast)
+
+
+def _run_cells(
+    experiment: ExperimentRecipe, cells: Sequence[Cell], only: str, *, force: bool, dry_run: bool, fail_fast: bool
+) -> dict[str, Any]:
+    cells = chosen(decided(experiment, cells, keep=not dry_run), only, force=force)
+    rows = plan(cells)
     at_once = _at_once(experiment)
     about: dict[str, Any] = {"out": str(experiment.out), "at_once": at_once, "cells": rows}
     todo = _to_do(cells, rows)
     if dry_run:
-        return {"status": "planned", **about, **(_submit(experiment, todo, rows, force, True)), "scores": []}
+        return {"status": "planned", **about, **(_submit(experiment, todo, rows, dry_run=True)), "scores": []}
     for line in lines(cells, rows, at_once):
         say(line)
     if experiment.engine == "slurm" and todo:
@@ -64,10 +74,9 @@ def run_experiment(
             raise CvlctlError(
                 "--fail-fast: SLURM goes on when this command has ended", "leave it out, or --cancel later"
             )
-        return {"status": "submitted", **about, **_submit(experiment, todo, rows, force, False), "scores": []}
+        return {"status": "submitted", **about, **_submit(experiment, todo, rows, dry_run=False), "scores": []}
     began = time.monotonic()
-    with drivers.noted(experiment.out, experiment.engine):
-        _run(experiment, cells, rows, todo, force=force, fail_fast=fail_fast)
+    _run(experiment, cells, rows, todo, fail_fast=fail_fast)
     about["seconds"] = round(time.monotonic() - began, 1)
     _read_results(cells, rows)
     failed = any(row["state"] != "finished" for row in rows)
@@ -77,8 +86,12 @@ def run_experiment(
 
 
 def planned(experiment: ExperimentRecipe, *, keep: bool) -> list[Cell]:
-    """The experiment's cells in order, with nothing left to be decided; `keep`: what decides is kept from now on."""
-    cells = cells_of(experiment.out, experiment.jobs)
+    """The experiment's cells in order, as `decided` leaves them."""
+    return decided(experiment, cells_of(experiment.out, experiment.jobs), keep=keep)
+
+
+def decided(experiment: ExperimentRecipe, cells: Sequence[Cell], *, keep: bool) -> list[Cell]:
+    """The cells with nothing left to be decided; `keep`: what decides is kept from now on."""
     has_gpus, gives = _GPUS.get(experiment.engine), None  # None: where this machine has some
     if has_gpus is not None:
         gives, cells = any(map(has_gpus, cells)), fitted(cells, has_gpus)
@@ -87,8 +100,8 @@ def planned(experiment: ExperimentRecipe, *, keep: bool) -> list[Cell]:
     return fixed(cells, machine_of(experiment.out, gives, keep=keep))
 
 
-def chosen(cells: Sequence[Cell], only: str) -> list[Cell]:
-    """The cells that `only` names, and those that they need which are not finished.
+def chosen(cells: Sequence[Cell], only: str, *, force: bool = False) -> list[Cell]:
+    """The cells that `only` names, of which `force` is said, and those that they need which are not finished.
 
     Raises:
         CvlctlError: no cell is like that.
@@ -97,12 +110,12 @@ def chosen(cells: Sequence[Cell], only: str) -> list[Cell]:
     wanted = {cell.name for cell in cells if _matches(cell, conditions)}
     if not wanted:
         raise CvlctlError(f"--only: no cell is of {only!r}", "cvlctl run EXPERIMENT --dry-run shows what there is")
-    jobs = {cell.name: cell.job for cell in cells}
+    named, jobs = frozenset(wanted), {cell.name: cell.job for cell in cells}
     missing = cache(lambda name: state_of(jobs[name]) != "finished")
     for cell in reversed(in_order(cells)) if only else ():
         if cell.name in wanted:
             wanted |= {need for need in cell.needs if need not in wanted and missing(need)}
-    return [cell for cell in cells if cell.name in wanted]
+    return [cell._replace(force=force and cell.name in named) for cell in cells if cell.name in wanted]
 
 
 def _conditions(cells: Sequence[Cell], only: str) -> list[tuple[str, str]]:
@@ -134,7 +147,7 @@ def _to_do(cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]]) -> list[Cel
 
 def _run(
     experiment: ExperimentRecipe, cells: Sequence[Cell], rows: list[dict[str, Any]], todo: Sequence[Cell],
-    *, force: bool, fail_fast: bool,
+    *, fail_fast: bool,
 ) -> None:  # fmt: skip
     """Run what is to be done, and write what came of it into `rows`."""
     by_name = {row["cell"]: row for row in rows}
@@ -167,7 +180,6 @@ def _run(
                 experiment.out,
                 todo,
                 getattr(experiment, experiment.engine),
-                force=force,
                 fail_fast=fail_fast,
                 settled=settled,
                 look=screen.update,
@@ -178,12 +190,12 @@ def _run(
 
 
 def _submit(
-    experiment: ExperimentRecipe, todo: Sequence[Cell], rows: Sequence[dict[str, Any]], force: bool, dry_run: bool
+    experiment: ExperimentRecipe, todo: Sequence[Cell], rows: Sequence[dict[str, Any]], *, dry_run: bool
 ) -> dict[str, Any]:
     """Give SLURM what is to be done, and write into `rows` what is there; nothing where another engine runs it."""
     if experiment.engine != "slurm" or not todo:
         return {}
-    result = on_slurm.submit(experiment.out, todo, force=force, dry_run=dry_run)
+    result = on_slurm.submit(experiment.out, todo, dry_run=dry_run)
     for row in rows:
         if row["cell"] in result["queued"]:
             row.update(state="submitted", job=result["queued"][row["cell"]])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cvlctl import cell as own
 from cvlctl.experiments.engines import on_slurm
-from cvlctl.experiments.engines.start import state_in
+from cvlctl.experiments.engines.start import is_at_work, state_in
 from cvlctl.experiments.graph import CELLS, Cell, folder_of
 from cvlctl.experiments.plan import state_of
-from cvlctl.files import is_running, now_at
+from cvlctl.files import now_at
 from cvlctl.progress import how_far
 
 if TYPE_CHECKING:
@@ -54,11 +51,8 @@ def status(out: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def _state(out: Path, cell: Cell, told: Mapping[str, Any], now: float) -> tuple[str, str]:
     state = told.get("state")
     if state == "running":
-        with suppress(OSError):
-            silent = now - (folder_of(out, cell.name) / own.STATE).stat().st_mtime
-            gone = told.get("host") == platform.node() and not is_running(told.get("pid", 0))
-            if abs(silent) < own.SILENT_SECONDS and not gone:
-                return "running", ""
+        if is_at_work(folder_of(out, cell.name), told, now):
+            return "running", ""
         state = "failed"
         told = {"error": [_DIED, ""]}
     done = state_of(cell.job)

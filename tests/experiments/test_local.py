@@ -63,7 +63,7 @@ def most_at_once(journal: Journal) -> int:
 
 
 def test_each_cell_runs_once_after_those_that_it_needs(experiment: Any, acts: Acts, journal: Journal) -> None:
-    acts(**{"critic/a": "until policy/b"})
+    acts(**{"critic/a": "until policy/b", "critic/b": "until critic/a"})
     result = run_experiment(experiment())
     assert result["status"] == "done"
     assert states(result) == dict.fromkeys(CELLS, "finished")
@@ -135,6 +135,14 @@ def test_a_failure_stays_where_it_happens(
     assert states(run_experiment(experiment())) == dict.fromkeys(CELLS, "finished")
 
 
+def test_force_is_for_what_was_chosen_and_what_that_needs_goes_on(
+    experiment: Any, acts: Acts, journal: Journal
+) -> None:
+    result = run_experiment(experiment(), only="cell=policy/a", force=True)
+    assert states(result) == {"critic/a": "finished", "policy/a": "finished"}
+    assert {line["cell"]: line["argv"][2:] for line in journal()} == {"critic/a": [], "policy/a": ["--force"]}
+
+
 def test_fail_fast_stops_the_others(experiment: Any, acts: Acts, journal: Journal) -> None:
     acts(**{"critic/a": "until critic/b; fail", "critic/b": "sleep 60"})
     begin = time.monotonic()
@@ -175,6 +183,53 @@ def test_what_another_process_runs_is_left_to_it(
     begun = [line["cell"] for line in journal() if line["what"] == "begun"]
     assert sorted(begun) == sorted(CELLS)
     assert begun[:2] == ["critic/b", "policy/b"]  # these went on meanwhile
+
+
+def test_who_looks_at_a_cell_is_never_in_the_way_of_one_that_begins(
+    experiment: Any, acts: Acts, journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool that waits for another's cell looks at it all the time; meanwhile its lock can be taken at any."""
+    monkeypatch.setattr(local, "HELD_SECONDS", 0.0)
+    monkeypatch.setattr(local, "POLL_SECONDS", 0.0)
+    folder = folder_of(tmp_path / "e", "critic/a")
+    held = lock(folder / own.LOCK)
+    own.write(folder, {"state": "running", "pid": os.getpid(), **own.where()})
+    looks, tried = threading.Event(), threading.Event()
+    plain = local.is_at_work
+
+    def is_at_work(*arguments: Any) -> bool:
+        looks.set()
+        return plain(*arguments)
+
+    def begin_again_and_again() -> None:
+        nonlocal held
+        looks.wait()
+        for _ in range(500):
+            held.close()
+            held = lock(folder / own.LOCK)  # which fails where anybody else has it
+        held.close()
+        own.write(folder, {"state": "stopped"})
+        tried.set()
+
+    monkeypatch.setattr(local, "is_at_work", is_at_work)
+    threading.Thread(target=begin_again_and_again).start()
+    assert run_experiment(experiment(), only="stage=critic")["status"] == "done"
+    assert tried.is_set()
+
+
+def test_a_driver_that_plans_yet_is_found_and_stopped(experiment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = []
+    canceller = threading.Thread(target=lambda: stopped.append(look.cancel(experiment())["stopped"]))
+
+    def here(gpus: bool | None) -> Any:  # PyTorch is imported: that takes seconds
+        canceller.start()
+        time.sleep(60)
+
+    monkeypatch.setattr("cvlctl.experiments.fixed._here", here)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(experiment())
+    canceller.join()
+    assert stopped == [1]
 
 
 def test_status_while_it_runs_and_cancel(experiment: Any, acts: Acts, tmp_path: Path, journal: Journal) -> None:
@@ -283,6 +338,7 @@ def test_what_failed_elsewhere_meanwhile_is_not_tried_again(
     monkeypatch.setattr(local, "HELD_SECONDS", 0.2)
     folder = folder_of(tmp_path / "e", "critic/a")
     held = lock(folder / own.LOCK)
+    own.write(folder, {"state": "running", "pid": os.getpid(), **own.where()})
 
     def fail() -> None:
         own.write(folder, {"state": "failed", "error": ["it cannot be", "there either"]})

@@ -125,6 +125,17 @@ def test_a_node_that_lacks_the_files_says_so(tmp_path: Path, monkeypatch: pytest
     assert ray_work.work("away", "job", str(tmp_path), line, {"state": "failed"}) == {"state": "waits"}
 
 
+def test_a_task_that_ray_begins_again_throws_nothing_away(tmp_path: Path, acts: Acts, journal: Journal) -> None:
+    folder = folder_of(tmp_path / "e", "critic/a")
+    folder.mkdir(parents=True)
+    (tmp_path / "r.yaml").touch()
+    for job in ("one", "one", "two"):  # twice in one task: its worker died
+        told = ray_work.work(str(tmp_path), job, str(folder), ["pretrain", str(tmp_path / "r.yaml"), "--force"])
+        assert told["state"] == "done"
+    forced = ["--force" in line["argv"] for line in journal() if line["what"] == "begun"]
+    assert forced == [True, False, True]
+
+
 # on a Ray of its own
 
 

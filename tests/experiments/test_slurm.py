@@ -172,15 +172,17 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def begin(tmp_path: Path, recipe: str, *, number: int = 2, state: str = "RUNNING", setup: str = "", **more: Any) -> Any:
+def begin(
+    tmp_path: Path, recipe: str, *, number: int = 2, state: str = "RUNNING", setup: str = "", force: bool = False
+) -> Any:
     """Element `number` of an array of three, whose recipe is a bash script."""
     cells = [tmp_path / "it's cells" / name for name in ("a/0", "a/1", "a/2")]
     for cell in cells:
         cell.mkdir(parents=True, exist_ok=True)
         (cell / "recipe-1f.yaml").write_text(recipe)
     settings = SlurmSettings(setup=("export FROM_SETUP=yes", setup))
-    part = array([Task(f"a/{i}", "a", "fit", cells[i] / "recipe-1f.yaml", (), 1, settings) for i in range(3)])
-    (tmp_path / "s.sh").write_text(script(part, tmp_path, tmp_path, **more))
+    part = array([Task(f"a/{i}", "a", "fit", cells[i] / "recipe-1f.yaml", (), 1, settings, force) for i in range(3)])
+    (tmp_path / "s.sh").write_text(script(part, tmp_path, tmp_path))
     about = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_JOB_ID": "12", "STATE": state}
     return subprocess.Popen(["bash", str(tmp_path / "s.sh")], env=os.environ | about, stderr=subprocess.PIPE, text=True)
 
@@ -350,6 +352,10 @@ def test_an_experiment_becomes_scripts(tmp_path: Path, monkeypatch: pytest.Monke
     recipes = {name: next((tmp_path / "e/cells" / name).glob("recipe-*.yaml")) for name in ("critic/b", "policy/b")}
     assert [load(file).device for file in recipes.values()] == ["cuda", "cpu"]
     assert lines[0][lines[0].index("cells=(") + 2].strip() == str(recipes["critic/b"])
+    some = run_experiment(load(path, (), "run"), dry_run=True, only="stage=policy", force=True)["arrays"]
+    assert [(one["stage"], "echo --force" in Path(one["file"]).read_text()) for one in some] == [
+        ("critic", False), ("policy", True),  # what these need goes on
+    ]  # fmt: skip
     with pytest.raises(CvlctlError, match="no sbatch on this machine"):
         run_experiment(load(path, (), "run"))
     with pytest.raises(CvlctlError, match="--fail-fast"):

@@ -13,7 +13,7 @@ from typing import Any
 from cvlctl import cell as own
 from cvlctl import children
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments.engines.start import arguments, begin, outcome, state_in, write_recipe
+from cvlctl.experiments.engines.start import arguments, begin, is_at_work, outcome, state_in, write_recipe
 from cvlctl.experiments.engines.waiting import (
     HELD_SECONDS,
     POLL_SECONDS,
@@ -21,13 +21,13 @@ from cvlctl.experiments.engines.waiting import (
     Settled,
     Told,
     cpus_of,
-    is_free,
     poll,
     run_all,
 )
 from cvlctl.experiments.graph import Cell, folder_of
 from cvlctl.experiments.plan import state_of
 from cvlctl.experiments.recipe import LocalSettings
+from cvlctl.files import now_at
 from cvlctl.interrupts import interruptible
 from cvlctl.machine import num_cpus
 
@@ -48,7 +48,6 @@ def run(
     cells: Sequence[Cell],
     settings: LocalSettings,
     *,
-    force: bool,
     fail_fast: bool,
     settled: Settled,
     look: Callable[[], None],
@@ -62,7 +61,7 @@ def run(
     Raises:
         KeyboardInterrupt: Ctrl-C or SIGTERM, once every cell has saved what it has.
     """
-    pool = _Pool(out, cells, settings, force)
+    pool = _Pool(out, cells, settings)
     with interruptible() as interrupted:
         try:
             run_all(pool, interrupted, fail_fast=fail_fast, settled=settled, look=look)
@@ -73,12 +72,13 @@ def run(
 class _Pool:
     """The cells that wait, those that run, and what there is to give to them."""
 
-    def __init__(self, out: Path, cells: Sequence[Cell], settings: LocalSettings, force: bool) -> None:
-        self.out, self.force = out, force
+    def __init__(self, out: Path, cells: Sequence[Cell], settings: LocalSettings) -> None:
+        self.out = out
         self.waiting, self.running = list(cells), list[_Running]()
         self._unsettled = {cell.name for cell in cells}
         self._failed: dict[str, str] = {}  # cells that failed or were blocked -> which failed first
         self._look_at: dict[str, float] = {}  # held by others: when to look again
+        self._told: dict[str, dict[str, Any]] = {}  # what was said of cells as they were begun here
         self._scan_at = 0.0  # when to look through all that wait though none has ended
         self._cpus = num_cpus()
         self._processes = self._cpus if settings.processes == "auto" else settings.processes
@@ -128,20 +128,21 @@ class _Pool:
         gpu = self._free_gpu(cell)
         if gpu is None:
             return []
+        folder = folder_of(self.out, cell.name)
+        told = state_in(folder)
         if cell.name in self._look_at:  # another process ran it, and may yet
-            if not is_free(folder_of(self.out, cell.name)):
+            if is_at_work(folder, told, now_at(folder)):
                 self._look_at[cell.name] = time.monotonic() + HELD_SECONDS
                 return []
-            told = state_in(folder_of(self.out, cell.name))
-            if not self.force and state_of(cell.job) == "finished":
+            if not cell.force and state_of(cell.job) == "finished":
                 return self._settled(cell, {"state": "done"})
-            if told.get("state") == "failed":  # there, and it would here
+            if told.get("state") == "failed" and told != self._told[cell.name]:  # there, and it would here
                 return self._settled(cell, {"state": "failed", "error": told.get("error", ["it failed elsewhere", ""])})
-        folder, environment = folder_of(self.out, cell.name), {own.ENGINE: "local"}
+        self._told[cell.name], environment = told, {own.ENGINE: "local"}
         if gpu >= 0:
             environment["CUDA_VISIBLE_DEVICES"] = self._gpus[gpu]
         try:
-            process = begin(folder, arguments(cell, write_recipe(self.out, cell), self.force), environment)
+            process = begin(folder, arguments(cell, write_recipe(self.out, cell)), environment)
         except CvlctlError as error:  # this one: the others may have room yet
             return self._settled(cell, {"state": "failed", "error": [error.what, error.hint]})
         self.waiting.remove(cell)

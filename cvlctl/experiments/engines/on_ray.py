@@ -18,11 +18,12 @@ from cvlctl import children
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.engines.ray_cluster import first_line, joined
 from cvlctl.experiments.engines.ray_work import by_value
-from cvlctl.experiments.engines.start import arguments, state_in, write_recipe
-from cvlctl.experiments.engines.waiting import HELD_SECONDS, STOP_SECONDS, Settled, Told, cpus_of, is_free, run_all
+from cvlctl.experiments.engines.start import arguments, is_at_work, state_in, write_recipe
+from cvlctl.experiments.engines.waiting import HELD_SECONDS, STOP_SECONDS, Settled, Told, cpus_of, run_all
 from cvlctl.experiments.graph import Cell, folder_of
 from cvlctl.experiments.plan import state_of
 from cvlctl.experiments.recipe import RaySettings
+from cvlctl.files import now_at
 from cvlctl.interrupts import interruptible
 
 LOOK_SECONDS = 0.5
@@ -35,7 +36,6 @@ def run(
     cells: Sequence[Cell],
     settings: RaySettings,
     *,
-    force: bool,
     fail_fast: bool,
     settled: Settled,
     look: Callable[[], None],
@@ -51,7 +51,7 @@ def run(
             what = f"stage {cell.job.stage} has a ray.address of its own"
             raise CvlctlError(what, "an experiment runs on one cluster: say address in its own `ray` alone")
     with interruptible() as interrupted, joined(settings.address) as ray:
-        run_all(_Tasks(ray, out, cells, force), interrupted, fail_fast=fail_fast, settled=settled, look=look)
+        run_all(_Tasks(ray, out, cells), interrupted, fail_fast=fail_fast, settled=settled, look=look)
 
 
 def has_gpus(cell: Cell) -> bool:
@@ -86,8 +86,8 @@ def asked_of(cell: Cell, nodes: Sequence[Mapping[str, float]]) -> dict[str, floa
 class _Tasks:
     """The cells that Ray has, and what came of those that have ended."""
 
-    def __init__(self, ray: Any, out: Path, cells: Sequence[Cell], force: bool) -> None:
-        self._ray, self._out, self._force = ray, out, force
+    def __init__(self, ray: Any, out: Path, cells: Sequence[Cell]) -> None:
+        self._ray, self._out = ray, out
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self._asked = {cell.name: asked_of(cell, nodes) for cell in cells}
         self._remote = ray.remote(by_value(children.import_path(), os.getcwd()))
@@ -100,7 +100,7 @@ class _Tasks:
     def _submit(self, cell: Cell) -> None:
         """Give a cell to Ray, after those that it needs."""
         folder = Path(os.path.abspath(folder_of(self._out, cell.name)))
-        line = arguments(cell, Path(os.path.abspath(write_recipe(self._out, cell))), self._force)
+        line = arguments(cell, Path(os.path.abspath(write_recipe(self._out, cell))))
         needs = [self._refs[need] for need in cell.needs if need in self._refs]
         task = self._remote.options(name=f"cvlctl {cell.name}", **self._asked[cell.name])
         self._refs[cell.name] = task.remote(str(folder), line, *needs)
@@ -145,11 +145,12 @@ class _Tasks:
         found = []
         for name in [name for name, at in self._look_at.items() if time.monotonic() >= at]:
             cell = self.left[name]
-            if not is_free(folder_of(self._out, name)):
+            folder = folder_of(self._out, name)
+            if is_at_work(folder, state_in(folder), now_at(folder)):
                 self._look_at[name] = time.monotonic() + HELD_SECONDS
                 continue
             del self._look_at[name]
-            if not self._force and state_of(cell.job) == "finished":
+            if not cell.force and state_of(cell.job) == "finished":
                 self._refs[name] = _DONE
                 found.append((self.left.pop(name), _DONE))
             else:

@@ -23,7 +23,7 @@ def has_gpus(cell: Cell) -> bool:
     return cell.job.engines["slurm"].gpus not in (None, "0")
 
 
-def submit(out: Path, cells: Sequence[Cell], *, force: bool, dry_run: bool) -> dict[str, Any]:
+def submit(out: Path, cells: Sequence[Cell], *, dry_run: bool) -> dict[str, Any]:
     """Give SLURM the cells that are not there yet.
 
     Returns:
@@ -34,7 +34,7 @@ def submit(out: Path, cells: Sequence[Cell], *, force: bool, dry_run: bool) -> d
         CvlctlError: what `slurm.submit` says.
     """
     tasks = [_task(out, cell) for cell in cells]
-    found = slurm.submit(out / CELLS, tasks, force=force, dry_run=dry_run)
+    found = slurm.submit(out / CELLS, tasks, dry_run=dry_run)
     stages = {task.name: task.stage for task in tasks}
     arrays = [{"job": one.job, "file": str(one.file), "stage": stages[one.cells[0]], "cells": len(one.cells)}
               for one in found]  # fmt: skip
@@ -47,7 +47,7 @@ def _task(out: Path, cell: Cell) -> Task:
     settings = cell.job.engines["slurm"]
     recipe = Path(os.path.abspath(write_recipe(out, cell)))
     cpus = settings.cpus or cpus_of(cell, WORKERS)
-    return Task(cell.name, cell.job.stage, cell.job.command, recipe, cell.needs, cpus, settings)
+    return Task(cell.name, cell.job.stage, cell.job.command, recipe, cell.needs, cpus, settings, cell.force)
 
 
 def states(out: Path) -> dict[str, slurm.State]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cvlctl import cell as own
 from cvlctl import children
-from cvlctl.experiments.engines.start import begin, outcome
+from cvlctl.experiments.engines.start import begin, outcome, state_in
 from cvlctl.experiments.engines.waiting import POLL_SECONDS, STOP_SECONDS, poll
 from cvlctl.interrupts import interruptible
 
@@ -54,6 +54,8 @@ def work(here: str, job: str, folder: str, line: Sequence[str], *needs: Mapping[
         what = f"{platform.node()} lacks {error.filename}, which the experiment is run with: {error.strerror}"
         hint = "run it from a folder that every node of the cluster sees, and into one"
         return {"state": "failed", "error": [what, hint]}
+    if state_in(Path(folder)).get("job") == job:  # its worker died: what was saved since then is not thrown away
+        line = [word for word in line if word != "--force"]
     began = time.time()
     process = begin(Path(folder), line, {own.ENGINE: "ray", own.JOB: job})
     try:

@@ -96,6 +96,7 @@ class Task(NamedTuple):
     needs: tuple[str, ...]  # names of the cells whose results it reads
     cpus: int
     settings: SlurmSettings
+    force: bool = False  # what there is of its result is replaced; but not where SLURM requeues its job
 
 
 class Array(NamedTuple):
@@ -127,7 +128,7 @@ def arrays(tasks: Sequence[Task], largest: int, first: int, mark: str) -> list[A
     """
     kinds: dict[tuple[str, ...], list[Task]] = {}
     for task in tasks:
-        kind = (task.stage, task.command, str(task.cpus), task.settings.model_dump_json())
+        kind = (task.stage, task.command, str(task.cpus), str(task.force), task.settings.model_dump_json())
         kinds.setdefault(kind, []).append(task)
     size = min(largest, MOST)
     parts = [tuple(kind[at : at + size]) for kind in kinds.values() for at in range(0, len(kind), size)]
@@ -237,17 +238,16 @@ exit "$code"
 """
 
 
-def script(array: Array, folder: Path, here: Path, *, force: bool = False, about: Sequence[str] = ()) -> str:
+def script(array: Array, folder: Path, here: Path, *, about: Sequence[str] = ()) -> str:
     """An array's batch script, whole: every element finds its cell in it.
 
     Args:
         folder: where its output goes.
         here: the directory that relative paths of the recipes start from.
-        force: what is finished begins anew; but not where SLURM requeues a job.
         about: comments.
     """
     begin = f'{shlex.quote(sys.executable)} -P -m cvlctl {array.tasks[0].command} "$recipe"'
-    if force:
+    if array.tasks[0].force:
         begin += ' $([ "${SLURM_RESTART_COUNT:-0}" != 0 ] || echo --force)'
     directives = [f"#SBATCH {_quoted(option)}" for option in options(array, folder, here)]
     cells = [f"  {shlex.quote(str(task.recipe))}" for task in array.tasks]

@@ -42,7 +42,7 @@ class State(NamedTuple):
     host: str
 
 
-def submit(cells: Path, tasks: Sequence[Task], *, force: bool = False, dry_run: bool = False) -> list[Submitted]:
+def submit(cells: Path, tasks: Sequence[Task], *, dry_run: bool = False) -> list[Submitted]:
     """Put the tasks that are not in SLURM yet into it: one array a stage, each cell after those that it needs.
 
     Where the cluster takes no more jobs of this user, those that it took go on, and a line says how many are left.
@@ -50,7 +50,6 @@ def submit(cells: Path, tasks: Sequence[Task], *, force: bool = False, dry_run: 
     Args:
         cells: the experiment's folder of cells.
         tasks: each after those that it needs; what is needed and not among them is done.
-        force: what is finished begins anew.
         dry_run: write the scripts, and submit nothing; SLURM need not be here.
 
     Raises:
@@ -59,7 +58,7 @@ def submit(cells: Path, tasks: Sequence[Task], *, force: bool = False, dry_run: 
     """
     mark = hashlib.sha256(os.fsencode(os.path.realpath(cells))).hexdigest()[:6]
     if dry_run:
-        return _written(cells, arrays(tasks, MOST, jobs.read(cells)["next"], mark), force)
+        return _written(cells, arrays(tasks, MOST, jobs.read(cells)["next"], mark))
     if not shutil.which("sbatch"):
         raise CvlctlError("SLURM is not here: no sbatch on this machine", "say engine: local, or go where it is")
     with jobs.recorded(cells) as record, held():
@@ -68,7 +67,7 @@ def submit(cells: Path, tasks: Sequence[Task], *, force: bool = False, dry_run: 
         jobs.check_recipes(tasks, active, record)
         left = [task for task in tasks if task.name not in active]
         parts = arrays(left, squeue.largest_array(), record["next"], mark)
-        return _Submission(cells, record, active, force).put(parts)
+        return _Submission(cells, record, active).put(parts)
 
 
 def states(cells: Path, names: Collection[str] | None = None) -> dict[str, State]:
@@ -114,8 +113,8 @@ def cancel(cells: Path, names: Collection[str] | None = None) -> list[str]:
 class _Submission:
     """Arrays on their way into SLURM."""
 
-    def __init__(self, cells: Path, record: dict[str, Any], active: Mapping[str, Place], force: bool) -> None:
-        self.cells, self.record, self.force = cells, record, force
+    def __init__(self, cells: Path, record: dict[str, Any], active: Mapping[str, Place]) -> None:
+        self.cells, self.record = cells, record
         self.places = dict(active)
         self.sizes = {array["job"]: len(array["cells"]) for array in record["arrays"]}
         self.done: list[Submitted] = []
@@ -143,7 +142,7 @@ class _Submission:
 
     def _put_one(self, part: Array, missing: Collection[str]) -> bool:
         """Whether SLURM took it. `missing`: cells that it was not given yet."""
-        found, file = _prepared(self.cells, part, self.places, self.sizes, missing, self.force)
+        found, file = _prepared(self.cells, part, self.places, self.sizes, missing)
         names, recipes = [task.name for task in part.tasks], [task.recipe.name for task in part.tasks]
         entry = {"name": part.name, "job": None, "released": False, "cells": names, "recipes": recipes}
         self.record["arrays"].append(entry)
@@ -188,8 +187,7 @@ class _Submission:
 
 
 def _prepared(
-    cells: Path, part: Array, places: Mapping[str, Place], sizes: Mapping[str, int], missing: Collection[str],
-    force: bool,
+    cells: Path, part: Array, places: Mapping[str, Place], sizes: Mapping[str, int], missing: Collection[str]
 ) -> tuple[Waits | None, Path]:  # fmt: skip
     """What an array waits for (None: for cells that are `missing` yet), and its script as a file."""
     later = any(need in missing for task in part.tasks for need in task.needs)
@@ -201,17 +199,17 @@ def _prepared(
         "each waits for cells of its own" if each else f"dependency: {(found and found.whole) or 'none'}",
     ]
     about = [" ".join(line.split()) for line in about]
-    files.write_atomically(file, os.fsencode(script(part, _folder(cells), Path.cwd(), force=force, about=about)))
+    files.write_atomically(file, os.fsencode(script(part, _folder(cells), Path.cwd(), about=about)))
     return found, file
 
 
-def _written(cells: Path, parts: Sequence[Array], force: bool) -> list[Submitted]:
+def _written(cells: Path, parts: Sequence[Array]) -> list[Submitted]:
     """The scripts alone. In place of job ids stand names of arrays."""
     places: dict[str, Place] = {}
     sizes = {part.name: len(part.tasks) for part in parts}
     missing, done = {task.name for part in parts for task in part.tasks}, []
     for part in parts:
-        _, file = _prepared(cells, part, places, sizes, missing, force)
+        _, file = _prepared(cells, part, places, sizes, missing)
         names = tuple(task.name for task in part.tasks)
         done.append(Submitted(None, file, names))
         missing.difference_update(names)

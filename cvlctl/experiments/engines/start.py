@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cvlctl import cell as own
 from cvlctl import children
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.graph import Cell, folder_of
-from cvlctl.files import disk, open_regular, read_json, write_atomically
+from cvlctl.files import disk, is_running, open_regular, read_json, write_atomically
 
 LOG = "log.txt"
 _CODE = "import sys; sys.argv[1:2] = []; from cvlctl.__main__ import main; main()"
@@ -37,9 +38,9 @@ def write_recipe(out: Path, cell: Cell) -> Path:
     return path
 
 
-def arguments(cell: Cell, recipe: Path, force: bool) -> list[str]:
+def arguments(cell: Cell, recipe: Path) -> list[str]:
     """Of `cvlctl`: its command line."""
-    return [cell.job.command, str(recipe), *(["--force"] if force else [])]
+    return [cell.job.command, str(recipe), *(["--force"] if cell.force else [])]
 
 
 def begin(folder: Path, line: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -83,6 +84,20 @@ def state_in(folder: Path) -> dict[str, Any]:
     """What a cell said last of itself, as far as it makes sense; nothing where it never ran."""
     told = read_json(folder / own.STATE) or {}
     return {name: value for name, value in told.items() if name not in _LEGAL or _LEGAL[name](value)}
+
+
+def is_at_work(folder: Path, told: Mapping[str, Any], now: float) -> bool:
+    """Whether the process that said this last of a cell is at it still. Nothing is locked to find out: whoever looks is
+    never in the way of one that begins.
+
+    Args:
+        now: by the clock of the file system that the folder is on.
+    """
+    if told.get("state") != "running" or (told.get("host") == platform.node() and not is_running(told.get("pid", 0))):
+        return False
+    with suppress(OSError):
+        return abs(now - (folder / own.STATE).stat().st_mtime) < own.SILENT_SECONDS
+    return False
 
 
 def _is_number(value: Any) -> bool:

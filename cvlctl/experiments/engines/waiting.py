@@ -6,13 +6,9 @@ import os
 import resource
 import subprocess
 from collections.abc import Callable, Sized
-from pathlib import Path
 from typing import Any, Protocol
 
-from cvlctl import cell as own
-from cvlctl.errors import Busy
 from cvlctl.experiments.graph import Cell
-from cvlctl.files import lock
 from cvlctl.progress import say
 
 POLL_SECONDS = 0.05
@@ -92,12 +88,3 @@ def poll(process: subprocess.Popen[str]) -> tuple[int, int] | None:
     process.returncode = os.waitstatus_to_exitcode(status)
     own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return process.returncode, used.ru_maxrss * 1024 if used.ru_maxrss > own_peak else 0
-
-
-def is_free(folder: Path) -> bool:
-    """Whether nobody runs the cell of this folder."""
-    try:
-        lock(folder / own.LOCK).close()
-    except Busy:
-        return False
-    return True
