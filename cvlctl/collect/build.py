@@ -18,6 +18,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.folders import put_right
 from cvlctl.interrupts import watched
 from cvlctl.play import envpool, envs
+from cvlctl.play.own import probe
 from cvlctl.play.rollout import outcome
 from cvlctl.progress import Progress
 
@@ -43,8 +44,10 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
     tidied = put_right(recipe.out)  # by a build that was killed when all was done, perhaps this one
     if recipe.out.exists() and (not force or (tidied and _is_of(recipe, open_store(recipe.out)))):
         return finished(recipe)
-    env = envs.make(recipe.task, recipe.seed, recipe.horizon)
+    env = envs.make(recipe.task, recipe.seed, recipe.horizon, recipe.settings)
     try:
+        if env.own:
+            probe(env)
         provenance = {"recipe": plain, "environment": _versions(recipe, env), "seeds": [recipe.seed],
                       units.KEY: units.plain(units.finite(*env.action_bounds)[0] or (-1.0, 1.0))}  # fmt: skip
         open_writer = partial(
@@ -55,8 +58,7 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
         else:
             with open_writer() as writer:
                 facts = roll_out(recipe, env, writer, progress)
-                reference = envs.references(recipe.task, recipe.horizon)
-                store = writer.finish(collector={**plain["source"], **facts}, reference=reference)
+                store = writer.finish(collector={**plain["source"], **facts}, **recipe.attributes(env))
     finally:
         env.close()
     return _summary(store, "built", time.monotonic() - begin)

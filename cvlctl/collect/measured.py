@@ -94,7 +94,7 @@ def first_reaching(rule: Reaching, recipe: BuildRecipe) -> tuple[Checkpoint, dic
     Raises:
         CvlctlError: the last checkpoint's mean return is not positive, so that a share of it says nothing.
     """
-    env = envs.make(recipe.task, EVALUATION_SEED, recipe.horizon)
+    env = envs.make(recipe.task, EVALUATION_SEED, recipe.horizon, recipe.settings)
     try:
         found = checkpoints_of(rule.run, env)
         with Progress(f"measuring {rule.run}", len(found), "checkpoints") as progress:
@@ -168,7 +168,7 @@ def measured_mixer(source: MixSource, recipe: BuildRecipe) -> tuple[list[Checkpo
     Raises:
         CvlctlError: the task has no success, or all checkpoints succeed too seldom or too often for the request.
     """
-    env = envs.make(recipe.task, EVALUATION_SEED, recipe.horizon)
+    env = envs.make(recipe.task, EVALUATION_SEED, recipe.horizon, recipe.settings)
     try:
         found = checkpoints_of(source.run, env)
         rates: list[float] = []

@@ -36,7 +36,7 @@ from cvlctl.learn.settings import configure, resolve_settings, saved_settings
 from cvlctl.learn.updates import Metrics
 from cvlctl.play import envs
 from cvlctl.play.policies import NumpyPolicy, policy_part
-from cvlctl.play.rollout import Outcome, in_words, outcome
+from cvlctl.play.rollout import Outcome, flags, in_words, outcome
 from cvlctl.progress import Progress, say
 from cvlctl.runs import Run, read_run
 from cvlctl.types import Episode, Spec
@@ -69,7 +69,7 @@ def collect(
             collector.collect(progress)
             settings = collector.settings.as_dict()
             about = {source.name: asdict(collector.config), "settings": settings}
-            store = writer.finish(collector=about, reference=envs.references(recipe.task, recipe.horizon))
+            store = writer.finish(collector=about, **recipe.attributes(env))
         _finish(run, recipe, source, settings=settings)
     finally:
         run.close()
@@ -200,6 +200,7 @@ class _Collector:
         self.metadata = {
             "algorithm": source.name, "task": recipe.task, "spec": asdict(env.spec), "seeds": [recipe.seed],
             "recipe": run.recipe, "settings": self.settings.as_dict(),
+            **({"environment": envs.described(env, recipe.settings)} if env.own else {}),
         }  # fmt: skip
 
     def collect(self, report: type[Progress]) -> None:
@@ -261,9 +262,10 @@ class _Collector:
                 self._keep_policy(f"step-{self.frame:09d}")
             if self.frame % 50 == 0:
                 progress.update(self.frame, in_words(self.latest) if self.latest else "")
-        flags = None if successes[0] is None else np.array(successes, dtype=bool)
+        known = flags(successes)
+        env.told(number, known is not None)
         episode = Episode(
-            np.stack(observations), np.stack(actions), np.array(rewards, dtype=np.float32), flags, terminated,
+            np.stack(observations), np.stack(actions), np.array(rewards, dtype=np.float32), known, terminated,
             task=self.recipe.task, collected_at=begin, seed=self.recipe.seed,
         )  # fmt: skip
         return episode, {name: float(value) for name, value in metrics.items()}

@@ -12,6 +12,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, create_model, model
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ONLINE
 from cvlctl.play import envs
+from cvlctl.play.recipe import EnvRecipe, settings_of
+from cvlctl.play.settings import Settings
 from cvlctl.recipes.estimates import EPISODE_STEPS, SIMULATED, Update, Work, count, training_seconds, update_of, weights
 from cvlctl.recipes.matrix import expand
 from cvlctl.recipes.values import (
@@ -214,11 +216,28 @@ class BuildRecipe(Computed):
     out: Out
     seed: Seed = 0
     horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
+    env: EnvRecipe | None = None  # of a task of one's own: how it is made, what of it is read
+
+    @property
+    def settings(self) -> Settings | None:
+        """Of the environment, for `envs.make`."""
+        return settings_of(self.task, self.env)
+
+    def attributes(self, env: envs.Env) -> dict[str, Any]:
+        """What the store says of its task: reference returns, and how an environment of one's own is made again."""
+        if not env.own:
+            return {"reference": envs.references(self.task, self.horizon)}
+        return {"reference": None, "environment": envs.described(env, self.settings)}
 
     @model_validator(mode="after")
-    def _has_goals(self) -> Self:
-        if getattr(self.source, "hindsight", 0) and envs.goals(self.task) is None:
+    def _what_the_task_can(self) -> Self:
+        built_in = self.env is None and self.task in envs.list_tasks()
+        if getattr(self.source, "hindsight", 0) and (envs.goals(self.task) is None or not built_in):
             raise ValueError(f"source.hindsight relabels goals, and {self.task} is told none: gym/Fetch... tasks are")
+        if getattr(self.source, "backend", "") == "envpool" and not built_in:
+            raise ValueError(f"source.backend: EnvPool simulates built-in tasks, and {self.task} is none of them")
+        if self.env is not None and self.task.startswith("metaworld/"):
+            raise ValueError("env is for gym/... and py/... tasks: leave it out")
         return self
 
     @classmethod

@@ -49,9 +49,10 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
     reading = Reading(stores, recipe.stores, examples, learns_from == "rewards")
     if labeller is not None and learns_from == "rewards":
         reading = reading._replace(relabel=partial(labels, labeller, recipe, reading, run.out))
-    task = next((s.task for u, s in zip(recipe.stores, stores, strict=True) if u.rewards != "none"), stores[0].task)
+    about = next((s for u, s in zip(recipe.stores, stores, strict=True) if u.rewards != "none"), stores[0])
     critic = getattr(config, "critic", None)
-    learner = Learner(recipe.label or name, task, ALGORITHMS[name], config, critic, initial)
+    environment = about.attributes.get("environment")
+    learner = Learner(recipe.label or name, about.task, ALGORITHMS[name], config, critic, initial, environment)
     return train(recipe, learner, reading, run, force=force)
 
 

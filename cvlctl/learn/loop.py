@@ -38,6 +38,7 @@ class Learner(NamedTuple):
     config: Any
     critic: Any = None  # the occupancy critic's Config, kept in the checkpoints
     initial: State | None = None  # tensors (E, ...) that replace the fresh ones: a pretrained critic, a finished policy
+    environment: Any = None  # what the store says of the environment that it came from, kept in the checkpoints
 
 
 class Job(NamedTuple):
@@ -66,6 +67,7 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
                 "seeds": list(recipe.seeds), "recipe": run.recipe,
                 "critic": None if learner.critic is None else asdict(learner.critic),
                 "settings": job.settings.as_dict(),
+                **({} if learner.environment is None else {"environment": learner.environment}),
             })  # fmt: skip
         logged = read_metrics(run.out)
         if not logged or logged[-1]["step"] != recipe.steps:

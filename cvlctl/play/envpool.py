@@ -31,7 +31,7 @@ import numpy as np
 from cvlctl.errors import CvlctlError
 from cvlctl.machine import num_cpus
 from cvlctl.play import envs
-from cvlctl.play.envs import Act
+from cvlctl.play.env import Act
 from cvlctl.play.players import job_policy, numbers_of
 from cvlctl.play.rollout import (
     EVALUATION_SEED,

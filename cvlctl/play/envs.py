@@ -1,4 +1,4 @@
-"""Environments behind one small class: actions in [-1, 1], flat float32 observations, episodes by number.
+"""The tasks that there are, and how the environment of each is made: as `env.Env`.
 
 `reset(episode)` is a pure function of (task, seed, episode): episode 7 of seed 0 is the same whoever runs it, in any
 order, in any process. That is what lets workers share out whole episodes, and a killed collection resume.
@@ -7,6 +7,7 @@ order, in any process. That is what lets workers share out whole episodes, and a
   own protocol: the same 50 goals for collection and evaluation. Every block of 50 episodes visits each goal once, in an
   order drawn from (seed, block), so that 50 evaluation episodes weigh all goals alike. The observation holds the goal.
 * Gymnasium environments start from `reset(seed=)`, a number drawn from (seed, episode).
+* Any other gym/<id>, py/<module or file.py>:<name>, and a gym/... task with settings: `own`.
 * Fetch: the observation is the robot's state followed by the commanded goal (3 columns), success its `is_success`
   (within 5 cm). `-fixed` commands LAEO's one goal of the task, whatever the episode.
 """
@@ -18,7 +19,7 @@ import difflib
 import io
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from importlib import metadata, resources
@@ -27,7 +28,10 @@ from typing import Any
 import numpy as np
 
 from cvlctl.errors import CvlctlError
-from cvlctl.types import Goals, Spec
+from cvlctl.play import named_code, own
+from cvlctl.play.env import Act, Env
+from cvlctl.play.settings import Settings
+from cvlctl.types import Goals
 
 GOAL_SEED = 0  # of metaworld.MT1: changing it changes every task, and with it all stored reference returns
 NUM_GOALS = 50
@@ -47,6 +51,8 @@ METAWORLD_TASKS = [
 
 GYM_TASKS = ("Hopper-v5", "Walker2d-v5", "Ant-v5", "HalfCheetah-v5", "MountainCarContinuous-v0", "Pendulum-v1")
 
+FORMS = "gym/<an id of gymnasium>, or py/<module or file.py>:<name> for an environment of your own"
+
 # the goal is drawn anew each episode (None), or LAEO's own
 FETCH_TASKS: dict[str, tuple[float, float, float] | None] = {
     "FetchReach-v4": None,
@@ -61,107 +67,26 @@ FETCH_TASKS: dict[str, tuple[float, float, float] | None] = {
     "FetchSlide-v4": None,
 }
 
-Act = Callable[[np.ndarray, int], np.ndarray]  # (observation (O,), step of the episode) -> action (A,) in [-1, 1]
 
-
-class Env:
-    """One environment of one task. Made by `make`.
-
-    Attributes:
-        task: full name, such as "metaworld/drawer-close-v3".
-        seed: with the episode's number, decides how an episode begins.
-        spec: observation shape (O,), action dimensions A, and the time limit in steps.
-        action_bounds: low and high, (A,) each: what actions in [-1, 1] are scaled to.
-        raw: the simulator behind it.
-        begin: what starts episode number n, and returns its first observation; to be replaced where another start is
-            wanted (the parity check's).
-    """
-
-    def __init__(
-        self,
-        task: str,
-        seed: int,
-        raw: Any,
-        begin: Callable[[int], np.ndarray],
-        horizon: int,
-        has_success: bool,
-        versions: dict[str, str],
-    ) -> None:
-        space = raw.action_space
-        self.task = task
-        self.seed = seed
-        self.spec = Spec(tuple(raw.observation_space.shape), int(space.shape[0]), horizon)
-        self.action_bounds = space.low, space.high
-        self.raw = raw
-        self.begin = begin
-        self._has_success = has_success
-        self._versions = versions
-        self._scale = None if np.all(space.high == 1) and np.all(space.low == -1) else (space.high - space.low) / 2
-        self._centre = (space.high + space.low) / 2
-        self._step: int | None = None  # None: no episode under way
-
-    def reset(self, episode: int) -> np.ndarray:
-        """Begin episode number `episode` (>= 0); returns its first observation (O,), float32."""
-        self._step = 0
-        return np.array(self.begin(episode), dtype=np.float32)
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, bool | None]:
-        """One step.
-
-        Args:
-            action: (A,), clipped to [-1, 1], then scaled to the environment's own bounds.
-
-        Returns:
-            observation (O,) float32, reward, terminated, truncated (the time limit, and not terminated), success
-            (None where the task has no notion of it).
-
-        Raises:
-            CvlctlError: where the action is not finite or of another shape: a policy gone wrong.
-            RuntimeError: after the end of an episode, before the next `reset`.
-        """
-        if self._step is None:
-            raise RuntimeError(f"{self.task}: the episode is over; call reset(episode) before step")
-        action = np.minimum(np.maximum(np.asarray(action, dtype=np.float32), -1.0), 1.0)
-        if action.shape != (self.spec.action_dim,) or not np.isfinite(action).all():
-            raise CvlctlError(
-                f"{self.task}: action {action} at step {self._step}; expected {self.spec.action_dim} finite numbers",
-                "the policy may have diverged: look at its training metrics",
-            )
-        if self._scale is not None:
-            action = self._centre + self._scale * action
-        observation, reward, terminated, _, info = self.raw.step(action)
-        self._step += 1
-        truncated = self._step >= self.spec.horizon and not terminated
-        if terminated or truncated:
-            self._step = None
-        success = bool(info["success"] > 0) if self._has_success else None
-        return np.array(observation, dtype=np.float32), float(reward), bool(terminated), truncated, success
-
-    def close(self) -> None:
-        """Free what the simulator holds."""
-        self.raw.close()
-
-    def versions(self) -> dict[str, str]:
-        """What decides the numbers: package versions and the environment's settings, for provenance."""
-        return dict(self._versions)
-
-
-def make(task: str, seed: int, horizon: int | None = None) -> Env:
-    """The environment `task` ("metaworld/drawer-close-v3", "gym/Hopper-v5"; see `list_tasks`) under `seed` >= 0.
+def make(task: str, seed: int, horizon: int | None = None, settings: Settings | None = None) -> Env:
+    """The environment `task` ("metaworld/drawer-close-v3", "gym/Hopper-v5", "py/reach.py:Reach") under `seed` >= 0.
 
     Args:
         horizon: episodes are cut off after so many steps; None: the task's own limit.
+        settings: of an environment of one's own (`named`); None: as the task is.
 
     Raises:
         CvlctlError: unknown task (with the nearest legal names), negative seed, a horizon beyond the task's own limit,
-            or a package that is not installed.
+            a package that is not installed, code that nobody named, or whatever that code raises.
     """
-    check_task(task)
+    if settings is None or settings.code is None:  # else who named it has looked, and a worker may stand elsewhere
+        check_task(task)
     if seed < 0:
         raise CvlctlError(f"seed {seed} for {task} is negative", "seeds are 0, 1, 2, ...")
-    prefix, name = task.split("/")
+    prefix, _, name = task.partition("/")
     try:
-        env = ENVS[prefix](task, name, int(seed))
+        known = is_built_in(task, settings)
+        env = ENVS[prefix](task, name, int(seed)) if known else own.make(task, int(seed), horizon, settings)
     except ImportError as error:
         raise CvlctlError(f"{task} cannot be made: {error}", "install the pinned versions: make install") from error
     if horizon is not None:
@@ -173,23 +98,60 @@ def make(task: str, seed: int, horizon: int | None = None) -> Env:
     return env
 
 
+def named(task: str, about: Mapping[str, Any] | None = None) -> Settings | None:
+    """Settings for `make` of a task that a recipe or the command line names: its code may be imported from here on.
+
+    Args:
+        about: what is said of it: kwargs, success, keys, action_bounds.
+
+    Returns:
+        None for a built-in task of which nothing is said.
+
+    Raises:
+        CvlctlError: no such code, or a task that cannot have settings.
+    """
+    settings = Settings.of({**(about or {}), "code": named_code.origin(task)})
+    if settings == own.NOTHING and task in list_tasks():
+        return None
+    if task.startswith("metaworld/"):
+        raise CvlctlError(f"{task} has no settings", "env is for gym/... and py/...: leave it out")
+    return settings
+
+
+def described(env: Env, settings: Settings | None) -> dict[str, Any]:
+    """What a store says of the environment of one's own that it came from: enough to make it again."""
+    keys = env.raw.flat.keys
+    return {"task": env.task, **(settings or own.NOTHING).about(), **({"keys": list(keys)} if keys else {})}
+
+
+def is_built_in(task: str, settings: Settings | None) -> bool:
+    """Whether it is one of `list_tasks`, as it is: with the checks and reference returns that it has there."""
+    return task in list_tasks() and (settings is None or not settings.about())
+
+
 def list_tasks() -> list[str]:
-    """All legal task names."""
+    """The names of the built-in tasks."""
     return [f"metaworld/{name}-v3" for name in METAWORLD_TASKS] + [f"gym/{name}" for name in (*GYM_TASKS, *FETCH_TASKS)]
 
 
 def check_task(task: str) -> None:
     """Raises CvlctlError with the nearest legal names where `task` is not one; builds nothing."""
     tasks = list_tasks()
-    if task in tasks:
+    if task in tasks or own.check(task):
         return
-    tail = str(task).split("/")[-1]
-    near = [t for t in tasks if len(tail) > 3 and tail.lower() in t.lower()]
-    near += difflib.get_close_matches(str(task), tasks, 3, 0.5)
+    near = ", ".join(nearest(task))
     raise CvlctlError(
         f"unknown task {task!r}",
-        f"did you mean {', '.join(dict.fromkeys(near[:3]))}?" if near else f"legal tasks: {', '.join(tasks)}",
+        f"did you mean {near}?" if near else f"legal tasks: {FORMS}; built in: {', '.join(tasks)}",
     )
+
+
+def nearest(task: str) -> list[str]:
+    """At most three legal names that are like `task`."""
+    tasks, tail = list_tasks(), str(task).split("/")[-1]
+    near = own.near(task) + [t for t in tasks if len(tail) > 3 and tail.lower() in t.lower()]
+    near += difflib.get_close_matches(str(task), tasks, 3, 0.5)
+    return list(dict.fromkeys(near))[:3]
 
 
 def goals(task: str) -> Goals | None:

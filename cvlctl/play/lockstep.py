@@ -40,10 +40,11 @@ def run_lockstep(
     workers = num_cpus() if workers is None else workers
     groups: dict[Any, list[int]] = {}
     for index, (job, policy) in enumerate(zip(jobs, policies, strict=True)):
-        groups.setdefault((job.task, job.horizon, tuple(weight.shape for weight, _ in policy.layers)), []).append(index)
+        shapes = tuple(weight.shape for weight, _ in policy.layers)
+        groups.setdefault((job.task, job.horizon, job.env, shapes), []).append(index)
     rows: dict[tuple[int, int], EpisodeResult] = {}
-    for (task, horizon, _), indices in groups.items():
-        with Stepper(task, EVALUATION_SEED + seed, horizon, JOBS * ENVS, workers) as envs:
+    for (task, horizon, env, _), indices in groups.items():
+        with Stepper(task, EVALUATION_SEED + seed, horizon, JOBS * ENVS, workers, env) as envs:
             for part in (indices[start : start + JOBS] for start in range(0, len(indices), JOBS)):
                 for index in part:
                     check_fit(jobs[index].checkpoint, policies[index], envs.first, jobs[index].goals is not None)

@@ -18,6 +18,7 @@ from cvlctl.machine import num_cpus
 from cvlctl.play.envs import make
 from cvlctl.play.policies import NumpyPolicy, policy_of
 from cvlctl.play.rollout import EVALUATION_SEED, Episodes, GoalUse, PolicyJob, Progress, check_fit, result_row, roll
+from cvlctl.play.settings import Settings
 from cvlctl.play.workers import share_out
 from cvlctl.types import EpisodeResult
 
@@ -84,18 +85,19 @@ def _work(request: dict[str, Any]) -> dict[str, Any]:
     plain = request["job"]
     goals = plain["goals"] and GoalUse(**plain["goals"])
     paths = {name: plain[name] and Path(plain[name]) for name in ("checkpoint", "copy")}
-    job = PolicyJob(**plain | paths | {"goals": goals})
+    env = plain["env"] and Settings.of(plain["env"])
+    job = PolicyJob(**plain | paths | {"goals": goals, "env": env})
     return asdict(_worker_player(request["seed"])(job, request["episode"]))
 
 
 def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:
     """A function (job, episode) -> row that keeps the environments and policies it made."""
-    env_of = lru_cache(maxsize=4)(lambda task, horizon: make(task, EVALUATION_SEED + seed, horizon))
+    env_of = lru_cache(maxsize=4)(lambda task, horizon, env: make(task, EVALUATION_SEED + seed, horizon, env))
     known_policy = lru_cache(maxsize=64)(job_policy)
     goal_of = goal_lookup()
 
     def play(job: PolicyJob, episode: int) -> EpisodeResult:
-        env, policy = env_of(job.task, job.horizon), known_policy(job)
+        env, policy = env_of(job.task, job.horizon, job.env), known_policy(job)
         check_fit(job.checkpoint, policy, env, job.goals is not None)
         goal = goal_of(job, episode)
         seen, _, rewards, successes, _ = roll(env, lambda o, step: policy(policy.command(o, goal)), episode)

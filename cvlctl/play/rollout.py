@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from cvlctl.errors import CvlctlError
-from cvlctl.play.envs import Act, Env
+from cvlctl.play.env import Act, Env
 from cvlctl.play.policies import NumpyPolicy
+from cvlctl.play.settings import Settings
 from cvlctl.types import Episode, EpisodeResult
 
 EVALUATION_SEED = 1_000_003  # environment seed = this + seed: apart from the seeds 0, 1, ... of collection and training
@@ -48,6 +49,7 @@ class PolicyJob:
     horizon: int | None = None  # episodes are cut off after so many steps; None: the task's own limit
     sha256: str | None = None  # of the checkpoint file that is meant; None: whatever is there when it is played
     copy: Path | None = None  # of the file, to be read instead: a run in training replaces its own
+    env: Settings | None = None  # of an environment of one's own
 
 
 @dataclass(frozen=True)
@@ -92,17 +94,24 @@ def act_together(
 
 def collect_episode(env: Env, act: Act, episode: int, *, collected_at: int = 0) -> Episode:
     """Episode number `episode` of `env` under `act`, (observation (O,), step) -> action (A,), clipped to [-1, 1]."""
-    observations, actions, rewards, successes, terminated = roll(env, act, episode)
+    observations, actions, rewards, steps, terminated = roll(env, act, episode)
+    successes = flags(steps)
+    env.told(episode, successes is not None)
     return Episode(
         observations=np.stack(observations),
         actions=np.stack(actions),
         rewards=np.array(rewards, dtype=np.float32),
-        successes=None if successes[0] is None else np.array(successes, dtype=bool),
+        successes=successes,
         terminated=terminated,
         task=env.task,
         collected_at=collected_at,
         seed=env.seed,
     )
+
+
+def flags(successes: Sequence[bool | None]) -> np.ndarray | None:
+    """(T,) bool of an episode's steps; None where the environment says nothing of success in any of them."""
+    return None if all(one is None for one in successes) else np.array(successes, dtype=bool)
 
 
 def outcome(episode: Episode) -> Outcome:
@@ -152,8 +161,8 @@ def result_row(
     job: PolicyJob, episode: int, rewards: Sequence[float], successes: Iterable[bool | None]
 ) -> EpisodeResult:
     """The row of an episode, from its steps' rewards and successes."""
-    flags = list(successes)  # an episode succeeds where any of its steps does, as Metaworld counts
-    success = None if flags[0] is None else any(flags)
+    known = flags(list(successes))  # an episode succeeds where any of its steps does, as Metaworld counts
+    success = None if known is None else bool(known.any())
     total, discounted = float(sum(rewards)), None
     if job.gamma is not None:
         discounted = float(np.asarray(rewards, np.float64) @ job.gamma ** np.arange(len(rewards)))

@@ -16,9 +16,13 @@ from typing import Any, Self
 import numpy as np
 
 from cvlctl import children, interrupts
-from cvlctl.play.envs import Env, make
+from cvlctl.play.env import Env
+from cvlctl.play.envs import make
+from cvlctl.play.settings import Settings
 from cvlctl.play.workers import COMMAND, value_of
 from cvlctl.types import Spec
+
+_About = tuple[str, int, int | None, Settings | None]  # what `make` is called with
 
 MEMORY = Path("/dev/shm")  # where the table lies, if there is such a place
 
@@ -35,19 +39,28 @@ class Stepper:
             and success (-1: the task has no notion of it).
     """
 
-    def __init__(self, task: str, seed: int, horizon: int | None, num: int, workers: int) -> None:
-        self.first = make(task, seed, horizon)
+    def __init__(
+        self,
+        task: str,
+        seed: int,
+        horizon: int | None,
+        num: int,
+        workers: int,
+        settings: Settings | None = None,
+    ) -> None:
+        about = (task, seed, horizon, settings)
+        self.first = make(*about)
         kind = _kind(self.first.spec)
         self._processes: list[subprocess.Popen[str]] = []
         self._part: _Part | None = None
         if min(workers, num) <= 1:
             self.table = np.zeros(num, kind)
-            self._part = _Part(self.table, task, seed, horizon, self.first)
+            self._part = _Part(self.table, about, self.first)
             return
         self._file = tempfile.TemporaryFile(dir=MEMORY if MEMORY.is_dir() else None)  # noqa: SIM115 (see __exit__)
         self._file.truncate(num * kind.itemsize)
         self.table = _table(self._file.fileno(), kind)
-        self._about = [self._file.fileno(), task, seed, horizon]
+        self._about = [self._file.fileno(), task, seed, horizon, None if settings is None else settings.as_json()]
         for _ in range(min(workers, num)):
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "pass_fds": (self._file.fileno(),)}
             self._processes.append(children.begin(COMMAND, f"{__name__}:_work", **pipes))
@@ -91,8 +104,8 @@ class Stepper:
 class _Part:
     """The environments of one process, by number."""
 
-    def __init__(self, table: np.ndarray, task: str, seed: int, horizon: int | None, first: Env) -> None:
-        self.table, self._about = table, (task, seed, horizon)
+    def __init__(self, table: np.ndarray, about: _About, first: Env) -> None:
+        self.table, self._about = table, about
         self._spare: list[Env] = [first]
         self._envs: dict[int, Env] = {}
 
@@ -122,9 +135,10 @@ def _table(file: int, kind: np.dtype) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _part_of(file: int, task: str, seed: int, horizon: int | None) -> _Part:
-    first = make(task, seed, horizon)
-    return _Part(_table(file, _kind(first.spec)), task, seed, horizon, first)
+def _part_of(file: int, task: str, seed: int, horizon: int | None, settings: str | None) -> _Part:
+    about = (task, seed, horizon, None if settings is None else Settings.of(json.loads(settings)))
+    first = make(*about)
+    return _Part(_table(file, _kind(first.spec)), about, first)
 
 
 def _work(request: list[Any]) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,16 +19,18 @@ import numpy as np
 from cvlctl.checkpoints import Saved
 from cvlctl.errors import CvlctlError
 from cvlctl.files import write_atomically
-from cvlctl.play import envpool
+from cvlctl.play import envpool, envs
 from cvlctl.play.lockstep import run_lockstep
+from cvlctl.play.own import probe
 from cvlctl.play.players import job_policy, run_episodes
 from cvlctl.play.policies import policy_of
-from cvlctl.play.rollout import Episodes, GoalUse, PolicyJob
+from cvlctl.play.rollout import EVALUATION_SEED, Episodes, GoalUse, PolicyJob
 from cvlctl.play.rollout import Progress as OnEpisode
 from cvlctl.progress import Progress, say
-from cvlctl.score import find_runs, kept
+from cvlctl.score import find_runs, kept, places
 from cvlctl.score.recipe import EvaluateRecipe, EvaluationGoals
 from cvlctl.score.report import Estimates, as_text, baseline_of, can_be_shown, estimates_of, render, report
+from cvlctl.score.rows import told
 from cvlctl.score.tuning import settings_of
 from cvlctl.types import EpisodeResult
 
@@ -73,7 +76,7 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
         before = None if force else _earlier(recipe, wanted)  # by now another's, perhaps
         rows = _begun(recipe, wanted, before)
         played = _play(recipe, wanted, rows)
-        everything = [row for job in wanted.jobs for _, row in sorted(rows[job].items())]
+        everything = told([row for job in wanted.jobs for _, row in sorted(rows[job].items())])
         result = report(recipe, everything, wanted.estimates, wanted.baseline)
         kept.finish(recipe.out, wanted.record, result)
     again = not played and before is not None and kept.finished(wanted.record, before)
@@ -92,7 +95,7 @@ def _wanted(recipe: EvaluateRecipe) -> _Wanted:
         PolicyJob(
             *key, checkpoint.step, checkpoint.file, estimates[key].gamma if key in estimates else None,
             _goal_use(recipe), recipe.horizon, checkpoint.sha256,
-            None if checkpoint.held is None else kept.copy_of(recipe.out, checkpoint.held),
+            None if checkpoint.held is None else kept.copy_of(recipe.out, checkpoint.held), checkpoint.settings,
         )
         for checkpoint in found
         for key in ((labels[checkpoint.run], checkpoint.task, seed) for seed in checkpoint.seeds)
@@ -107,6 +110,9 @@ def _wanted(recipe: EvaluateRecipe) -> _Wanted:
         ],
         **({} if goals is None else {"goals": hashlib.sha256(goals.tobytes()).hexdigest()}),
     }  # fmt: skip
+    own = {job.task: places.described(job.env) for job in jobs if job.env is not None}
+    if own:
+        record["environments"] = own
     held = [checkpoint.held for checkpoint in found if checkpoint.held is not None]
     return _Wanted(jobs, held, estimates, baseline, goals, record)
 
@@ -116,6 +122,11 @@ def _earlier(recipe: EvaluateRecipe, wanted: _Wanted) -> dict[str, Any] | None:
     before = kept.read_evaluation(recipe)
     if before and before.get("goals") != wanted.record.get("goals"):
         raise CvlctlError(f"{recipe.out}: the goals have changed since", "choose another out, or --force to replace it")
+    now = wanted.record.get("environments", {})
+    for task, then in (before or {}).get("environments", {}).items():
+        if then != now.get(task, then):
+            what = f"{recipe.out}: {task}, its code or its settings, has changed since"
+            raise CvlctlError(what, "choose another out, or --force to replace it")
     return before
 
 
@@ -191,6 +202,7 @@ def _play(recipe: EvaluateRecipe, wanted: _Wanted, rows: kept.JobRows) -> int:
 
     copied = {job.copy for job in missing}
     held = [content for content in wanted.in_training if kept.copy_of(recipe.out, content) in copied]
+    _probe(recipe, missing)
     with kept.copies(recipe.out, held), Progress("evaluate", total, "episodes", start) as progress:
         player = _player(recipe)
         try:
@@ -198,6 +210,13 @@ def _play(recipe: EvaluateRecipe, wanted: _Wanted, rows: kept.JobRows) -> int:
         finally:
             kept.save(recipe.out, wanted.record, rows)
     return total - start
+
+
+def _probe(recipe: EvaluateRecipe, jobs: Iterable[PolicyJob]) -> None:
+    """Make each environment of one's own once, here: what is amiss with it is said once, and before anything runs."""
+    for task, horizon, env in dict.fromkeys((job.task, job.horizon, job.env) for job in jobs if job.env is not None):
+        with closing(envs.make(task, EVALUATION_SEED + recipe.seed, horizon, env)) as made:
+            probe(made)
 
 
 def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Episodes, OnEpisode], list[EpisodeResult]]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from cvlctl.checkpoints import Saved, read
 from cvlctl.errors import CvlctlError
 from cvlctl.files import read_json
-from cvlctl.play import envs
+from cvlctl.play.settings import Settings
 from cvlctl.progress import say
+from cvlctl.score.places import place_of
 from cvlctl.score.recipe import EvaluateRecipe
 
 
@@ -24,11 +25,12 @@ class Checkpoint:
     run: Path
     file: Path
     algorithm: str
-    task: str
+    task: str  # that it is played in
     seeds: tuple[int, ...]
     step: int
     sha256: str
     held: Saved | None = None  # its content, where the run is in training and about to replace the file
+    settings: Settings | None = None  # of the environment that it is played in, where that is one of one's own
 
     def content(self) -> Saved:
         """What the file held when it was found. CvlctlError where it holds something else by now."""
@@ -70,7 +72,7 @@ def _of_run(run: Path, recipe: EvaluateRecipe, exact: bool) -> Iterator[Checkpoi
         say(f"{run}: no checkpoint yet, left out")
         return
     record = read_json(run / "run.json") or {}
-    final = _found(run, last, in_training=record.get("status", "finished") != "finished")
+    final = _found(recipe, run, last, in_training=record.get("status", "finished") != "finished")
     if final is None:
         if exact:
             raise CvlctlError(f"{run} holds no policy", "it is of a pretrained critic: finetune it to get a policy")
@@ -80,12 +82,12 @@ def _of_run(run: Path, recipe: EvaluateRecipe, exact: bool) -> Iterator[Checkpoi
     if isinstance(total, int) and final.step < total:
         say(f"{run}: not finished, evaluated at step {final.step} of {total}")
     if recipe.checkpoints == "all":
-        numbered = [_found(run, file) for file in sorted(folder.glob("step-*.safetensors"))]
+        numbered = [_found(recipe, run, file) for file in sorted(folder.glob("step-*.safetensors"))]
         yield from (checkpoint for checkpoint in numbered if checkpoint and checkpoint.step != final.step)
     yield final
 
 
-def _found(run: Path, file: Path, in_training: bool = False) -> Checkpoint | None:
+def _found(recipe: EvaluateRecipe, run: Path, file: Path, in_training: bool = False) -> Checkpoint | None:
     """The checkpoint, or None where it holds no actor."""
     saved = read(file)
     if not any(name.startswith("actor.") for name in saved.places):
@@ -98,8 +100,9 @@ def _found(run: Path, file: Path, in_training: bool = False) -> Checkpoint | Non
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         what = f"{file} cannot be read as a checkpoint: {type(error).__name__}: {error}"
         raise CvlctlError(what, "it is damaged, or not of cvlctl: train it again, or leave its run out") from error
-    envs.check_task(task)
-    return Checkpoint(run, file, algorithm, task, seeds, step, saved.sha256, saved if in_training else None)
+    place = place_of(recipe, run, saved.metadata)
+    held = saved if in_training else None
+    return Checkpoint(run, file, algorithm, place.task, seeds, step, saved.sha256, held, place.settings)
 
 
 def labels(found: Sequence[Checkpoint]) -> dict[Path, str]:

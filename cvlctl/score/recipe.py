@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
+    field_validator,
     model_validator,
 )
 
 from cvlctl.data.recipe import SuccessExamples
+from cvlctl.play.envs import check_task
+from cvlctl.play.recipe import EnvRecipe
 from cvlctl.recipes.estimates import EPISODE_STEPS, SIMULATED_WITH_WORKERS, Work, count
-from cvlctl.recipes.values import NONE, Count, Device, Name, Others, Out, Pattern, Rate, Seed, Strict, not_bool
+from cvlctl.recipes.values import NONE, Count, Device, Name, Others, Out, Pattern, Rate, Seed, Strict, checked, not_bool
 
 # --- evaluate
+
+
+def _known_task(task: str) -> str:
+    check_task(task)
+    return task
+
+
+Task = Annotated[str, AfterValidator(checked(_known_task))]
 
 
 class Confidence(Strict):
@@ -44,6 +56,9 @@ class EvaluateRecipe(Strict):
     command: ClassVar[str] = "evaluate"
 
     runs: Annotated[tuple[Pattern, ...], Field(min_length=1)]  # run directories
+    # whose code may be imported, of those that the runs say; a single one is also where runs of no such task are played
+    task: tuple[Task, ...] = ()
+    env: EnvRecipe | None = None  # of these tasks: how they are made, what of them is read; None: as the runs say
     checkpoints: Literal["last", "all"] = "last"
     episodes: Annotated[Count, Field(le=1_000_000)] = 50  # of each policy; their numbers and rows are in memory
     seed: Seed = 0
@@ -69,6 +84,17 @@ class EvaluateRecipe(Strict):
     def reads(self) -> list[str]:
         goals = [str(path) for path in (self.goals.from_, self.goals.file) if path] if self.goals else []
         return [*self.runs, *goals]
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else () if value is None else value
+
+    @model_validator(mode="after")
+    def _env_of_a_task(self) -> Self:
+        if self.env is not None and not self.task:
+            raise ValueError("env is of a task: name it too, such as task: py/reach.py:Reach")
+        return self
 
     @model_validator(mode="after")
     def _what_envpool_can(self) -> Self:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,12 @@ def parse_row(line: bytes) -> EpisodeResult:
         if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
             raise ValueError(f"{name} is {value!r}")
     return EpisodeResult(**{name: values[name] for name in _KINDS})
+
+
+def told(rows: Sequence[EpisodeResult]) -> list[EpisodeResult]:
+    """The rows, with no success where an episode tells nothing of it, and others of its task do."""
+    telling = {row.task for row in rows if row.success is not None}
+    return [replace(row, success=False) if row.success is None and row.task in telling else row for row in rows]
 
 
 def normalised(rows: Sequence[EpisodeResult], reference: Reference) -> np.ndarray | None:

@@ -30,7 +30,7 @@ def contrastive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands in for Pendulum."""
 
-    def make(task: str, seed: int, horizon: int | None = None) -> envs.Env:
+    def make(task: str, seed: int, horizon: int | None = None, settings: object = None) -> envs.Env:
         return envs.Env(task, seed, OneStep(), lambda episode: np.zeros(2), horizon or 3, True, {"gymnasium": "1"})
 
     monkeypatch.setattr(envs, "make", make)

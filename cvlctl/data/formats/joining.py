@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import numpy as np
 from cvlctl.data.formats.hdf5 import dataset_column, dataset_in, datasets
 from cvlctl.data.formats.sources import same_length
 from cvlctl.errors import CvlctlError
+from cvlctl.play.spaces import natural
 
 if TYPE_CHECKING:
     import h5py
@@ -78,7 +78,7 @@ class Observations:
         for name in self._keys:
             if name not in there:
                 raise CvlctlError(f"{where}: no observation {name!r}", f"it has: {', '.join(sorted(there)[:20])}")
-        chosen = self._keys or sorted(shapes, key=_natural)
+        chosen = self._keys or sorted(shapes, key=natural)
         if not chosen:
             raise CvlctlError(f"{where}: nothing but images", f"{CHOOSE}: {', '.join(sorted(there)[:20])}")
         if len(chosen) > 1 and any(len(shapes[name]) > 1 for name in chosen):
@@ -92,11 +92,6 @@ def _beside(parts: list[np.ndarray], length: int) -> np.ndarray:
     if len(parts) == 1 and parts[0].ndim > 1:
         return parts[0]
     return np.concatenate([part.reshape(length, -1) for part in parts], axis=1)
-
-
-def _natural(name: str) -> list[str | int]:
-    """joint_2 before joint_10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]{1,18})", name))]
 
 
 def _difference(found: dict[str, tuple[int, ...]], first: dict[str, tuple[int, ...]]) -> str:
