@@ -67,7 +67,8 @@ class Rich(Reach):
     def seen(self):
         return {
             "joint_10": np.array([0.5, -0.5]), "joint_9": np.array([[3, 4]]), "mode": 1,
-            "flags": np.array([0, 1], np.int8), "inner": {"a": np.array([1, 2])}, "camera": np.zeros((4, 4, 3), np.uint8),
+            "flags": np.array([0, 1], np.int8), "inner": {"a": np.array([1, 2])},
+            "camera": np.zeros((4, 4, 3), np.uint8),
         }
 
     def step(self, action):
