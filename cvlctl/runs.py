@@ -37,6 +37,7 @@ from cvlctl.version import versions
 _CHECKPOINT = re.compile(r"(last|(step|episodes)-\d+)\.safetensors")  # others are somebody's own
 LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
 _DECIDED = ("device", "threads", "precision", "compile", "memory_gb")  # as it begins, where a recipe says "auto"
+_NO_MATTER = ("out", "loggers")  # what comes out is the same
 _FILES = ("run.json", "recipe.yaml", "metrics.jsonl", "metrics.png", LABELS_FILE)
 
 
@@ -123,9 +124,8 @@ class Run:
         """How the run of a record differs from this one, in words. One moved or copied is still the same."""
         try:
             then = settled(self._refill(before["recipe"]), self.recipe)
-            return _difference({**then, "out": None}, {**self.recipe, "out": None}) or _difference(
-                before["inputs"], self.inputs
-            )
+            before_it, now = ({k: v for k, v in r.items() if k not in _NO_MATTER} for r in (then, self.recipe))
+            return _difference(before_it, now) or _difference(before["inputs"], self.inputs)
         except RecursionError:
             return "its recipe has no end"
 

@@ -79,6 +79,37 @@ def opened(reading: Reading, window_rows: int, draws_per_block: int, device: str
         yield stream
 
 
+def hold_out(data: Data, share: float) -> tuple[Data, Data]:
+    """The episodes to learn from, and the `share` of them that is held out: always the same ones, and of those with
+    and those without labels alike. Both lie in the same rows.
+
+    Raises:
+        CvlctlError: too few episodes (of those with labels, where there are any) for one on either side.
+    """
+    last = torch.unique(data.layout.last)
+    episode = torch.searchsorted(last, data.layout.last)  # of each transition
+    labelled, held = (torch.zeros_like(last, dtype=torch.bool) for _ in range(2))
+    labelled[episode[data.labelled]] = True
+    order = torch.from_numpy(np.random.default_rng([2]).permutation(len(last))).to(last.device)
+    for kind in (labelled, ~labelled):
+        mine = order[kind[order]]
+        held[mine[: min(max(1, round(share * len(mine))), len(mine) - 1)]] = True
+    if not (held & (labelled | ~labelled.any())).any():
+        what = f"validation: {share} of the episodes cannot be held out: there is only one" + " with labels" * any(
+            labelled
+        )
+        raise CvlctlError(what, "leave validation out")
+    return _of_episodes(data, (~held)[episode]), _of_episodes(data, held[episode])
+
+
+def _of_episodes(data: Data, kept: Tensor) -> Data:
+    """Of the transitions those that are `kept` (N,)."""
+    row, last, terminated, first = data.layout
+    number = kept.cumsum(0) - 1  # of each that is kept, among them
+    where = samplers.Layout(row[kept], last[kept], terminated[kept], first)
+    return data._replace(layout=where, labelled=number[data.labelled[kept[data.labelled]]])
+
+
 def to_device(data: Data, device: str) -> Data:
     """The same data on `device`."""
     where = samplers.Layout(*(x.to(device) for x in data.layout))

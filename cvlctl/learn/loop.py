@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from cvlctl import checkpoints
-from cvlctl.data.load import Reading, opened
-from cvlctl.data.samplers import BLOCK, Data, at, batches, gather
+from cvlctl.data.load import Reading, hold_out, opened
+from cvlctl.data.samplers import BLOCK, Data, Draws, Indices, at, batches, draw, gather
 from cvlctl.data.stream import Stream, window_rows
 from cvlctl.errors import CvlctlError
 from cvlctl.interrupts import interruptible
 from cvlctl.learn.networks import State
 from cvlctl.learn.pictures import plot_metrics
-from cvlctl.learn.programs import programs_of
-from cvlctl.learn.recipe import FinetuneRecipe, PretrainRecipe
+from cvlctl.learn.programs import Program, programs_of
+from cvlctl.learn.recipe import HELD_OUT, FinetuneRecipe, PretrainRecipe
 from cvlctl.learn.settings import Settings, configure, resolve_settings, saved_settings
+from cvlctl.learn.trackers import Tell, check_installed, tracking
 from cvlctl.learn.updates import Metrics
 from cvlctl.progress import Progress, say
 from cvlctl.runs import Run, read_metrics
 
 Recipe = PretrainRecipe | FinetuneRecipe
+HeldOut = Callable[[State], dict[str, list[float]]]  # metrics of each member
 
 
 class Learner(NamedTuple):
@@ -51,6 +54,7 @@ class Job(NamedTuple):
 
 def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force: bool = False) -> dict[str, Any]:
     """Train to the end, or from the last checkpoint on. Data are read only if there is work to do."""
+    check_installed(recipe.loggers)
     status = run.open(force=force)
     if status == "finished":
         return {"status": "finished already", "out": str(run.out), "steps": recipe.steps, "algorithm": learner.name}
@@ -61,14 +65,23 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
             if isinstance(source, Stream):
                 rows = sum(store.num_rows for store in reading.stores)
                 say(f"{run.out}: streaming: of {rows:,} rows {job.settings.window_rows:,} in memory")
+            draws = learner.module.draws(learner.config, reading.spec, recipe.batch_size)
+            programs = programs_of(learner.module, learner.config, job.settings)
+            held_out: HeldOut | None = None
+            if recipe.validation:
+                source, held = _apart(source, recipe.validation)
+                held_out = _held_out_losses(held, draws, recipe.seeds, programs[0])
             job = job._replace(state=_state(job, recipe, learner, reading, source, run.last))
-            seconds = _save_along(updates(recipe, learner, reading, source, job), recipe, run, job, {
+            trained = updates(recipe, draws, programs, source, job)
+            metadata = {
                 "algorithm": learner.name, "task": learner.task, "spec": asdict(reading.spec),
                 "seeds": list(recipe.seeds), "recipe": run.recipe,
                 "critic": None if learner.critic is None else asdict(learner.critic),
                 "settings": job.settings.as_dict(),
                 **({} if learner.environment is None else {"environment": learner.environment}),
-            })  # fmt: skip
+            }  # fmt: skip
+            with tracking(recipe.loggers, run.out, recipe.seeds, run.recipe, job.start) as tell:
+                seconds = _save_along(trained, held_out, tell, recipe, run, job, metadata)
         logged = read_metrics(run.out)
         if not logged or logged[-1]["step"] != recipe.steps:
             raise CvlctlError(f"{run.out}/metrics.jsonl: the last line is lost", "--force starts the run over")
@@ -141,13 +154,43 @@ def _check_moments(state: State, origin: Path | None) -> None:
                 raise CvlctlError(what, "it is damaged, or a numbered checkpoint of other widths: take the run itself")
 
 
+def _apart(source: Data | Stream, share: float) -> tuple[Data, Data]:
+    if isinstance(source, Stream):
+        what = (
+            "validation: the stores are larger than memory_gb allows, and a share of their episodes is held in memory"
+        )
+        raise CvlctlError(what, "raise memory_gb, or leave validation out")
+    return hold_out(source, share)
+
+
+def _held_out_losses(held: Data, draws: Draws, seeds: Sequence[int], program: Program) -> HeldOut:
+    """What an update on batches of the held-out episodes would report, which is then undone: whatever is trained, its
+    losses are said in one place alone, its step. Always the same batches, so that they do not blur the curve."""
+    indices, noise = draw(held, draws, seeds, 0, HELD_OUT)
+
+    def losses(state: State) -> dict[str, list[float]]:
+        before = {name: value.clone() for name, value in state.items()}
+        reports = []
+        for i in range(HELD_OUT):
+            batch = gather(held, Indices(*(x[i] for x in indices)), draws)
+            _, metrics = program(dict(state), batch, {name: value[i] for name, value in noise.items()})
+            reports.append({name: value.clone() for name, value in metrics.items()})
+            for name, value in before.items():
+                state[name].copy_(value)
+        return {
+            f"validation/{name}": torch.stack([report[name] for report in reports]).mean(dim=0).tolist()
+            for name in reports[0]
+        }
+
+    return losses
+
+
 def updates(
-    recipe: Recipe, learner: Learner, reading: Reading, source: Data | Stream, job: Job
+    recipe: Recipe, draws: Draws, programs: list[Program], source: Data | Stream, job: Job
 ) -> Iterator[tuple[int, State, Metrics]]:
     """(number of updates done, state, metrics) after each; what update i sees does not depend on where it started."""
-    assert job.state is not None
-    state, draws = job.state, learner.module.draws(learner.config, reading.spec, recipe.batch_size)
-    programs = programs_of(learner.module, learner.config, job.settings)
+    state = job.state
+    assert state is not None
     for step, (indices, noise) in batches(source, draws, list(recipe.seeds), job.start, recipe.steps):
         done, data = step + 1, at(source, step // BLOCK)
         state, metrics = programs[done % len(programs)](state, gather(data, indices, draws), noise)
@@ -155,7 +198,13 @@ def updates(
 
 
 def _save_along(
-    trained: Iterator[tuple[int, State, Metrics]], recipe: Recipe, run: Run, job: Job, metadata: dict[str, Any]
+    trained: Iterator[tuple[int, State, Metrics]],
+    held_out: HeldOut | None,
+    tell: Tell,
+    recipe: Recipe,
+    run: Run,
+    job: Job,
+    metadata: dict[str, Any],
 ) -> float:
     """Train to the end, with logs, progress and checkpoints by the clock; returns the seconds it took.
 
@@ -173,7 +222,9 @@ def _save_along(
             if done % recipe.log_every_steps == 0 or done == recipe.steps:
                 values = {name: value.tolist() for name, value in metrics.items()}
                 _check_finite(values, done, run.last)
-                run.log(done, values)
+                logged = values | (held_out(state) if held_out else {})
+                run.log(done, logged)
+                tell(done, logged)
                 text = " ".join(f"{k.split('/')[-1]} {np.mean(v):.3g}" for k, v in list(values.items())[:3])
             progress.update(done, text)
             if recipe.checkpoint_every_steps and done % recipe.checkpoint_every_steps == 0:

@@ -10,9 +10,12 @@ from typing import Any
 
 from cvlctl.figures import COLOURS, can_draw, label_axes, make_panels, save_figure
 
+HELD_OUT = "validation/"
+
 
 def plot_metrics(metrics: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path | None:
-    """Each metric of a metrics.jsonl over "step" (PNG): seeds (lists) thin, their mean bold. None without two steps."""
+    """Each metric of a metrics.jsonl over "step" (PNG): seeds (lists) thin, their mean bold, and
+    held-out losses (`validation/...`) in their panel, in a second colour. None without two steps."""
     series: dict[str, list[tuple[int, list[float]]]] = {}
     for line in metrics:
         for key, value in line.items():
@@ -22,11 +25,20 @@ def plot_metrics(metrics: Iterable[Mapping[str, Any]], path: str | os.PathLike[s
     series = {key: points for key, points in series.items() if len(points) > 1}
     if not series or not can_draw():
         return None
-    figure, panels = make_panels([("", key) for key in series], height=2.5)
+    own = [key for key in series if key.removeprefix(HELD_OUT) not in series or not key.startswith(HELD_OUT)]
+    figure, panels = make_panels([("", key) for key in own], height=2.5)
     for (_, key), axes in panels.items():
-        steps = [step for step, _ in series[key]]
-        for seed in range(min(len(values) for _, values in series[key])):
-            axes.plot(steps, [values[seed] for _, values in series[key]], color=COLOURS[0], linewidth=0.8, alpha=0.35)
-        axes.plot(steps, [sum(values) / len(values) for _, values in series[key]], color=COLOURS[0], linewidth=1.6)
+        _draw(axes, series[key], COLOURS[0], "training")
+        if HELD_OUT + key in series:
+            _draw(axes, series[HELD_OUT + key], COLOURS[1], "held out")
+            axes.legend(frameon=False, fontsize=8)
         label_axes(axes, x="training steps")
     return save_figure(figure, path)
+
+
+def _draw(axes: Any, points: list[tuple[int, list[float]]], colour: str, name: str) -> None:
+    steps = [step for step, _ in points]
+    for seed in range(min(len(values) for _, values in points)):
+        axes.plot(steps, [values[seed] for _, values in points], color=colour, linewidth=0.8, alpha=0.35)
+    means = [sum(values) / len(values) for _, values in points]
+    axes.plot(steps, means, color=colour, linewidth=1.6, label=name)

@@ -22,6 +22,8 @@ from cvlctl.learn.labellers import LABELLERS
 from cvlctl.recipes.estimates import Update, Work, count, training_seconds, update_of, weights
 from cvlctl.recipes.values import NONE, Computed, Count, Name, Others, Out, Place, Rate, Seeds, Steps, Strict, fields_of
 
+HELD_OUT = 4  # batches that held-out losses are the mean of
+
 
 def _critic_weights(critic: occupancy.Config) -> int:
     """Of one of its two encoders."""
@@ -34,6 +36,8 @@ class _TrainRecipe(Computed):
     seeds: Seeds = (0,)
     checkpoint_every_steps: Count | None = None  # numbered checkpoints are kept: learning curves; None: the last alone
     log_every_steps: Count = 100
+    validation: Annotated[float, Field(ge=0, le=0.5)] = 0  # share of the episodes held out; their losses are logged too
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # beside metrics.jsonl, which is always there
     memory_gb: Rate | Literal["auto"] = "auto"  # that data may take, or they are streamed; auto: half of what is free
     out: Out
 
@@ -60,7 +64,9 @@ class _TrainRecipe(Computed):
         """How much there is to do; `others` are the recipes of an experiment, which may
         pretrain the critic."""
         size = f"{count(self.steps, 'step')} x {count(len(self.seeds), 'seed')}"
-        return Work(size, training_seconds(*self.learning(others), self.num_threads, self.compile))
+        steps, update = self.learning(others)
+        more = HELD_OUT * (steps // self.log_every_steps) if self.validation else 0
+        return Work(size, training_seconds(steps + more, update, self.num_threads, self.compile))
 
 
 class PretrainRecipe(_TrainRecipe):

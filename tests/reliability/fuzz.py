@@ -90,7 +90,8 @@ def attempt(use: Callable[[], int | None]) -> tuple[str, str]:
     out = printed.getvalue()
     assert code in (None, 0, 1, 2), f"exit code {code}\n{out}"
     assert "Traceback" not in out and "out of memory" not in out, out
-    assert len(said) <= SAID and all(len(line) <= SAID for line in out.split("\n")), f"a long text: {said}{out}"
+    for_people = [] if out.startswith(("{", "[")) else out.split("\n")  # --json says whole what is there
+    assert len(said) <= SAID and all(len(line) <= SAID for line in for_people), f"a long text: {said}{out}"
     assert HARMLESS.fullmatch(out), f"control characters: {out!r}"
     return "refused" if code else "done", said + out
 
@@ -189,7 +190,7 @@ def check(counts: dict[str, int], first: int) -> dict[str, dict[str, int]]:
     line = [sys.executable, __file__, *(str(word) for kind, count in counts.items() for word in (kind, first, count))]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, errors="replace")
-    said = done.stderr[done.stderr.find("FAILED") :][-6000:]
+    said = done.stderr[done.stderr.find("FAILED") :][:6000]
     assert done.returncode == 0, f"exit {done.returncode} of {' '.join(line[1:])}\n{said}"
     found = dict(zip(counts, map(json.loads, done.stdout.splitlines()), strict=True))
     assert not any(one["failed"] for one in found.values()), said
