@@ -113,7 +113,7 @@ def test_tensorboard_reads_it_back(store: Path, tmp_path: Path) -> None:
     events = EventAccumulator(str(folder))
     events.Reload()
     wanted = [(line["step"], line["actor/bc"][1]) for line in read_metrics(tmp_path / "bc")]
-    found = [(event.step, event.value) for event in events.Scalars("actor/bc/seed_3")]
+    found = [(event.step, event.value) for event in events.Scalars("actor/bc/seed 3")]
     assert [step for step, _ in found] == [10, 20, 30]
     assert [value for _, value in found] == pytest.approx([value for _, value in wanted])
 
