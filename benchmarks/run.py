@@ -48,6 +48,7 @@ SCRIPTS: dict[str, list[str]] = {
     "scaling": ["--threads", "1", "--transitions", "1000", "2000", "--rounds", "1", "--updates", "1",
                 "--memory-updates", "2", "--eager-only"],
     "engines": ["--cells", "2", "--steps", "1", "--rounds", "1", "--hidden", "16", "--more", "1", "--rows", "1000"],
+    "reporting": ["--tasks", "2", "--lines", "3", "--rounds", "1"],
     "intervals": ["--runs", "3", "--tasks", "2", "--resamples", "5", "--rounds", "1"],
     "backends": ["--tasks", "metaworld/drawer-close-v3", "--episodes", "2", "--rounds", "1"],
 }  # fmt: skip

@@ -38,6 +38,7 @@ _CHECKPOINT = re.compile(r"(last|(step|episodes)-\d+)\.safetensors")  # others a
 LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
 _DECIDED = ("device", "threads", "precision", "compile", "memory_gb")  # as it begins, where a recipe says "auto"
 _NO_MATTER = ("out", "loggers")  # what comes out is the same
+REPLACED = {"status": "replaced", "inputs": {}, "recipe": {}}  # a record like no run's: what it was of is going
 _FILES = ("run.json", "recipe.yaml", "metrics.jsonl", "metrics.png", LABELS_FILE)
 
 
@@ -134,7 +135,7 @@ class Run:
 
     def _clear(self) -> None:
         # first of all it becomes a run like no other: a kill in here leaves nothing that could be taken for ours
-        write_json(self.out / "run.json", {"status": "replaced", "inputs": {}, "recipe": {}})
+        write_json(self.out / "run.json", REPLACED)
         for name in ("metrics.jsonl", "metrics.png", LABELS_FILE):
             (self.out / name).unlink(missing_ok=True)
         for file in self._own_checkpoints():
@@ -174,6 +175,30 @@ class Run:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def remove(out: Path) -> list[str]:
+    """Remove the run in `out`, which nobody may be at: what runs write, and the folders where nothing else is in them.
+    What is reached through a link stays. Returns what is left, by name.
+
+    Raises:
+        CvlctlError: the disk refuses. It is no run any more, and the same call goes on.
+    """
+    checkpoints = out / "checkpoints"
+    with disk(out):
+        write_json(out / "run.json", REPLACED)
+        if not checkpoints.is_symlink():
+            sweep(checkpoints)
+            for name in entries(checkpoints):
+                if _CHECKPOINT.fullmatch(name):
+                    (checkpoints / name).unlink()
+        sweep(out, *_FILES)
+        for name in (*reversed(_FILES), ".lock"):  # the record last but one: what a kill leaves is still a run's
+            (out / name).unlink(missing_ok=True)
+        for folder in (checkpoints, out):
+            if not folder.is_symlink() and folder.is_dir() and not entries(folder):
+                folder.rmdir()
+    return sorted(entries(out))
 
 
 def settled(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

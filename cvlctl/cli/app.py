@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cvlctl.cli import data
+from cvlctl.cli import data, runs
 from cvlctl.cli.console import console, present
 from cvlctl.cli.options import Json, Quiet, register
 from cvlctl.errors import CvlctlError
@@ -21,7 +22,7 @@ PIPELINE, WHOLE, LOOK = "The four steps, in order", "All of them", "Looking arou
 
 app = typer.Typer(help=HELP, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 recipes_app = typer.Typer(help="Recipes: what there is, and whether they are valid.")
-for group, name in ((data.app, "data"), (recipes_app, "recipes")):
+for group, name in ((data.app, "data"), (runs.app, "runs"), (recipes_app, "recipes")):
     app.add_typer(group, name=name, rich_help_panel=LOOK, no_args_is_help=True)
 
 
@@ -181,6 +182,50 @@ def run(
 
     result = present(work, show, as_json, quiet)
     raise typer.Exit(2 if result["status"] == "failed" else 0)
+
+
+@register(app, "report", WHOLE, "cvlctl report recipes/quickstart.yaml --out quickstart.html")
+def report(
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="EXPERIMENT | FOLDERS...",
+            help="An experiment's file, with its KEY=VALUE; or folders of runs and evaluations, or that hold some.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The page.")] = Path("report.html"),
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            "--figures", help="Folder of figures (SVG, PNG) and tables (CSV, Markdown, LaTeX); default: beside."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file at --out that is no report.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write what came of an experiment as one page that can be sent around: scores, curves, data, and what failed.
+
+    The page needs no network and nothing beside it. What is missing or half finished is marked, the rest is shown.
+    """
+    from cvlctl.experiments.reports import report as command
+
+    work = partial(command.report, places, out, figures_in=figures, force=force)
+    present(work, lambda result: command.render(result, console()), as_json, quiet)
+
+
+@register(app, "compare", WHOLE, "cvlctl compare runs/quickstart/finetune/bc runs/quickstart/finetune/cvl")
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUNS...", help="Folders of runs, two at least.")],
+    as_json: Json = False,
+) -> None:
+    """Show what differs between runs (recipes, data, versions, settings), and their scores side by side.
+
+    The first is what the others are compared to, on the same episodes where they share some.
+    """
+    from cvlctl.experiments import compare as command
+
+    present(lambda: command.compare(runs), lambda result: command.render(result, console()), as_json)
 
 
 @register(app, "doctor", LOOK, "cvlctl doctor --parity metaworld/pick-place-v3 gym/Hopper-v5")

@@ -106,7 +106,7 @@ def render_ls(result: list[dict[str, Any]], console: Console) -> None:
 def render_info(result: dict[str, Any], console: Console) -> None:
     """Print the result of `info`: a table of facts, then a histogram of the returns for each label."""
     table = Table("", "", title=Text(result["path"]), show_header=False)
-    for name, value in _facts(result):
+    for name, value in facts(result):
         table.add_row(Text(name), Text(value))
     console.print(table)
     for label, histogram in result["histogram"].items():
@@ -156,7 +156,8 @@ def _row(path: Path) -> dict[str, Any]:
     return row
 
 
-def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The result of `info` in words, by name."""
     spec, lengths, provenance = result["spec"], result["lengths"], result["provenance"]
     shape = "x".join(str(n) for n in spec["observation_shape"])
     facts = [

@@ -106,7 +106,7 @@ def _returns(axes: Axes, store: Store, label: str) -> None:
 
 
 def _coverage(axes: Axes, store: Store) -> list[float]:
-    coordinates, shares = plane(_observations(store))
+    coordinates, shares = plane(observations(store))
     axes.hexbin(*coordinates.T, gridsize=45, bins="log", cmap="viridis", mincnt=1, linewidths=0.1)
     _label(axes, "state coverage (log density)", *(f"PC{i + 1} ({100 * share:.0f}%)" for i, share in enumerate(shares)))
     return shares
@@ -124,7 +124,7 @@ def _lengths(axes: Axes, store: Store) -> None:
     _label(axes, "episode lengths", "steps", "episodes")
 
 
-def _observations(store: Store) -> np.ndarray:
+def observations(store: Store) -> np.ndarray:
     """(n, O) float64: a seeded choice of rows, images thinned out to `FEATURES` values."""
     rows = int(store.episode_ends()[-1])
     count = min(rows, IMAGES if store.spec.pixels else STATES)

@@ -63,6 +63,21 @@ def clear(out: Path) -> None:
             (out / name).unlink(missing_ok=True)
 
 
+def remove(out: Path) -> list[str]:
+    """Remove the evaluation in `out`, which nobody may be at, and the folder where nothing else is in it.
+
+    Returns what is left, by name. CvlctlError where the disk refuses: the same call goes on.
+    """
+    _remove_copies(out)
+    clear(out)
+    with disk(out):
+        for name in (FILES[0], ".lock"):
+            (out / name).unlink(missing_ok=True)
+        if not entries(out):
+            out.rmdir()
+    return sorted(entries(out))
+
+
 def _has_record(out: Path) -> bool:
     """Whether `out` holds the record of an evaluation; it may hold nothing, but nothing else."""
     if (out / "evaluation.json").exists():
@@ -82,7 +97,7 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
     if not _has_record(out):
         return None
     before = read_json(out / "evaluation.json")
-    if before is None or not _is_record(before):
+    if before is None or not is_record(before):
         raise CvlctlError(f"{out}/evaluation.json is damaged", _REPLACE)
     now = recipe.resolved()
     for name in ("runs", "checkpoints", "episodes", "seed", "goals", "horizon", "backend"):
@@ -95,7 +110,7 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
     return before | {"recipe": recipe.with_defaults(before["recipe"])}  # of keys that an earlier version had not
 
 
-def _is_record(found: dict[str, Any]) -> bool:
+def is_record(found: dict[str, Any]) -> bool:
     """Whether it has what is read of it; further keys are those of another version."""
     jobs, simulators = found.get("jobs"), found.get("simulators", {})
     return (
@@ -207,6 +222,8 @@ def copies(out: Path, checkpoints: Iterable[Saved]) -> Iterator[None]:
 
 def _remove_copies(out: Path) -> None:
     folder = out / "playing"
+    if folder.is_symlink():
+        return
     with suppress(OSError):
         sweep(folder)
         for name in entries(folder):

@@ -9,6 +9,7 @@ import csv
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -17,7 +18,7 @@ from rich.text import Text
 from cvlctl.figures import short_names
 from cvlctl.score.rows import METRICS, Record
 
-_NAMES = {
+NAMES = {
     "task": "task",
     "of": "settings",
     "chosen": "chosen offline",
@@ -37,33 +38,33 @@ _TUNED = {"return_tuned": "return of the best", "success_tuned": "success of the
 def to_rich(records: Sequence[Record], title: str = "") -> Table:
     """A table of any of the records of `tables`; the best of each task is bold. Readable in 100 columns."""
     table = Table(title=title or None, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    table.caption, table.caption_justify, table.caption_style = "\n".join(_notes(records)), "left", "dim"
-    columns = _columns(records)
-    for key, heading, _ in columns:
+    table.caption, table.caption_justify, table.caption_style = "\n".join(notes(records)), "left", "dim"
+    shown, best = columns(records), best_of(records)
+    for key, heading, _ in shown:
         # long names break at hyphens, underscores and spaces; in a narrow window the intervals wrap, never the names
-        fixed = key in _NAMES or key in _COUNTS
-        table.add_column(heading, no_wrap=fixed, overflow="fold", justify="left" if key in _NAMES else "right")
+        fixed = key in NAMES or key in _COUNTS
+        table.add_column(heading, no_wrap=fixed, overflow="fold", justify="left" if key in NAMES else "right")
     for i, record in enumerate(records):
-        texts = ["\n".join(folded(cells[i], 18)) if key in _NAMES else cells[i] for key, _, cells in columns]
+        texts = ["\n".join(folded(cells[i], 18)) if key in NAMES else cells[i] for key, _, cells in shown]
         if i > 0 and record.get("task") != records[i - 1].get("task"):
             table.add_section()
         elif i > 0 and "task" in record:
             texts[0] = ""
-        best = ["bold" if _is_best(records, i, key) else "" for key, _, _ in columns]
-        table.add_row(*map(Text, texts, best))
+        styles = ["bold" if (i, key) in best else "" for key, _, _ in shown]
+        table.add_row(*map(Text, texts, styles))
     return table
 
 
 def to_markdown(records: Sequence[Record], title: str = "") -> str:
     """A Markdown table, its best scores bold, its notes below."""
-    columns = _columns(records)
+    shown, best = columns(records), best_of(records)
     lines = [f"### {title}", ""] if title else []
-    lines += ["| " + " | ".join(heading for _, heading, _ in columns) + " |"]
-    lines += ["|" + "|".join(" --- " if key in _NAMES else " ---: " for key, _, _ in columns) + "|"]
+    lines += ["| " + " | ".join(heading for _, heading, _ in shown) + " |"]
+    lines += ["|" + "|".join(" --- " if key in NAMES else " ---: " for key, _, _ in shown) + "|"]
     for i in range(len(records)):
-        cells = [(cells[i].replace("|", r"\|"), _is_best(records, i, key)) for key, _, cells in columns]
-        lines.append("| " + " | ".join(f"**{cell}**" if best else cell for cell, best in cells) + " |")
-    return "\n".join([*lines, "", *(note + "  " for note in _notes(records))]).rstrip() + "\n"
+        texts = [(cells[i].replace("|", r"\|"), (i, key) in best) for key, _, cells in shown]
+        lines.append("| " + " | ".join(f"**{text}**" if bold else text for text, bold in texts) + " |")
+    return "\n".join([*lines, "", *(note + "  " for note in notes(records))]).rstrip() + "\n"
 
 
 def to_csv(records: Sequence[Record]) -> str:
@@ -86,24 +87,25 @@ def folded(name: str, width: int) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _columns(records: Sequence[Record]) -> list[tuple[str, str, list[str]]]:
+def columns(records: Sequence[Record]) -> list[tuple[str, str, list[str]]]:
     """(key, heading, cells), without the columns that are empty throughout."""
     short = short_names([record["task"] for record in records if "task" in record])
-    columns = []
+    found = []
     for key, heading in (
-        _NAMES | _COUNTS | _SCORES | _OFFLINE | _AGGREGATES | _COMPARISONS | _RELATIVE | _TUNED
+        NAMES | _COUNTS | _SCORES | _OFFLINE | _AGGREGATES | _COMPARISONS | _RELATIVE | _TUNED
     ).items():
         if any(record.get(key) is not None for record in records):
-            plain = key in _NAMES or key in _COUNTS
+            plain = key in NAMES or key in _COUNTS
             cells = [
-                ("-" if r.get(key) is None else str(short.get(r[key], r[key]))) if plain else _cell(r, key)
+                ("-" if r.get(key) is None else str(short.get(r[key], r[key]))) if plain else cell(r, key)
                 for r in records
             ]
-            columns.append((key, heading, cells))
-    return columns or [("", "nothing to show", [])]
+            found.append((key, heading, cells))
+    return found or [("", "nothing to show", [])]
 
 
-def _cell(record: Record, key: str) -> str:
+def cell(record: Record, key: str) -> str:
+    """An estimate as the tables show it: "2840 [2681, 2963]"."""
     value, low, high = (record.get(key + end) for end in ("", "_low", "_high"))
     if value is None:
         return "-"
@@ -131,14 +133,22 @@ def _sure(text: str, interval: Sequence[str], record: Record) -> str:
     return f"{text} (1 run)" if 1 in (record.get("runs"), record.get("baseline_runs")) else text
 
 
-def _is_best(records: Sequence[Record], i: int, key: str) -> bool:
-    if key not in (_SCORES | _OFFLINE | _AGGREGATES) or "seed" in records[i]:
-        return False
-    group = [r[key] for r in records if r.get("task") == records[i].get("task") and r.get(key) is not None]
-    return len(group) > 1 and records[i].get(key) == (min if key == "optimality_gap" else max)(group)
+def best_of(records: Sequence[Record]) -> set[tuple[int, str]]:
+    """(number of a record, key) of the best scores of each task, where there are several."""
+    found = set()
+    for key in _SCORES | _OFFLINE | _AGGREGATES:
+        groups: dict[Any, list[int]] = {}
+        for i, record in enumerate(records):
+            if record.get(key) is not None and "seed" not in record:
+                groups.setdefault(record.get("task"), []).append(i)
+        for group in (group for group in groups.values() if len(group) > 1):
+            best = (min if key == "optimality_gap" else max)(records[i][key] for i in group)
+            found |= {(i, key) for i in group if records[i][key] == best}
+    return found
 
 
-def _notes(records: Sequence[Record]) -> list[str]:
+def notes(records: Sequence[Record]) -> list[str]:
+    """What the numbers of a table mean, and where they say little."""
     if not records:
         return []
     level = f"in brackets: {100 * records[0].get('level', 0.95):g}% interval"
@@ -146,24 +156,24 @@ def _notes(records: Sequence[Record]) -> list[str]:
         return [f"{level} over one policy's episodes (Wilson's for success); it says nothing of other seeds"]
     runs = [record[key] for record in records for key in ("runs", "baseline_runs") if key in record]
     seeds = "bootstrap over seeds, which all meet the same starts; each run's last checkpoint"
-    notes = [f"{level}, {seeds}" if max(runs, default=2) > 1 else "one seed: no intervals"]
+    found = [f"{level}, {seeds}" if max(runs, default=2) > 1 else "one seed: no intervals"]
     if any(1 < num < 5 for num in runs):
-        notes.append("fewer than five seeds: the intervals are narrower than the truth")
-    notes += dict.fromkeys(
+        found.append("fewer than five seeds: the intervals are narrower than the truth")
+    found += dict.fromkeys(
         f"offline: the discounted return (gamma {r['gamma']:g}) that fitted Q evaluation expects, from the store alone"
         for r in records
         if "gamma" in r
     )
-    notes += dict.fromkeys(f"episodes cut off at {r['horizon']} steps" for r in records if "horizon" in r)
-    notes += dict.fromkeys(
+    found += dict.fromkeys(f"episodes cut off at {r['horizon']} steps" for r in records if "horizon" in r)
+    found += dict.fromkeys(
         f"simulated by {r['backend']}: the starts are not those of gymnasium's episodes"
         for r in records
         if "backend" in r
     )
-    notes += _of_relative(records) + _of_tuning(records)
-    notes += dict.fromkeys(_reference(r) for r in records if r.get("reference_min") is not None)
-    notes += [f"{r['algorithm']} on {r['task']}: seeds end at unequal steps" for r in records if r.get("uneven_steps")]
-    return notes + [f"{r['algorithm']}: too few runs on {', '.join(r['missing'])}" for r in records if r.get("missing")]
+    found += _of_relative(records) + _of_tuning(records)
+    found += dict.fromkeys(_reference(r) for r in records if r.get("reference_min") is not None)
+    found += [f"{r['algorithm']} on {r['task']}: seeds end at unequal steps" for r in records if r.get("uneven_steps")]
+    return found + [f"{r['algorithm']}: too few runs on {', '.join(r['missing'])}" for r in records if r.get("missing")]
 
 
 def _of_relative(records: Sequence[Record]) -> list[str]:

@@ -46,10 +46,7 @@ def report(
     recipe: EvaluateRecipe, rows: Sequence[EpisodeResult], estimates: Estimates, baseline: str
 ) -> dict[str, Any]:
     """Write tables and pictures of `rows`; returns the number of episodes, the pictures' paths, and the tables."""
-    tables = _tables(list(rows), recipe, baseline)
-    confidence = recipe.confidence.model_dump()
-    tables["offline"] = offline_table(rows, estimates, **confidence)
-    tables["tuning"] = tuning_table(rows, recipe.tuning, estimates, **confidence)
+    tables = tables_of(recipe, rows, estimates, baseline)
     return {"episodes": len(rows), "plots": _write_tables(recipe, list(rows), tables), **tables}
 
 
@@ -66,11 +63,11 @@ def estimates_of(found: Sequence[Checkpoint], labels: Mapping[Path, str]) -> Est
     return {
         (labels[checkpoint.run], checkpoint.task, seed): estimate
         for checkpoint in found
-        for seed, estimate in _estimates(checkpoint.run).items()
+        for seed, estimate in estimates_in(checkpoint.run).items()
     }
 
 
-def _estimates(run: Path) -> dict[int, OfflineEstimate]:
+def estimates_in(run: Path) -> dict[int, OfflineEstimate]:
     """What a finished run of fitted Q evaluation expects of its policies, by seed; nothing of other runs."""
     record = read_json(run / "run.json") or {}
     try:
@@ -80,8 +77,11 @@ def _estimates(run: Path) -> dict[int, OfflineEstimate]:
         return {}
 
 
-def _tables(rows: list[EpisodeResult], recipe: EvaluateRecipe, baseline: str) -> dict[str, Any]:
-    tasks = dict.fromkeys(row.task for row in rows)
+def tables_of(
+    recipe: EvaluateRecipe, rows: Sequence[EpisodeResult], estimates: Estimates, baseline: str
+) -> dict[str, Any]:
+    """All tables of an evaluation, as lists of records, by the names that its result has."""
+    rows, tasks = list(rows), dict.fromkeys(row.task for row in rows)
     known = {task: envs.references(task, recipe.horizon) for task in tasks if recipe.backend == "gymnasium"}
     played = ", ".join(f"{name} {versions()[name]}" for name in SIMULATOR if name in versions())
     references: Any = {task: {**reference, "simulator": played} for task, reference in known.items() if reference}
@@ -99,6 +99,8 @@ def _tables(rows: list[EpisodeResult], recipe: EvaluateRecipe, baseline: str) ->
         "profiles": profile_table(rows, references=references, **confidence),
         "efficiency": efficiency_table(rows, references=references, **confidence),
         "runs": run_table(rows, references=references, **confidence),
+        "offline": offline_table(rows, estimates, **confidence),
+        "tuning": tuning_table(rows, recipe.tuning, estimates, **confidence),
     }
 
 
