@@ -57,7 +57,14 @@ FOLDERS = ("cvlctl", "tests", "benchmarks", "docs", "recipes")
 FILES = [path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
 MODULES = [Path(name).with_suffix("").parts for name in FILES if name.startswith("cvlctl/") and name.endswith(".py")]
 # of other projects and of users; and one of an earlier version, of which is told what became
-NOT_OURS = {"infos.py", "minari.load_dataset", "ogbench.utils.load_dataset", "json.py", "learn/training.py"}
+NOT_OURS = {
+    "report.html",
+    "infos.py",
+    "minari.load_dataset",
+    "ogbench.utils.load_dataset",
+    "json.py",
+    "learn/training.py",
+}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

@@ -27,7 +27,7 @@ from cvlctl.types import EpisodeResult
 if TYPE_CHECKING:
     from rich.console import Console
 
-_ALIKE = ("seed", "goals", "horizon", "backend")  # of evaluations whose episodes are the same
+_ALIKE = ("seed", "task", "env", "goals", "horizon", "backend")  # of evaluations whose episodes are the same
 _WIDEST = 60  # characters of a value that people are shown
 
 
@@ -128,8 +128,7 @@ def _scores(outs: Sequence[str], names: Mapping[str, str]) -> tuple[list[dict[st
             gaps += [found] if found else []
             continue
         gaps += [found.problem] if found.problem else []
-        plain = found.recipe.resolved()
-        alike = groups.setdefault(json.dumps([plain[key] for key in _ALIKE]), {})
+        alike = groups.setdefault(json.dumps([found.record["recipe"].get(key) for key in _ALIKE]), {})
         for run, rows in _rows_of(found, real).items():
             alike[run] = found, [replace(row, algorithm=names[run]) for row in rows]
             scored.add(run)

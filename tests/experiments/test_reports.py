@@ -159,6 +159,31 @@ def test_what_is_half_finished_gone_or_other_is_marked_and_the_rest_is_shown() -
     assert "P(improvement)" in text
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', "recipe", "rows"])
+def test_a_damaged_evaluation_is_told_of_and_the_runs_are_shown(damage: str) -> None:
+    save(tasks=TASKS[:1])
+    record = Path("e/scores/evaluation.json")
+    if damage == "rows":
+        Path("e/scores/rows.jsonl").write_text("{}\n")
+    elif damage == "recipe":
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"recipe": {"runs": ["x"], "episodes": "many"}}))
+    else:
+        record.write_text(damage)
+    result = report(["e"])
+    assert result["runs"] == 2 and "e/scores" in " ".join(result["gaps"])
+
+
+def test_it_can_be_written_from_inside_of_what_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of tasks whose code is not here: nothing is imported."""
+    save(tasks=("py/gone.py:Reach",))
+    record = Path("e/scores/evaluation.json")
+    told = json.loads(record.read_text())
+    told["recipe"]["task"] = ["py/gone.py:Reach"]
+    record.write_text(json.dumps(told))
+    os.chdir("e/scores")
+    assert report(["."])["evaluations"] == 1
+
+
 def test_an_experiment_shows_what_failed_with_its_last_lines(acts: Callable[..., None], tmp_path: Path) -> None:
     from cvlctl.experiments.commands import load
     from cvlctl.experiments.run import run_experiment

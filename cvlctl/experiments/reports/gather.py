@@ -8,8 +8,11 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import kind_of, load
@@ -222,9 +225,9 @@ def evaluation_in(out: Path, chosen: Set[str] = frozenset()) -> Evaluation | str
     record = read_json(out / "evaluation.json")
     if record is None:
         return f"{out}: evaluation.json is damaged" if (out / "evaluation.json").exists() else ""
-    if not kept.is_record(record):
+    recipe = _recipe(record) if kept.is_record(record) else None
+    if recipe is None:
         return f"{out}: evaluation.json is damaged"
-    recipe = EvaluateRecipe.model_validate(EvaluateRecipe.with_defaults(record["recipe"]) | {"out": str(out)})
     jobs = [job for job in record["jobs"] if not chosen or run_of(job) in chosen]
     try:
         rows = read_rows(out / "rows.jsonl")
@@ -243,6 +246,15 @@ def evaluation_in(out: Path, chosen: Set[str] = frozenset()) -> Evaluation | str
         asked = recipe if len(jobs) == len(record["jobs"]) else recipe.model_copy(update={"tuning": ()})
         saved = tables_of(asked, mine, estimates, recipe.baseline or "bc") if mine else {}
     return Evaluation(out, recipe, record, saved, mine, problem)
+
+
+def _recipe(record: Mapping[str, Any]) -> EvaluateRecipe | None:
+    """What tables are made by, None where it makes no sense; not what was played, which need not be here any more."""
+    told = {key: value for key, value in record["recipe"].items() if key not in ("task", "env", "goals", "out")}
+    with suppress(ValidationError):
+        legal = {key: value for key, value in told.items() if key in EvaluateRecipe.model_fields}
+        return EvaluateRecipe.model_validate({**legal, "out": "somewhere"})
+    return None
 
 
 def _trained_since(evaluation: Evaluation) -> list[str]:
