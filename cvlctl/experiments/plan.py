@@ -42,14 +42,14 @@ def plan(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def state_of(job: Job) -> str:
     """How far a job is, by what lies at its `out`."""
-    out, plain = Path(job.recipe.out), job.recipe.resolved()
+    out = Path(job.recipe.out)
     before: Mapping[str, Any]
     try:
         if job.command == "build-dataset":
-            from cvlctl.data.store import open_store
-
             if not out.exists():
                 return "partial" if partial_of(out).exists() else "to do"
+            from cvlctl.data.store import open_store
+
             same = job.recipe.built(open_store(out).provenance.get("recipe"))
             return "finished" if same else "another recipe"
         if job.command == "evaluate":
@@ -65,6 +65,7 @@ def state_of(job: Job) -> str:
             before = read_run(out)
     except CvlctlError:
         return "another recipe"
+    plain = job.recipe.resolved()
     recorded = settled(job.recipe.with_defaults(before["recipe"]), plain)
     same = all(recorded.get(key) == value for key, value in plain.items() if key != "out")
     if job.command != "evaluate" and not same:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
@@ -19,6 +20,7 @@ from cvlctl.data.recipe import StoreUse, SuccessExamples
 from cvlctl.learn import labellers
 from cvlctl.learn.algorithms import ALGORITHMS, occupancy
 from cvlctl.learn.labellers import LABELLERS
+from cvlctl.paths import is_inside, real
 from cvlctl.recipes.estimates import Update, Work, count, training_seconds, update_of, weights
 from cvlctl.recipes.values import NONE, Computed, Count, Name, Others, Out, Place, Rate, Seeds, Steps, Strict, fields_of
 
@@ -43,15 +45,16 @@ class _TrainRecipe(Computed):
 
     @model_validator(mode="after")
     def _out_is_apart(self) -> Self:
-        out = Path(os.path.realpath(self.out))
+        out = real(self.out)
         for path in self.inputs():
-            there = Path(os.path.realpath(path))
-            if out.is_relative_to(there) or there.is_relative_to(out):
+            there = real(path)
+            if is_inside(out, there) or is_inside(there, out):
                 raise ValueError(f"out: {self.out} is, holds or lies in {path}, which it reads: choose a place apart")
         return self
 
+    @abstractmethod
     def learning(self, others: Others = NONE) -> tuple[int, Update]:
-        raise NotImplementedError
+        """How many updates of which kind it makes; `others` are the recipes of an experiment."""
 
     def inputs(self) -> list[Path]:
         """Stores, runs and files that it reads."""
@@ -97,7 +100,7 @@ class AlgorithmUse(Strict):
 
     name: str
 
-    @property
+    @cached_property
     def config(self) -> Any:
         """The algorithm's own Config; with `init_from` its critic is the default, and the pretrained one counts."""
         config = ALGORITHMS[self.name].Config
