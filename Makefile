@@ -4,7 +4,7 @@
 # make test      check, every test, recipes, docs, a short end-to-end run: a quarter of an hour on two cores
 # make learn     tests of minutes: every method compiled, formats fuzzed (about an hour)
 # make soak      crash points, power loss and state machines at length (hours)
-# make slurm     the SLURM engine on a SLURM of one node (apt-get install slurm-wlm munge): a quarter of an hour
+# make slurm     the SLURM engine on a SLURM of one node (apt-get install slurm-wlm munge): ten minutes
 # make gpu       on a machine with a GPU: whether all works there and how fast it is, in ten minutes, into build/gpu
 # make bench     measured comparisons with peers, into docs/performance.md (about 40 minutes; leave the machine alone)
 

@@ -1,16 +1,13 @@
-"""Paths as people write them, on the command line and in recipes: `~`, $NAME of the environment, links."""
+"""Paths as people write them, on the command line and in recipes: `~`, and $NAME of the environment."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from cvlctl.errors import CvlctlError
 
 _NAME = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
-_folders: dict[str, str] | None = None  # where folders really lie, while they stay
 _HINT = "or write the path out; ${key} is filled in from the matrix of an experiment, ${task} from `task: [...]`"
 
 
@@ -40,30 +37,3 @@ def expanded(path: str) -> str:
     if "\0" in found:
         raise CvlctlError(f"{path!r} holds a zero byte, which no path may")
     return found
-
-
-@contextmanager
-def folders_stay() -> Iterator[None]:
-    """While it lasts, `real` looks once where a folder lies: for the thousands of paths of an experiment."""
-    global _folders
-    before, _folders = _folders, {}
-    try:
-        yield
-    finally:
-        _folders = before
-
-
-def real(path: str | os.PathLike[str]) -> str:
-    """Where a path leads once every link is followed, be it there or not."""
-    folder, name = os.path.split(path)
-    if _folders is None or name in ("", ".", ".."):
-        return os.path.realpath(path)
-    if folder not in _folders:
-        _folders[folder] = os.path.realpath(folder)
-    found = os.path.join(_folders[folder], name)
-    return os.path.realpath(found) if os.path.islink(found) else found
-
-
-def is_inside(path: str, folder: str) -> bool:
-    """Whether a real path is another one, or lies below it."""
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)

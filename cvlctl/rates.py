@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,13 +44,13 @@ def kept() -> Rate | None:
 def keep(rate: Rate) -> None:
     """Keep a measured rate, beside those of other machines that share the cache. Where one cannot write, it is not."""
     with contextlib.suppress(OSError, RuntimeError, CvlctlError):
-        write_json(Path(_file()), _read() | {_key(): rate._asdict()})
+        write_json(_file(), _read() | {_key(): rate._asdict()})
 
 
-def _file() -> str:
+def _file() -> Path:
     """RuntimeError where there is no home."""
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    return f"{folder if os.path.isabs(folder) else f'{Path.home()}/.cache'}/cvlctl/rates.json"
+    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (folder if folder.is_absolute() else Path.home() / ".cache") / "cvlctl" / "rates.json"
 
 
 def _key() -> str:
@@ -60,17 +59,7 @@ def _key() -> str:
 
 def _read() -> dict[str, object]:
     try:
-        file = _file()
-        about = os.stat(file)
-    except (OSError, RuntimeError):
-        return {}
-    return _content(file, about.st_ino, about.st_mtime_ns, about.st_size)
-
-
-@lru_cache(maxsize=1)  # a plan of thousands of cells asks as often
-def _content(file: str, *version: int) -> dict[str, object]:
-    try:
-        found = json.loads(read_regular(Path(file), MOST))
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(read_regular(_file(), MOST))
+    except (OSError, ValueError, RecursionError, RuntimeError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -142,6 +142,15 @@ def check_text(what: str, value: object) -> None:
     raise CvlctlError(f"{what} is {value!r}, not text", "give a name such as metaworld/reach-v3")
 
 
+def require_finite(name: str, values: np.ndarray, columns: Sequence[str] = ()) -> None:
+    """Raise a CvlctlError that names the first column (by `columns`, else by number) with NaN or infinity."""
+    if np.isfinite(values).all():
+        return
+    column = int(np.argwhere(~np.isfinite(values))[0, -1])
+    which = columns[column] if column < len(columns) else f"column {column}"
+    raise CvlctlError(f"{name} hold NaN or infinity in {which}", "a sensor may have failed: give the last sound value")
+
+
 def _floats(name: str, value: object) -> np.ndarray:
     try:
         with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and said below

@@ -24,7 +24,7 @@ ROOMS = [
     ["recipes"],
     ["runs", "folders", "figures"],
     ["checkpoints", "children", "interrupts", "progress", "rates"],
-    ["cell"],
+    ["cell", "units"],
     ["files", "paths", "types"],
     ["machine", "streams", "version", "errors"],
     ["terminal"],

@@ -14,7 +14,7 @@ from cvlctl.cli.console import execute
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments import commands
 from cvlctl.experiments.commands import load
-from cvlctl.paths import expanded, folders_stay, is_inside, real
+from cvlctl.paths import expanded
 
 
 @pytest.fixture(autouse=True)
@@ -208,22 +208,3 @@ def test_paths_of_the_command_line(
         error = capsys.readouterr().err
         assert "nobody's home" in error or "NOPE is set" in error
     assert sorted(os.listdir(tmp_path)) == ["home", "scratch"]
-
-
-def test_where_a_path_leads_is_found_out_once_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "real" / "inner").mkdir(parents=True)
-    (tmp_path / "link").symlink_to("real")
-    (tmp_path / "real" / "file").symlink_to("inner")
-    (tmp_path / "round").symlink_to("round")
-    paths = ["a", "link", "link/file", "link/inner/..", "link/none/x", ".", "..", "", "/", "round/x", "link/", "//x"]
-    wanted = [os.path.realpath(path) for path in paths]
-    assert [real(path) for path in paths] == wanted
-    looks, plain = [], os.path.realpath
-    monkeypatch.setattr(os.path, "realpath", lambda path: looks.append(path) or plain(path))
-    with folders_stay():
-        assert [real(path) for path in paths] == wanted
-        before = len(looks)
-        assert [real(f"link/none/{n}") for n in range(9)] == [str(tmp_path / f"real/none/{n}") for n in range(9)]
-        assert len(looks) == before
-    assert [is_inside(path, "/a/b") for path in ("/a/b", "/a/b/c", "/a/bc", "/a")] == [True, True, False, False]
-    assert is_inside("/a", "/")

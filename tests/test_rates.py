@@ -78,10 +78,3 @@ def test_without_the_variable_it_lies_in_the_home(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     rates.keep(RATE)
     assert (tmp_path / ".cache" / "cvlctl" / "rates.json").exists() and rates.kept() == RATE
-
-
-def test_a_plan_of_many_cells_reads_it_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates.keep(RATE)
-    assert rates.kept() == RATE
-    monkeypatch.setattr(rates, "read_regular", None)  # no more
-    assert [rates.kept() for _ in range(3)] == [RATE] * 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
@@ -163,20 +162,13 @@ def run(
         raise CvlctlError(f"--only is not for {other}", "--cancel stops all of it, and --logs names its cell")
 
     def work() -> Any:
-        gc.disable()  # what is read now stays: to go through it again and again would take a third of the time
-        from cvlctl.experiments import commands, look
-
-        if cancel:
-            return look.cancel(commands.outline(experiment, chosen))
-        if logs is not None and (found := look.log(commands.outline(experiment, chosen), logs)):
-            return found
-        from cvlctl.experiments import run
+        from cvlctl.experiments import commands, look, run
 
         loaded = commands.load(experiment, chosen, "run")
-        gc.freeze()
-        gc.enable()
         if logs is not None:
             return look.logs(loaded, logs)
+        if cancel:
+            return look.cancel(loaded)
         if follow:
             return look.follow(loaded, only)
         if status:

@@ -87,17 +87,20 @@ def merge(
     task: Annotated[
         str | None, typer.Option("--task", help="The new store's task. Default: the parents', joined by ' + '.")
     ] = None,
+    rescale: Annotated[
+        bool, typer.Option("--rescale", help="Bring actions of different bounds to bounds that hold them all.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Join stores of one observation and action shape. Episodes keep their task, seed and place in the collection.
+    """Join stores of one observation and action shape, of the same action bounds and columns.
 
-    Labels that all of them have are kept.
+    Episodes keep their task, seed and place in the collection. Labels that all of them have are kept.
     """
     from cvlctl.data import transform
 
-    _show(lambda: transform.merge(paths, out, task=task, force=force), as_json, quiet)
+    _show(lambda: transform.merge(paths, out, task=task, rescale=rescale, force=force), as_json, quiet)
 
 
 @register(app, "split", MAKE, "cvlctl data split data/a.zarr --train 0.9 --seed 0")
@@ -265,8 +268,12 @@ def import_(
     ] = None,
     label: Annotated[str, typer.Option("--label", help="Name under which rewards and successes are kept.")] = "given",
     action_bounds: Annotated[
-        tuple[float, float] | None,
-        typer.Option("--action-bounds", help="LOW HIGH: scale actions to [-1, 1]."),
+        tuple[str, str] | None,
+        typer.Option(
+            "--action-bounds",
+            metavar="LOW HIGH",
+            help="What actions lie in, to be scaled to [-1, 1]: two numbers, or one a dimension (-2,-2,-0.5 2,2,0.5).",
+        ),
     ] = None,
     clip_actions: Annotated[
         bool, typer.Option("--clip-actions", help="Cut actions off at [-1, 1], rather than refuse those outside.")
@@ -279,6 +286,16 @@ def import_(
         list[str] | None,
         typer.Option("--key", help="For arrays: OURS=THEIRS, such as observations=obs; may be repeated."),
     ] = None,
+    columns: Annotated[
+        str | None, typer.Option("--columns", help="Names of the observations' columns, in order: x,y,battery.")
+    ] = None,
+    drop_column: Annotated[
+        list[str] | None,
+        typer.Option("--drop-column", help="Leave this column out: its name, or its number from 0; may be repeated."),
+    ] = None,
+    control_period: Annotated[
+        float | None, typer.Option("--control-period", help="Seconds from one step to the next, such as 0.05.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -286,9 +303,15 @@ def import_(
     """Write the episodes of another project's file to a new store, streaming."""
     from cvlctl.data import exchange
 
-    options: dict[str, Any] = {"task": task, "horizon": horizon, "label": label, "action_bounds": action_bounds}
-    options |= {"clip_actions": clip_actions, "observation_keys": observation_key or (), "keys": key or ()}
-    _show(lambda: exchange.import_file(format, file, out, **options, force=force), as_json, quiet)
+    options: dict[str, Any] = {"task": task, "horizon": horizon, "label": label, "clip_actions": clip_actions}
+    options |= {"observation_keys": observation_key or (), "keys": key or (), "drop_columns": drop_column or ()}
+    options |= {"columns": columns.split(",") if columns else (), "control_period": control_period, "force": force}
+
+    def work() -> dict[str, Any]:
+        bounds = exchange.bounds_of_words(action_bounds)
+        return exchange.import_file(format, file, out, action_bounds=bounds, **options)
+
+    _show(work, as_json, quiet)
 
 
 @register(app, "export", EXCHANGE, "cvlctl data export data/hopper.zarr d4rl --out hopper.hdf5")

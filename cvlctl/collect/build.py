@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from cvlctl import units
 from cvlctl.collect import online
 from cvlctl.collect.recipe import BuildRecipe, OnlineSource
 from cvlctl.collect.sources import roll_out
-from cvlctl.data.formats import units
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError

@@ -40,6 +40,7 @@ from cvlctl.play.rollout import Outcome, flags, in_words, outcome
 from cvlctl.progress import Progress, say
 from cvlctl.runs import Run, read_run
 from cvlctl.types import Episode, Spec
+from cvlctl.units import KEY, finite, plain
 
 
 def _run(recipe: BuildRecipe) -> Run:
@@ -197,9 +198,10 @@ class _Collector:
         configure(self.settings)
         self.state = {name: value.to(self.settings.device) for name, value in state.items()}
         self._remember_state()
+        bounds = finite(*env.action_bounds)[0] or (-1.0, 1.0)
         self.metadata = {
             "algorithm": source.name, "task": recipe.task, "spec": asdict(env.spec), "seeds": [recipe.seed],
-            "recipe": run.recipe, "settings": self.settings.as_dict(),
+            "recipe": run.recipe, "settings": self.settings.as_dict(), "units": {KEY: plain(bounds)},
             **({"environment": envs.described(env, recipe.settings)} if env.own else {}),
         }  # fmt: skip
 

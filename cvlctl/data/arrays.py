@@ -59,3 +59,17 @@ async def _settled() -> None:
     """Wait for whatever zarr has under way."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     await asyncio.gather(*others, return_exceptions=True)
+
+
+def form(name: str, rows: dict[str, np.ndarray]) -> tuple[tuple[int, ...], np.dtype] | None:
+    """What all episodes of a store agree in."""
+    return (rows[name].shape[1:], rows[name].dtype) if name in rows else None
+
+
+def described(name: str, rows: dict[str, np.ndarray]) -> str:
+    """The same in words."""
+    what = name.rsplit("/")[-1] + ("es" if name.endswith("s") else "s")
+    if name not in rows:
+        return f"no {what}"
+    shape = rows[name].shape[1:]
+    return f"{what} of shape {shape} {rows[name].dtype}" if shape else what

@@ -15,11 +15,13 @@ import numpy as np
 from cvlctl import files
 from cvlctl.data.attributes import KEYS
 from cvlctl.data.store import DATA, Column, Store, open_store
+from cvlctl.data.units import agreed, bounds_of
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import put_in_place, put_right
 from cvlctl.progress import Progress
 from cvlctl.types import Episode
+from cvlctl.units import KEY, Bounds, Units, physical, plain, scaled
 
 # what is true of a store's writing, not of its episodes
 OWN_PROVENANCE = ("versions", "platform", "where", "git_commit", "created", "recipe", "parents", "command", "inputs")
@@ -35,12 +37,16 @@ class Part(NamedTuple):
 
 
 class Output(NamedTuple):
-    """A store to be written: episodes, label arrays by name ("labels/given/reward"), and the store's task."""
+    """A store to be written: episodes, label arrays by name ("labels/given/reward"), and the store's task.
+
+    `bounds`: what its actions are rescaled to; None: they stay as they are.
+    """
 
     path: Path
     parts: Sequence[Part]
     labels: Mapping[str, Rows]
     task: str
+    bounds: Bounds | None = None
 
 
 def whole(store: Store) -> Part:
@@ -63,8 +69,8 @@ def column_rows(parts: Sequence[Part], name: str) -> Iterator[np.ndarray]:
             yield column.rows(start, end)
 
 
-def episodes(parts: Sequence[Part]) -> Iterator[Episode]:
-    """The episodes, without labels; each keeps its task, seed and collected_at."""
+def episodes(parts: Sequence[Part], to: Bounds | None = None) -> Iterator[Episode]:
+    """The episodes, without labels; each keeps its task, seed and collected_at. Actions are rescaled to bounds `to`."""
     for part in parts:
         store = part.store
         observation, action = Column(store, "data/observation"), Column(store, "data/action")
@@ -72,7 +78,10 @@ def episodes(parts: Sequence[Part]) -> Iterator[Episode]:
         collected_at, seeds = store.collected_at().tolist(), store.seeds().tolist()
         for i, (start, end) in zip(part.numbers.tolist(), bounds(part), strict=True):
             about = (terminated[i], tasks[i], collected_at[i], seeds[i])
-            yield Episode(observation.rows(start, end), action.rows(start, end - 1), None, None, *about)
+            actions = action.rows(start, end - 1)
+            if to is not None:
+                actions = scaled(physical(actions, bounds_of(store)), to, clip=False)
+            yield Episode(observation.rows(start, end), actions, None, None, *about)
 
 
 def label_arrays(store: Store) -> list[str]:
@@ -107,6 +116,8 @@ def derive(
             parents = [part.store for part in output.parts]
             horizon = max(store.spec.horizon for store in parents)
             origin = {**_agreed([_about(store) for store in parents]), **_origin(parents, command)}
+            if output.bounds is not None:
+                origin[KEY] = plain(output.bounds)
             if inputs:
                 origin["inputs"] = dict(inputs)
             writer = StoreWriter(
@@ -116,7 +127,7 @@ def derive(
             writers.append(writer)
             _fill(writer, output)
         for writer, output in zip(writers, outputs, strict=True):
-            writer.finish(**_agreed([_extra(part.store) for part in output.parts]))
+            writer.finish(**_attributes(output))
         put_in_place([writer.folder for writer in writers])
     except BaseException:
         for writer in writers:
@@ -197,7 +208,7 @@ def summary(store: Store, status: str = "written") -> dict[str, Any]:
 def _fill(writer: StoreWriter, output: Output) -> None:
     total = sum(len(part.numbers) for part in output.parts)
     with Progress(str(output.path), total, "episodes") as progress:
-        for count, episode in enumerate(episodes(output.parts), start=1):
+        for count, episode in enumerate(episodes(output.parts, output.bounds), start=1):
             writer.append(episode)
             progress.update(count)
     for name, rows in output.labels.items():
@@ -224,6 +235,14 @@ def _origin(parents: Sequence[Store], command: str) -> dict[str, Any]:
         for store in parents
     ]
     return {"parents": described, "command": command}
+
+
+def _attributes(output: Output) -> dict[str, Any]:
+    """Free attributes as the parents agree on them; what they say of their numbers, taken together."""
+    stores = [part.store for part in output.parts]
+    free = {k: v for k, v in _agreed([_extra(store) for store in stores]).items() if k not in Units._fields}
+    together = agreed(stores)
+    return free | (together if output.bounds is None else together._replace(action_bounds=output.bounds)).attributes()
 
 
 def _about(store: Store) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from cvlctl.data import formats
 from cvlctl.data.derive import command_line, summary
 from cvlctl.data.store import open_store
 from cvlctl.errors import CvlctlError
+from cvlctl.units import Bounds
 
 FLAGS = {
     "horizon": "--horizon", "action_bounds": "--action-bounds", "clip_actions": "--clip-actions",
@@ -28,10 +29,13 @@ def import_file(
     task: str | None = None,
     horizon: int | None = None,
     label: str = "given",
-    action_bounds: tuple[float, float] | None = None,
+    action_bounds: Bounds | None = None,
     clip_actions: bool = False,
     observation_keys: Sequence[str] = (),
     keys: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    drop_columns: Sequence[str] = (),
+    control_period: float | None = None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write a file's episodes to a new store; arguments are those of `formats.import_store`, `keys` as OURS=THEIRS.
@@ -55,13 +59,32 @@ def import_file(
     command = command_line(
         "import", format, path, out=out, task=task, horizon=horizon, label=label if label != "given" else None,
         clip_actions=clip_actions or None, observation_key=observation_keys, key=keys,
+        columns=",".join(columns) or None, drop_column=drop_columns, control_period=control_period,
     )  # fmt: skip
     if action_bounds:
-        command += f" --action-bounds {action_bounds[0]:g} {action_bounds[1]:g}"
+        command += f" --action-bounds {' '.join(map(_side, action_bounds))}"
     if done := formats.imported_already(format, path, Path(out), command, horizon=horizon, force=force, **options):
         return summary(done, "finished already")
     about: dict[str, Any] = {"task": task, "horizon": horizon, "label": label, "force": force, "command": command}
+    about |= {"columns": columns, "drop_columns": drop_columns, "control_period": control_period}
     return summary(formats.import_store(format, path, out, **about, **options))
+
+
+def bounds_of_words(words: tuple[str, str] | None) -> Bounds | None:
+    """LOW and HIGH as they are typed: each a number, or several with commas between, one a dimension."""
+    if words is None:
+        return None
+    try:
+        sides = [[float(number) for number in side.split(",")] for side in words]
+    except ValueError as error:
+        what = f"--action-bounds {' '.join(words)}: {error}"
+        raise CvlctlError(what, "give two numbers, -2 2, or one a dimension: -2,-2,-0.5 2,2,0.5") from None
+    low, high = (side[0] if len(side) == 1 else side for side in sides)
+    return low, high
+
+
+def _side(bound: Any) -> str:
+    return ",".join(f"{value:g}" for value in bound) if isinstance(bound, Sequence) else f"{bound:g}"
 
 
 def export(path: Path, format: str, out: Path, *, label: str = "given", force: bool = False) -> dict[str, Any]:

@@ -15,8 +15,10 @@ from cvlctl.data.recipe import StoreUse
 from cvlctl.data.samplers import Data
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.stream import Stream, arrival_reward
+from cvlctl.data.units import agreed, require_alike, units_of
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Spec
+from cvlctl.units import Units
 
 
 def open_stores(uses: Sequence[StoreUse]) -> list[Store]:
@@ -32,6 +34,8 @@ def open_stores(uses: Sequence[StoreUse]) -> list[Store]:
             )
         if store.spec.pixels or len(store.spec.observation_shape) != 1:
             raise CvlctlError(f"{use.path}: observations of shape {store.spec.observation_shape} are not vectors")
+    said = [(store.path, units_of(store)) for store in stores]
+    require_alike(said, stores[0].spec.action_dim, "cvlctl data merge --rescale makes one store of them, of one scale")
     return stores
 
 
@@ -58,6 +62,11 @@ class Reading(NamedTuple):
     @property
     def spec(self) -> Spec:
         return self.stores[0].spec
+
+    @property
+    def units(self) -> Units:
+        """What all stores say of their numbers."""
+        return agreed(self.stores)
 
 
 @contextmanager

@@ -11,7 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cvlctl.data.columns import action_columns, observation_columns
+from cvlctl.data.concerns import concerns, never_varied
+from cvlctl.data.show_columns import render_columns
 from cvlctl.data.store import Store, open_store
+from cvlctl.data.units import units_of
 from cvlctl.data.verify import verify_store
 from cvlctl.errors import CvlctlError
 
@@ -35,7 +39,8 @@ def ls(root: Path) -> list[dict[str, Any]]:
 
 
 def info(path: Path) -> dict[str, Any]:
-    """All about one store: task, spec, counts, lengths, returns and their histogram for each label, size, provenance.
+    """All about one store: columns, actions, task, spec, units, counts, lengths, returns and their histogram for each
+    label, what seems amiss (`warnings`), size, provenance. Read chunk by chunk, but for labels.
 
     Raises:
         CvlctlError: as `open_store` does.
@@ -44,8 +49,13 @@ def info(path: Path) -> dict[str, Any]:
     lengths = store.lengths()
     returns = {label: episode_returns(store, label) for label in store.labels if store.has_label(label)}
     solved = {label: _episodes_solved(store, label) for label in store.labels if store.has_label(label, "success")}
+    units, columns = units_of(store), observation_columns(store)
     return {
         "path": str(path),
+        "columns": columns,
+        "actions": action_columns(store),
+        "units": units.attributes(),
+        "steps_per_second": 1 / units.control_period if units.control_period else None,
         "task": store.task,
         "tasks": store.task_names,
         "spec": {
@@ -61,6 +71,7 @@ def info(path: Path) -> dict[str, Any]:
         "histogram": {label: _histogram(values) for label, values in returns.items()},
         "success_fraction": {label: float(values.mean()) for label, values in solved.items()},
         "terminated_fraction": float(store.terminated().mean()),
+        "warnings": [*constant_columns(columns), *concerns(store)],
         "size_mb": _size_mb(Path(path)),
         "digest": store.digest(),
         "provenance": store.provenance,
@@ -68,9 +79,18 @@ def info(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Re-read every chunk of a store: path, problems (one line each), ok."""
-    problems = verify_store(path)
-    return {"path": str(path), "problems": problems, "ok": not problems}
+    """Re-read every chunk of a store: path, problems (one line each), ok; of a sound one also `warnings`: what is as it
+    was written, and seems amiss."""
+    problems, warnings = verify_store(path), list[str]()
+    if not problems:
+        store = open_store(path)
+        warnings = [*constant_columns(observation_columns(store)), *concerns(store)]
+    return {"path": str(path), "problems": problems, "warnings": warnings, "ok": not problems}
+
+
+def constant_columns(columns: list[dict[str, Any]]) -> list[str]:
+    """`concerns.never_varied` of what `observation_columns` found."""
+    return never_varied(*([one[key] for one in columns] for key in ("name", "min", "max")))
 
 
 def episode_returns(store: Store, label: str = "given") -> np.ndarray:
@@ -104,9 +124,13 @@ def render_ls(result: list[dict[str, Any]], console: Console) -> None:
 
 
 def render_info(result: dict[str, Any], console: Console) -> None:
-    """Print the result of `info`: a table of facts, then a histogram of the returns for each label."""
+    """Print the result of `info`: its columns and actions, a table of facts, a histogram of the returns for each label,
+    and last what wrote it."""
+    render_columns(result["columns"], result["actions"], console)
+    for warning in result["warnings"]:
+        console.print(f"warning: {warning}", markup=False, style="yellow")
     table = Table("", "", title=Text(result["path"]), show_header=False)
-    for name, value in facts(result):
+    for name, value in _of_data(result):
         table.add_row(Text(name), Text(value))
     console.print(table)
     for label, histogram in result["histogram"].items():
@@ -117,12 +141,18 @@ def render_info(result: dict[str, Any], console: Console) -> None:
             length = -(-count * BAR // tallest)  # rounded up, so that one episode still shows
             bars.add_row(f"{_number(low)} .. {_number(high)}", f"{count:,}", "█" * length)
         console.print(bars)
+    origin = Table("", "", title=Text("where it came from"), show_header=False)
+    for name, value in _origin(result["provenance"]):
+        origin.add_row(Text(name), Text(value))
+    console.print(origin)
 
 
 def render_verify(result: dict[str, Any], console: Console) -> None:
     """Print the result of `verify`: one line a problem."""
     if result["ok"]:
         console.print(f"{result['path']}: sound", markup=False)
+    for warning in result["warnings"]:
+        console.print(f"{result['path']}: warning: {warning}", markup=False, soft_wrap=True)
     for problem in result["problems"]:
         console.print(f"{result['path']}: {problem}", markup=False, soft_wrap=True)
 
@@ -158,9 +188,13 @@ def _row(path: Path) -> dict[str, Any]:
 
 def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The result of `info` in words, by name."""
-    spec, lengths, provenance = result["spec"], result["lengths"], result["provenance"]
+    return [*_of_data(result), *_origin(result["provenance"])]
+
+
+def _of_data(result: dict[str, Any]) -> list[tuple[str, str]]:
+    spec, lengths, units = result["spec"], result["lengths"], result["units"]
     shape = "x".join(str(n) for n in spec["observation_shape"])
-    facts = [
+    told = [
         ("task", _listed(list(dict.fromkeys([result["task"], *result["tasks"]])))),
         ("observation, action", f"{shape}{' pixels' if spec['pixels'] else ''}, {spec['action_dim']}"),
         ("episodes", f"{result['episodes']:,}"),
@@ -170,10 +204,24 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for label, q in result["returns"].items():
         spread = " / ".join(_number(q[name]) for name in QUANTILES)
-        facts.append((f"returns ({label})", f"mean {_number(q['mean'])}; {' / '.join(QUANTILES)}: {spread}"))
-    facts += [(f"successful ({label})", _percent(value)) for label, value in result["success_fraction"].items()]
-    facts += [("size", f"{result['size_mb']:.1f} MB"), ("digest", result["digest"][:16])]
-    return facts + [(name, _in_words(value)) for name, value in provenance.items()]
+        told.append((f"returns ({label})", f"mean {_number(q['mean'])}; {' / '.join(QUANTILES)}: {spread}"))
+    told += [(f"successful ({label})", _percent(value)) for label, value in result["success_fraction"].items()]
+    told += [("size", f"{result['size_mb']:.1f} MB"), ("digest", result["digest"][:16])]
+    if result["steps_per_second"]:
+        told.insert(2, ("steps a second", f"{result['steps_per_second']:.4g}"))
+    known = {
+        "clipped_fraction": _percent(units.get("clipped_fraction")),
+        "action_bounds": str(units.get("action_bounds", "")),
+    }
+    known["dropped_columns"] = _listed(units.get("dropped_columns", []))
+    return told + [(name.replace("_", " "), text) for name, text in known.items() if text]
+
+
+def _origin(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """Provenance in words, versions last."""
+    last = ("platform", "where", "git_commit", "versions")
+    names = [*(name for name in provenance if name not in last), *(name for name in last if name in provenance)]
+    return [(name, _in_words(provenance[name])) for name in names]
 
 
 def _listed(names: list[str]) -> str:

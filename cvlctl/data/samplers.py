@@ -257,6 +257,18 @@ def observation_statistics(observation: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), square.sqrt().float()
 
 
+def observation_range(observation: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value (O,) of each column over all rows (rows, O)."""
+    low, high = torch.aminmax(observation, dim=0)
+    return low, high
+
+
+def never_varied(observation: Tensor) -> Tensor:
+    """(O,) bool: columns of one value over all rows, but for float32's rounding."""
+    low, high = observation_range(observation)
+    return high - low <= 1e-6 * torch.maximum(low.abs(), high.abs())
+
+
 def reward_statistics(data: Data, gamma: float) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (1 or E, 1) of the reward at futures from the marginal p(s+), by 65,536 draws.
 

@@ -26,20 +26,26 @@ from cvlctl.data.derive import (
     whole,
 )
 from cvlctl.data.store import Store, open_store
+from cvlctl.data.units import bounds_of, require_alike, units_of, widest
 from cvlctl.errors import CvlctlError
+from cvlctl.progress import say
+from cvlctl.units import plain
 
 FINISHED = "finished already"
 
 
-def merge(paths: Sequence[Path], out: Path, *, task: str | None = None, force: bool = False) -> dict[str, Any]:
+def merge(
+    paths: Sequence[Path], out: Path, *, task: str | None = None, rescale: bool = False, force: bool = False
+) -> dict[str, Any]:
     """Join stores of one observation and action shape, one after the other; labels that all of them have are kept.
 
     Args:
         task: the new store's task; default: the parents', joined by " + " where they differ. Episodes keep their own.
+        rescale: bring the actions of stores of different action bounds to bounds that hold them all.
     """
     if len(paths) < 2:
         raise CvlctlError("merge needs two stores or more", "cvlctl data merge A B --out C")
-    command = command_line("merge", *paths, out=out, task=task)
+    command = command_line("merge", *paths, out=out, task=task, rescale=rescale or None)
     if done := finished_already(command, [Path(out)], paths, force=force):
         return summary(done[0], FINISHED)
     stores = [open_store(path) for path in paths]
@@ -47,11 +53,21 @@ def merge(paths: Sequence[Path], out: Path, *, task: str | None = None, force: b
         if _shape(store) != _shape(stores[0]):
             what = f"{path} has {_shape(store)}, but {paths[0]} has {_shape(stores[0])}"
             raise CvlctlError(what, "merge stores of one robot and task family")
+    bounds = [bounds_of(store) for store in stores]
+    units = [
+        units_of(store)._replace(action_bounds=None if rescale else b) for store, b in zip(stores, bounds, strict=True)
+    ]
+    way_out = "--rescale brings all actions to bounds that hold both; in Python, merge(..., rescale=True)"
+    require_alike(list(zip(paths, units, strict=True)), stores[0].spec.action_dim, way_out)
+    to = widest(bounds, stores[0].spec.action_dim) if rescale else None
+    if to is not None:
+        for path, found in zip(paths, bounds, strict=True):
+            say(f"{path}: actions of {plain(found) or '[-1, 1], since it does not say'} become those of {plain(to)}")
     parts = [whole(store) for store in stores]
     labels = copied_labels(parts)
     left_out = sorted({name for store in stores for name in label_arrays(store)} - set(labels))
     name = task or " + ".join(dict.fromkeys(store.task for store in stores))
-    (store,) = derive([Output(Path(out), parts, labels, name)], command, force=force)
+    (store,) = derive([Output(Path(out), parts, labels, name, to)], command, force=force)
     return {**summary(store), "labels_left_out": left_out}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -15,15 +15,17 @@ import zarr
 from cvlctl import files, folders
 from cvlctl.data import tails
 from cvlctl.data.arrays import checksum as _checksum
-from cvlctl.data.arrays import trailers, write_arrays
+from cvlctl.data.arrays import described, form, trailers, write_arrays
 from cvlctl.data.attributes import FORMAT, VERSION, read_attributes
 from cvlctl.data.chunks import open_array, read_array
 from cvlctl.data.provenance import environment, jsonable
 from cvlctl.data.store import LABEL_ARRAYS, META, Store, json_digest, open_store, split
 from cvlctl.data.tails import TAIL, Tail
+from cvlctl.data.units import recorded_attributes
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import LOCK, MARKER, Folder, put_in_place
-from cvlctl.types import Episode
+from cvlctl.types import Episode, Spec
+from cvlctl.units import Bounds, Units, read_units
 
 CHUNK_ROWS = 100_000  # 500k rows load in tens of ms; chunks of 1k rows take ten times as long
 CHUNK_BYTES = 2**26  # pixels get fewer rows a chunk
@@ -37,6 +39,9 @@ def write_store(
     horizon: int | None = None,
     provenance: dict[str, Any] | None = None,
     label: str = "given",
+    action_bounds: Bounds | None = None,
+    observation_columns: Sequence[str] = (),
+    control_period: float | None = None,
     force: bool = False,
 ) -> Store:
     """Write `episodes` to a new store, all or nothing: where anything fails, no trace is left and the old store stays.
@@ -46,18 +51,29 @@ def write_store(
         horizon: longest possible episode; default: the longest one seen.
         provenance: JSON values to record; versions of python and packages are added.
         label: name under which rewards and successes are kept.
+        action_bounds: low and high, numbers or one a dimension: what actions of -1 and 1 stand for on the robot.
+        observation_columns: names of the observations' columns, in their order.
+        control_period: seconds from one step to the next.
         force: replace a store that is already there, once the new one is complete.
+
+    Raises:
+        CvlctlError: the episodes are not alike, the units do not fit them, the store exists, or the disk refuses.
     """
+    given = Units(action_bounds, tuple(observation_columns), control_period=control_period)
+    about = {"task": task, "horizon": horizon, "provenance": provenance, "label": label, "force": force}
+    return write_all(path, episodes, lambda: given, **about)
+
+
+def write_all(path: str | Path, episodes: Iterable[Episode], units: Callable[[], Units], **about: Any) -> Store:
+    """`write_store`, where only the last episode tells all of the store's `units`; `about` are StoreWriter's."""
     if not isinstance(episodes, Iterable):
         what = f"episodes is of type {type(episodes).__name__}, not a list or another iterable of episodes"
         raise CvlctlError(what, "a single episode goes into a list: [episode]")
-    writer = StoreWriter(
-        path, task=task, horizon=horizon, provenance=provenance, label=label, force=force, resume=False
-    )
+    writer = StoreWriter(path, resume=False, **about)
     try:
         for episode in episodes:
             writer.append(episode)
-        return writer.finish()
+        return writer.finish(**units().attributes())
     except BaseException:
         writer.close(discard=True)
         raise
@@ -159,8 +175,8 @@ class StoreWriter:
                 rows[name] = np.concatenate([value, np.zeros_like(value[:1])])
         earlier = {name: parts[0] for name, parts in self._pending.items()} or rows
         for name in rows | earlier:
-            if _form(name, rows) != _form(name, earlier):
-                here, before = _described(name, rows), _described(name, earlier)
+            if form(name, rows) != form(name, earlier):
+                here, before = described(name, rows), described(name, earlier)
                 hint = "the episodes of a store are alike: write others to a store of their own"
                 raise CvlctlError(f"{where} has {here}; those before it have {before}", hint)
         task, end = episode.task or self._task, self._num_rows + len(episode) + 1
@@ -222,7 +238,7 @@ class StoreWriter:
     def finish(self, **extra_attributes: Any) -> Store:
         """Write what is left, checksums and attributes (yours too), and put the store in place by one rename."""
         self._require_open()
-        extra = jsonable("extra attributes", extra_attributes)
+        extra = jsonable("extra attributes", recorded_attributes(self._provenance) | extra_attributes)
         if not self._table:
             raise CvlctlError(f"{self.path}: no episodes to write", "a store holds at least one episode")
         self._refuse_existing()
@@ -233,6 +249,7 @@ class StoreWriter:
             self._write(self._written, self._rest())
             self._write(0, meta)
             own = self._attributes()
+            read_units(str(self.path), extra, Spec(**own["spec"]))
             own["checksums"] = {name: _checksum(self.partial, name) for name in (*self._pending, *meta)}
             own["chunk_crc32c"] = {name: trailers(self.partial, name) for name in own["checksums"]}
             if clash := sorted(set(extra) & set(own)):
@@ -327,15 +344,3 @@ def _prune(folder: Path, kept: set[Path]) -> None:
                 entry.rmdir()
         elif entry not in kept:
             entry.unlink()
-
-
-def _form(name: str, rows: dict[str, np.ndarray]) -> tuple[tuple[int, ...], np.dtype] | None:
-    return (rows[name].shape[1:], rows[name].dtype) if name in rows else None
-
-
-def _described(name: str, rows: dict[str, np.ndarray]) -> str:
-    what = name.rsplit("/")[-1] + ("es" if name.endswith("s") else "s")
-    if name not in rows:
-        return f"no {what}"
-    shape = rows[name].shape[1:]
-    return f"{what} of shape {shape} {rows[name].dtype}" if shape else what

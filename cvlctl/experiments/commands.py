@@ -59,7 +59,9 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: str | None = Non
     Raises:
         CvlctlError: naming file, line and key (or the command line), what was expected, and the nearest legal name.
     """
-    source, data = _read(path, overrides)
+    source, data = yamlfile.read(Path(path))
+    for override in overrides:
+        yamlfile.override(source, data, override)
     told = kind_of(data)
     if kind is None and told is None:
         keys = ", ".join(command.telling for command in COMMANDS.values())
@@ -71,19 +73,6 @@ def load(path: str | Path, overrides: Sequence[str] = (), kind: str | None = Non
             what = f"{path} is a recipe for {told}, not for {kind}"
             raise CvlctlError(what, f"run: cvlctl {told} {path}") from None
         raise
-
-
-def outline(path: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """The experiment in file `path` without its jobs: where it is, whatever is wrong with them, and at once."""
-    source, data = _read(path, overrides)
-    return model("run").outline(data, source)  # type: ignore[attr-defined]
-
-
-def _read(path: str | Path, overrides: Sequence[str]) -> tuple[yamlfile.Source, Any]:
-    source, data = yamlfile.read(Path(path))
-    for override in overrides:
-        yamlfile.override(source, data, override)
-    return source, data
 
 
 def kind_of(data: Any) -> str | None:

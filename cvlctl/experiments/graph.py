@@ -120,28 +120,19 @@ def _is_like(name: str, patterns: Sequence[str]) -> bool:
 
 def _above(path: str, outs: dict[str, str]) -> list[str]:
     """The cell that writes `path`, or what holds it."""
-    place, below = os.path.abspath(path), ""
-    while place != below:
-        if place in outs:
-            return [outs[place]]
-        place, below = os.path.dirname(place), place
-    return []
+    place = Path(os.path.abspath(path))
+    return next(([outs[str(one)]] for one in (place, *place.parents) if str(one) in outs), [])
 
 
 def _by_pattern(patterns: set[str], trained: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     """For each pattern the cells whose runs it matches."""
     parts = [(Path(place).parts, name) for place, name in trained]
     found: dict[str, list[str]] = {pattern: [] for pattern in patterns}
-    beside: dict[int, dict[tuple[str, ...], list[tuple[tuple[str, ...], str]]]] = {}  # by so many parts at the start
     for pattern in patterns:
         wanted = Path(os.path.abspath(pattern)).parts
         plain = next((n for n, part in enumerate(wanted) if any(sign in part for sign in "*?[")), len(wanted))
         if plain < len(wanted):
-            if plain not in beside:
-                beside[plain] = {}
-                for at, name in parts:
-                    beside[plain].setdefault(at[:plain], []).append((at[plain:], name))
-            near = beside[plain].get(wanted[:plain], [])
+            near = [(at[plain:], name) for at, name in parts if at[:plain] == wanted[:plain]]
             found[pattern] = [name for at, name in near if _matches(at, wanted[plain:])]
     return found
 

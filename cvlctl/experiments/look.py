@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from cvlctl import streams, terminal
@@ -14,6 +13,7 @@ from cvlctl.experiments.engines import on_slurm
 from cvlctl.experiments.engines.start import LOG, tail
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.recipe import ExperimentRecipe
+from cvlctl.experiments.run import chosen, planned
 from cvlctl.progress import say
 from cvlctl.recipes.explain import nearest
 
@@ -27,8 +27,6 @@ _MOST_BYTES = 100_000  # of a log that are shown
 def look(experiment: ExperimentRecipe, only: str = "") -> dict[str, Any]:
     """How far the cells are. Returns out, status ("done", "running", "failed" or "waiting"), and cells: a dict a cell,
     as `status.status` gives them."""
-    from cvlctl.experiments.run import chosen, planned  # these import PyTorch
-
     cells = chosen(planned(experiment, keep=False), only)
     rows = status.status(experiment.out, cells)
     states = {row["state"] for row in rows}
@@ -60,30 +58,17 @@ def follow(experiment: ExperimentRecipe, only: str = "") -> dict[str, Any]:
     return found
 
 
-def log(experiment: ExperimentRecipe, name: str) -> dict[str, Any] | None:
-    """What `logs` gives, by the files alone; None: there is no such log."""
-    path = folder_of(experiment.out, name) / LOG
-    if ".." in path.relative_to(experiment.out).parts:
-        return None
-    with suppress(OSError):
-        return {"status": "log", "cell": name, "path": str(path), "text": tail(path, _MOST_BYTES)}
-    return None
-
-
 def logs(experiment: ExperimentRecipe, name: str) -> dict[str, Any]:
-    """What a cell has said: status ("log"), cell, path, and text, the end of it where it is long.
-
-    Raises:
-        CvlctlError: there is no such cell, or it has said nothing.
-    """
-    from cvlctl.experiments.run import planned
-
+    """What a cell has said: status ("log"), cell, path, and text, the end of it where it is long."""
     names = [cell.name for cell in planned(experiment, keep=False)]
     if name not in names:
         raise CvlctlError(f"no cell {name}", nearest(name, names, "cells"))
-    if found := log(experiment, name):
-        return found
-    raise CvlctlError(f"{name} has said nothing: no {folder_of(experiment.out, name) / LOG}", "it has not run yet")
+    path = folder_of(experiment.out, name) / LOG
+    try:
+        text = tail(path, _MOST_BYTES)
+    except OSError as error:
+        raise CvlctlError(f"{name} has said nothing: {path}: {error.strerror}", "it has not run yet") from error
+    return {"status": "log", "cell": name, "path": str(path), "text": text}
 
 
 def cancel(experiment: ExperimentRecipe) -> dict[str, Any]:

@@ -42,14 +42,14 @@ def plan(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def state_of(job: Job) -> str:
     """How far a job is, by what lies at its `out`."""
-    out = Path(job.recipe.out)
+    out, plain = Path(job.recipe.out), job.recipe.resolved()
     before: Mapping[str, Any]
     try:
         if job.command == "build-dataset":
-            if not out.exists():
-                return "partial" if partial_of(out).exists() else "to do"
             from cvlctl.data.store import open_store
 
+            if not out.exists():
+                return "partial" if partial_of(out).exists() else "to do"
             same = job.recipe.built(open_store(out).provenance.get("recipe"))
             return "finished" if same else "another recipe"
         if job.command == "evaluate":
@@ -65,7 +65,6 @@ def state_of(job: Job) -> str:
             before = read_run(out)
     except CvlctlError:
         return "another recipe"
-    plain = job.recipe.resolved()
     recorded = settled(job.recipe.with_defaults(before["recipe"]), plain)
     same = all(recorded.get(key) == value for key, value in plain.items() if key != "out")
     if job.command != "evaluate" and not same:

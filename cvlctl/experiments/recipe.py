@@ -12,7 +12,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, Valida
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import STEPS, model
 from cvlctl.experiments.engines.sbatch import SlurmSettings
-from cvlctl.paths import folders_stay
 from cvlctl.recipes.matrix import expand, sized, text_of
 from cvlctl.recipes.values import Count, Name, Out, PartOf, Rate, Strict, checked, not_bool
 from cvlctl.recipes.yamlfile import Source
@@ -92,15 +91,9 @@ class ExperimentRecipe(Strict):
         return matrix
 
     @classmethod
-    def outline(cls, data: Any, source: Source, prefix: Key = ()) -> Any:
-        """The experiment without its jobs."""
-        return super().read(sized(data, source), source, prefix)
-
-    @classmethod
     def read(cls, data: Any, source: Source, prefix: Key = ()) -> Any:
-        experiment = cls.outline(data, source, prefix)
-        with folders_stay():
-            experiment._jobs = tuple(jobs_of(experiment, source))
+        experiment = super().read(sized(data, source), source, prefix)
+        experiment._jobs = tuple(jobs_of(experiment, source))
         return experiment
 
     @property

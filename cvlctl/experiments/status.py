@@ -30,13 +30,10 @@ def status(out: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for cell in cells:
         told = state_in(folder_of(out, cell.name))
         state, why = _state(out, cell, told, now)
-        slurm = said.get(cell.name)
-        if slurm:
-            state, why = on_slurm.seen(state, why, told, slurm, _DIED)
-        if slurm and slurm.state == state in ("waiting", "running") and told.get("state") != "running":
-            told = {"engine": "slurm", "job": slurm.job, "host": slurm.host}
-        elif state == "waiting":  # nobody has it, whoever had it once
-            told = {}
+        if cell.name in said:
+            state, why = on_slurm.seen(state, why, told, said[cell.name], _DIED)
+            if state in ("waiting", "running") and told.get("state") != "running":
+                told = {"engine": "slurm", "job": said[cell.name].job, "host": said[cell.name].host}
         behind = next((stuck[need] for need in cell.needs if need in stuck), None)
         if state == "waiting" and behind:
             state, why = "blocked", f"it needs {behind}, which failed"

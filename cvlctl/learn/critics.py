@@ -15,7 +15,7 @@ from cvlctl.learn import networks
 from cvlctl.learn.algorithms import occupancy
 from cvlctl.learn.losses import occupancy_q
 from cvlctl.learn.networks import State
-from cvlctl.types import Spec
+from cvlctl.types import Spec, require_finite
 
 CHUNK = 4096  # state-action pairs against the whole bank at a time: bounds memory
 
@@ -93,6 +93,7 @@ class Critic:
         width = self._state[statistic].shape[1] if statistic else action_dim
         if array.ndim != 2 or array.shape[1] != width:
             raise CvlctlError(f"{name} have shape {array.shape}; expected (N, {width})")
+        require_finite(name, array)
         return torch.from_numpy(np.ascontiguousarray(array)).unsqueeze(0)
 
 

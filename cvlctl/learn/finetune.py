@@ -16,6 +16,7 @@ from cvlctl.data.examples import array_digest, success_examples
 from cvlctl.data.load import Reading, open_stores
 from cvlctl.data.samplers import Data
 from cvlctl.data.store import Store
+from cvlctl.data.units import agreed, require_alike
 from cvlctl.errors import CvlctlError
 from cvlctl.learn import labellers
 from cvlctl.learn.algorithms import ALGORITHMS
@@ -27,6 +28,7 @@ from cvlctl.learn.recipe import FinetuneRecipe
 from cvlctl.play.policies import policy_of, policy_part
 from cvlctl.runs import LABELS_FILE, Run
 from cvlctl.types import Spec
+from cvlctl.units import read_units
 
 
 def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
@@ -41,9 +43,12 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
         examples = success_examples(recipe.success_examples, spec)
         origin = recipe.success_examples.file or recipe.success_examples.from_
         inputs[f"examples:{origin}"] = array_digest(examples)
-    config, initial, digest = _begun_from(config, recipe, spec)
-    if digest is not None:
-        inputs[f"init_from:{recipe.init_from}"] = digest
+    config, initial, found = _begun_from(config, recipe, spec)
+    if found is not None:
+        units = read_units(str(found.path), found.metadata.get("units") or {}, spec)
+        said = [(recipe.init_from, units), (recipe.stores[0].path, agreed(stores))]
+        require_alike(said, spec.action_dim, "take a run and stores of one scale")
+        inputs[f"init_from:{recipe.init_from}"] = found.sha256
     plain = {**recipe.resolved(), "mode": getattr(config, "mode", "scratch")}
     run = Run(recipe.out, plain, inputs, recipe.with_defaults)
     reading = Reading(stores, recipe.stores, examples, learns_from == "rewards")
@@ -85,8 +90,8 @@ def labels(name: str, recipe: FinetuneRecipe, reading: Reading, out: Path, data:
     return reward
 
 
-def _begun_from(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, State | None, str | None]:
-    """The config with its mode decided; what `init_from` gives to begin with, and the sha256 of the file it is from."""
+def _begun_from(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, State | None, checkpoints.Saved | None]:
+    """The config with its mode decided; what `init_from` gives to begin with, and the file that it is from."""
     name = recipe.algorithm.name
     if recipe.init_from is None:
         if hasattr(ALGORITHMS[name], "STARTS_FROM"):
@@ -96,13 +101,13 @@ def _begun_from(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, S
     try:
         found = checkpoints.read(checkpoints.checkpoint_file(recipe.init_from))
         if not hasattr(config, "mode"):
-            return config, _policy(found, recipe, spec), found.sha256
+            return config, _policy(found, recipe, spec), found
         before = critics_of(found, recipe.init_from)
     except CvlctlError as error:
         raise CvlctlError(f"init_from: {error.what.removeprefix('init_from: ')}", error.hint) from error
     initial = _members(recipe, before.state, before.seeds, before.spec, spec)
     mode = "continue" if config.mode == "auto" else config.mode
-    return replace(config, mode=mode, critic=before.config), initial, found.sha256
+    return replace(config, mode=mode, critic=before.config), initial, found
 
 
 def _policy(found: checkpoints.Saved, recipe: FinetuneRecipe, spec: Spec) -> State:

@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cvlctl import checkpoints
+from cvlctl.data.concerns import concerns, never_varied
 from cvlctl.data.load import Reading, hold_out, opened
-from cvlctl.data.samplers import BLOCK, Data, Draws, Indices, at, batches, draw, gather
+from cvlctl.data.samplers import BLOCK, Data, Draws, Indices, at, batches, draw, gather, observation_range
 from cvlctl.data.stream import Stream, window_rows
+from cvlctl.data.units import column_names
 from cvlctl.errors import CvlctlError
 from cvlctl.interrupts import interruptible
-from cvlctl.learn.networks import State
+from cvlctl.learn.networks import NEVER_VARIED, State
 from cvlctl.learn.pictures import plot_metrics
 from cvlctl.learn.programs import Program, programs_of
 from cvlctl.learn.recipe import HELD_OUT, FinetuneRecipe, PretrainRecipe
@@ -71,13 +74,18 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
             if recipe.validation:
                 source, held = _apart(source, recipe.validation)
                 held_out = _held_out_losses(held, draws, recipe.seeds, programs[0])
-            job = job._replace(state=_state(job, recipe, learner, reading, source, run.last))
+            sample = source.sample() if isinstance(source, Stream) else source
+            low, high = observation_range(sample.observation)
+            if job.state is None:
+                _warn(reading, low, high, streamed=isinstance(source, Stream))
+            job = job._replace(state=_state(job, recipe, learner, reading, sample, run.last))
             trained = updates(recipe, draws, programs, source, job)
             metadata = {
                 "algorithm": learner.name, "task": learner.task, "spec": asdict(reading.spec),
                 "seeds": list(recipe.seeds), "recipe": run.recipe,
                 "critic": None if learner.critic is None else asdict(learner.critic),
-                "settings": job.settings.as_dict(),
+                "settings": job.settings.as_dict(), "units": reading.units.attributes(),
+                "observation_range": [low.tolist(), high.tolist()],
                 **({} if learner.environment is None else {"environment": learner.environment}),
             }  # fmt: skip
             with tracking(recipe.loggers, run.out, recipe.seeds, run.recipe, job.start) as tell:
@@ -95,6 +103,16 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
         "status": "trained", "out": str(run.out), **about, "seconds": round(seconds, 1), "updates_per_second": rate,
         "settings": job.settings.as_dict(),
     }  # fmt: skip
+
+
+def _warn(reading: Reading, low: Tensor, high: Tensor, *, streamed: bool) -> None:
+    """Say what of the data is going to be believed, and perhaps should not be."""
+    names = column_names(reading.units, len(low))
+    for line in never_varied(names, low.tolist(), high.tolist()):
+        say(line)
+    for store in reading.stores:
+        for line in concerns(store, duplicates=not streamed):
+            say(f"{store.path}: {line}")
 
 
 def _begun(recipe: Recipe, reading: Reading, critic: Any) -> Job:
@@ -117,12 +135,13 @@ def _resumed(run: Run, steps: int) -> Job:
     return Job(settings, start, state)
 
 
-def _state(job: Job, recipe: Recipe, learner: Learner, reading: Reading, source: Data | Stream, last: Path) -> State:
-    """The state that the first update sees, on its device."""
-    sample = source.sample() if isinstance(source, Stream) else source
+def _state(job: Job, recipe: Recipe, learner: Learner, reading: Reading, sample: Data, last: Path) -> State:
+    """The state that the first update sees, on its device; statistics are those of `sample`."""
     state = learner.module.init(learner.config, reading.spec, list(recipe.seeds), sample)
     if learner.initial is not None:
-        state = take_over(state, learner.initial)
+        fresh, state = state, take_over(state, learner.initial)
+        if not hasattr(learner.module, "STARTS_FROM"):  # which evaluates a policy as it is
+            state = awake(state, fresh)
         _check_moments(state, getattr(recipe, "init_from", None))
     if job.state is not None:
         checkpoints.check_alike(last, job.state, state)
@@ -139,6 +158,13 @@ def take_over(state: State, initial: State) -> State:
     replaced = {network(name) for name in initial} & {network(name) for name in state}
     kept = {name: value for name, value in state.items() if network(name) not in replaced}
     return kept | {name: value for name, value in initial.items() if network(name) in replaced}
+
+
+def awake(state: State, fresh: State) -> State:
+    """`state` with the `fresh` statistics of those columns alone that never varied before, and do now."""
+    asleep, here = state["observation_std"] == NEVER_VARIED, fresh["observation_std"] != NEVER_VARIED
+    names = ("observation_mean", "observation_std")
+    return state | {name: torch.where(asleep & here, fresh[name], state[name]) for name in names}
 
 
 def _check_moments(state: State, origin: Path | None) -> None:

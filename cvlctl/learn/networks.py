@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvlctl.data.samplers import generator, observation_statistics
+from cvlctl.data.samplers import generator, never_varied, observation_statistics
 
 State = dict[str, Tensor]
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 _layer_dtype: torch.dtype | None = None  # that layers multiply in; None: their weights' own
 CLIP = 10.0  # of normalised observations: a dimension that hardly varied in the data must not explode at test time
+NEVER_VARIED = 2.0**100  # std of an observation's column that had one value: whatever comes in there, networks see 0
 
 
 def mlp_init(
@@ -97,9 +98,15 @@ def normalise(state: State, observation: Tensor) -> Tensor:
     return ((observation - mean) / std).clamp(-CLIP, CLIP)
 
 
-def normaliser_init(seeds: Sequence[int], mean: Tensor, std: Tensor) -> State:
-    """`observation_mean` and `observation_std` (E, O) from (O,); a constant dimension gets std 1."""
+def normaliser_init(seeds: Sequence[int], mean: Tensor, std: Tensor, constant: Tensor | None = None) -> State:
+    """`observation_mean` and `observation_std` (E, O) from (O,); a dimension that hardly varied gets std 1.
+
+    Args:
+        constant: (O,) bool, those that never varied. Nothing is learned of them, and nothing may come of them.
+    """
     std = torch.where(std < 1e-4, torch.ones_like(std), std)
+    if constant is not None:
+        std = torch.where(constant, torch.full_like(std, NEVER_VARIED), std)
     return {
         "observation_mean": mean.expand(len(seeds), -1).clone(),
         "observation_std": std.expand(len(seeds), -1).clone(),
@@ -114,7 +121,7 @@ def no_normaliser(seeds: Sequence[int], observation_dim: int) -> State:
 def normaliser_of(seeds: Sequence[int], observation: Tensor) -> State:
     """The normaliser of all rows (rows, O), on the CPU."""
     mean, std = observation_statistics(observation)
-    return normaliser_init(seeds, mean.cpu(), std.cpu())
+    return normaliser_init(seeds, mean.cpu(), std.cpu(), never_varied(observation).cpu())
 
 
 def actor_init(seeds: Sequence[int], observation_dim: int, action_dim: int, hidden: Sequence[int]) -> State:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
+import os
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
@@ -20,7 +19,6 @@ from cvlctl.data.recipe import StoreUse, SuccessExamples
 from cvlctl.learn import labellers
 from cvlctl.learn.algorithms import ALGORITHMS, occupancy
 from cvlctl.learn.labellers import LABELLERS
-from cvlctl.paths import is_inside, real
 from cvlctl.recipes.estimates import Update, Work, count, training_seconds, update_of, weights
 from cvlctl.recipes.values import NONE, Computed, Count, Name, Others, Out, Place, Rate, Seeds, Steps, Strict, fields_of
 
@@ -45,16 +43,15 @@ class _TrainRecipe(Computed):
 
     @model_validator(mode="after")
     def _out_is_apart(self) -> Self:
-        out = real(self.out)
+        out = Path(os.path.realpath(self.out))
         for path in self.inputs():
-            there = real(path)
-            if is_inside(out, there) or is_inside(there, out):
+            there = Path(os.path.realpath(path))
+            if out.is_relative_to(there) or there.is_relative_to(out):
                 raise ValueError(f"out: {self.out} is, holds or lies in {path}, which it reads: choose a place apart")
         return self
 
-    @abstractmethod
     def learning(self, others: Others = NONE) -> tuple[int, Update]:
-        """How many updates of which kind it makes; `others` are the recipes of an experiment."""
+        raise NotImplementedError
 
     def inputs(self) -> list[Path]:
         """Stores, runs and files that it reads."""
@@ -100,7 +97,7 @@ class AlgorithmUse(Strict):
 
     name: str
 
-    @cached_property
+    @property
     def config(self) -> Any:
         """The algorithm's own Config; with `init_from` its critic is the default, and the pretrained one counts."""
         config = ALGORITHMS[self.name].Config

@@ -17,7 +17,10 @@ import numpy as np
 
 from cvlctl.checkpoints import Saved, checkpoint_file, read
 from cvlctl.errors import CvlctlError
-from cvlctl.types import Spec
+from cvlctl.types import Spec, require_finite
+from cvlctl.units import Bounds, Units, limits, read_units
+
+UNITS = ("normalised", "physical")
 
 
 def policy_part(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +44,9 @@ class NumpyPolicy:
             a goal-conditioned policy whose observations are followed by the goal.
         spec: what it sees (less the goal) and does.
         goals: how it is told its goal; None: it has none.
+        units: what its numbers stand for.
+        bounds: what actions are answered in; None: in [-1, 1].
+        data_range: (2, O) lowest and highest value of each column in the data; None: not known.
     """
 
     def __init__(
@@ -50,12 +56,19 @@ class NumpyPolicy:
         std: np.ndarray,
         spec: Spec,
         goals: GoalColumns | None = None,
+        units: Units = Units(),  # noqa: B008 - it is frozen
+        bounds: Bounds | None = None,
+        data_range: np.ndarray | None = None,
     ) -> None:
         self.layers = [(np.ascontiguousarray(w, np.float32), np.ascontiguousarray(b, np.float32)) for w, b in layers]
         self.mean = np.asarray(mean, np.float32)
         self.std = np.asarray(std, np.float32)
         self.spec = spec
         self.goals = goals
+        self.units = units
+        self.data_range = data_range
+        self._width = np.where(self.std > 1e20, np.float32(np.inf), self.std)  # those that never varied have 2^100
+        self._scale = None if bounds is None else _centre_and_half(bounds, spec.action_dim)
 
     @property
     def needs_goal(self) -> bool:
@@ -74,17 +87,16 @@ class NumpyPolicy:
         return commanded
 
     def __call__(self, observations: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
-        """Actions (N, A), float32 in [-1, 1], for observations (N, O); (A,) for a single observation (O,).
+        """Actions (N, A) for observations (N, O), (A,) for a single observation (O,): float32, in [-1, 1] or, if it was
+        loaded so, in the robot's own units.
 
         Args:
             noise: standard normal, shaped like the actions: sampled actions. None: greedy, tanh of the mean.
 
         Raises:
-            CvlctlError: where the observations have another width.
+            CvlctlError: where the observations have another width, or hold NaN or infinity.
         """
-        x = np.asarray(observations, dtype=np.float32)
-        if x.ndim not in (1, 2) or x.shape[-1] != len(self.mean):
-            raise CvlctlError(f"observations have shape {x.shape}; this policy expects (N, {len(self.mean)})")
+        x = self._checked(observations)
         x = np.minimum(np.maximum((x - self.mean) / self.std, -10.0), 10.0)
         for weight, bias in self.layers[:-1]:
             x = np.maximum(x @ weight + bias, 0.0)
@@ -93,7 +105,36 @@ class NumpyPolicy:
         mean = x[..., : self.spec.action_dim]
         if noise is not None:
             mean = mean + np.exp(np.clip(x[..., self.spec.action_dim :], -5.0, 2.0)) * np.asarray(noise, np.float32)
-        return np.tanh(mean)
+        action = np.tanh(mean)
+        return action if self._scale is None else self._scale[0] + self._scale[1] * action
+
+    def outside(self, observations: np.ndarray) -> np.ndarray:
+        """How far observations lie outside the data that the policy learned from: (N,) for (N, O), a number for (O,).
+
+        0 where every column lies between its lowest and highest value there; else the distance to that range of the
+        column that is furthest, in standard deviations of it. Columns that never varied do not count: the policy does
+        not see them.
+
+        Raises:
+            CvlctlError: as a call does; or the run is of an earlier version, which did not keep these values.
+        """
+        if self.data_range is None:
+            raise CvlctlError("the policy does not know the range of its data", "train its run again with this version")
+        x = self._checked(observations)
+        beyond = np.maximum(self.data_range[0] - x, x - self.data_range[1]) / self._width
+        return np.maximum(beyond.max(axis=-1), np.float32(0.0))
+
+    def _checked(self, observations: np.ndarray) -> np.ndarray:
+        x = np.asarray(observations, dtype=np.float32)
+        if x.ndim not in (1, 2) or x.shape[-1] != len(self.mean):
+            raise CvlctlError(f"observations have shape {x.shape}; this policy expects (N, {len(self.mean)})")
+        require_finite("observations", x, self.units.observation_columns)
+        return x
+
+
+def _centre_and_half(bounds: Bounds, action_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    low, high = (np.broadcast_to(side, action_dim) for side in limits(bounds, (action_dim,)))
+    return ((low + high) / 2).astype(np.float32), ((high - low) / 2).astype(np.float32)
 
 
 class RandomPolicy:
@@ -108,22 +149,50 @@ class RandomPolicy:
         return self._actions[step]
 
 
-def load_policy(path: str | Path, seed: int = 0, checkpoint: str | int = "last") -> NumpyPolicy:
+def load_policy(
+    path: str | Path,
+    seed: int = 0,
+    checkpoint: str | int = "last",
+    *,
+    units: str = "normalised",
+    action_bounds: Bounds | None = None,
+) -> NumpyPolicy:
     """The policy of one seed of a run.
 
     Args:
         path: a run directory, or a checkpoint file (.safetensors).
         seed: the training seed, as named in the recipe.
         checkpoint: in a run directory: "last", or a step such as 5000.
+        units: of the actions: "normalised", in [-1, 1], or "physical", in the action bounds of the data, a robot's own.
+        action_bounds: (low, high), numbers or one a dimension, where the run does not say them; with "physical" alone.
 
     Raises:
-        CvlctlError: no such run, checkpoint or seed; no actor in it; or a file that is damaged or not a checkpoint.
+        CvlctlError: no such run, checkpoint or seed; no actor in it; a file that is damaged or not a checkpoint; or
+            physical units of a run whose data did not say their action bounds.
     """
-    return policy_of(read(checkpoint_file(Path(path), checkpoint)), seed)
+    if units not in UNITS:
+        raise CvlctlError(f"units {units!r} are none of {', '.join(UNITS)}", "physical: the robot's own")
+    if action_bounds is not None and units != "physical":
+        raise CvlctlError("action_bounds are of no use to normalised actions", 'add units="physical"')
+    policy = policy_of(read(checkpoint_file(Path(path), checkpoint)), seed)
+    return policy if units == "normalised" else in_units(policy, action_bounds, str(path))
+
+
+def in_units(policy: NumpyPolicy, action_bounds: Bounds | None, path: str) -> NumpyPolicy:
+    """The same policy, whose actions are in the robot's units; raises as `load_policy` does."""
+    bounds = policy.units.action_bounds if action_bounds is None else action_bounds
+    if bounds is None:
+        what = f"{path}: the data of this run do not say what actions of -1 and 1 stand for"
+        raise CvlctlError(
+            what, "say it here, action_bounds=(low, high), or in the store, by write_store or cvlctl data import"
+        )
+    return NumpyPolicy(
+        policy.layers, policy.mean, policy.std, policy.spec, policy.goals, policy.units, bounds, policy.data_range
+    )
 
 
 def policy_of(found: Saved, seed: int) -> NumpyPolicy:
-    """The policy of one seed of a checkpoint that was read; raises as `load_policy` does."""
+    """The policy of one seed of a checkpoint that was read, in normalised units; raises as `load_policy` does."""
     file, header = found.path, _header(found)
     names = _actor_names(found, header)
     if seed not in header["seeds"]:
@@ -135,10 +204,13 @@ def policy_of(found: Saved, seed: int) -> NumpyPolicy:
         raise CvlctlError(f"{file}: observation_std holds values that are not positive")
     depth = (len(names) - 2) // 2
     layers = [(arrays[f"actor.{i}.weight"], arrays[f"actor.{i}.bias"].reshape(-1)) for i in range(depth)]
-    mean, goals = arrays["observation_mean"], header["goals"]
+    mean, goals, data_range = arrays["observation_mean"], header["goals"], header["data_range"]
     if goals and not goals.command:  # a goal is normalised as what it is, a part of a state
         mean, std = (np.concatenate([x, x[list(goals.goal)]]) for x in (mean, std))
-    return NumpyPolicy(layers, mean, std, header["spec"], goals)
+        data_range = (
+            None if data_range is None else np.concatenate([data_range, data_range[:, list(goals.goal)]], axis=1)
+        )
+    return NumpyPolicy(layers, mean, std, header["spec"], goals, header["units"], data_range=data_range)
 
 
 def _header(found: Saved) -> dict[str, Any]:
@@ -148,7 +220,7 @@ def _header(found: Saved) -> dict[str, Any]:
         raw = header["spec"]
         shape, seeds = raw["observation_shape"], header["seeds"]
         spec = Spec(tuple(shape), raw["action_dim"], raw["horizon"], bool(raw.get("pixels", False)))
-        goals = _goal_columns(header, spec)
+        goals, data_range = _goal_columns(header, spec), _range_of(header, spec)
         numbers = [*spec.observation_shape, spec.action_dim, spec.horizon]
         if not all(type(n) is int and n > 0 for n in numbers) or not all(type(s) is int for s in seeds) or not seeds:
             raise ValueError("spec or seeds are not whole numbers")
@@ -161,7 +233,18 @@ def _header(found: Saved) -> dict[str, Any]:
             f"{file} has no readable cvlctl header ({type(error).__name__}: {error})",
             "it is not a checkpoint of cvlctl",
         ) from error
-    return {"seeds": list(seeds), "spec": spec, "goals": goals}
+    units = read_units(str(file), header.get("units") or {}, spec)
+    return {"seeds": list(seeds), "spec": spec, "goals": goals, "units": units, "data_range": data_range}
+
+
+def _range_of(header: dict[str, Any], spec: Spec) -> np.ndarray | None:
+    """(2, O) float32, the range of the data; None where an earlier version kept none."""
+    if header.get("observation_range") is None:
+        return None
+    found = np.array(header["observation_range"], np.float32)
+    if found.shape != (2, *spec.observation_shape) or not np.isfinite(found).all():
+        raise ValueError("observation_range is not low and high of each column")
+    return found
 
 
 def _goal_columns(header: dict[str, Any], spec: Spec) -> GoalColumns | None:

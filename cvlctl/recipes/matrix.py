@@ -117,7 +117,7 @@ def _fill(value: Any, values: Mapping[str, Any], source: Source, key: Key) -> An
         return {name: _fill(item, values, source, (*key, name)) for name, item in value.items()}
     if isinstance(value, list):
         return [_fill(item, values, source, (*key, place)) for place, item in enumerate(value)]
-    if not isinstance(value, str) or "${" not in value:
+    if not isinstance(value, str):
         return value
 
     def look_up(name: str) -> Any:

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from cvlctl.errors import CvlctlError
 from cvlctl.machine import num_cpus
-from cvlctl.paths import expanded, is_inside, real
+from cvlctl.paths import expanded
 from cvlctl.recipes.estimates import Update
 from cvlctl.recipes.explain import explain
 from cvlctl.recipes.yamlfile import Source
@@ -50,7 +50,7 @@ def _no_placeholder(text: str) -> str:
 
 
 def _own_place(path: Path) -> Path:
-    if is_inside(os.getcwd(), real(path)):
+    if Path.cwd().is_relative_to(os.path.realpath(path)):
         raise ValueError("is the current directory, or holds it: choose a place of its own")
     return path
 

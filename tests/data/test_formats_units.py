@@ -13,14 +13,14 @@ import pytest
 
 from cvlctl.collect.build import build
 from cvlctl.collect.recipe import BuildRecipe
-from cvlctl.data import formats, transform
+from cvlctl.data import formats, transform, units
 from cvlctl.data.criteria import Criteria
-from cvlctl.data.formats import units
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import write_store
 from cvlctl.errors import CvlctlError
 from cvlctl.play import envs
 from cvlctl.types import Episode
+from cvlctl.units import scaled
 
 WRITTEN = {"d4rl": "out.hdf5", "minari": "out-v0", "ogbench": "out.npz", "npz": "out.npz"}
 PENDULUM = "gym/Pendulum-v1"
@@ -133,8 +133,9 @@ def test_derived_stores_keep_their_bounds_where_the_parents_agree(tmp_path: Path
     transform.merge([a, b], tmp_path / "ab.zarr")
     transform.filter_episodes(tmp_path / "ab.zarr", tmp_path / "some.zarr", Criteria(min_length=2))
     assert open_store(tmp_path / "some.zarr").provenance["action_bounds"] == ODD
-    transform.merge([a, other], tmp_path / "mixed.zarr")
-    assert "action_bounds" not in open_store(tmp_path / "mixed.zarr").provenance
+    with pytest.raises(CvlctlError, match=r"2\.zarr has action bounds \[-2.0, 2.0\], .*0\.zarr has") as caught:
+        transform.merge([a, other], tmp_path / "mixed.zarr")
+    assert "--rescale" in caught.value.hint and not (tmp_path / "mixed.zarr").exists()
 
 
 def test_of_a_store_that_does_not_say_gymnasium_is_asked_unless_it_was_imported(
@@ -200,7 +201,7 @@ def test_imports_of_earlier_versions_have_their_bounds_elsewhere(tmp_path: Path)
 
 def test_bounds_of_more_dimensions_than_the_actions_have_are_none() -> None:
     with pytest.raises(CvlctlError, match=r"action_bounds .* are no \(low, high\) for actions of shape \(1,\)"):
-        units.scaled(np.zeros((4, 1)), ([-1, -1], [1, 1]), clip=False)
+        scaled(np.zeros((4, 1)), ([-1, -1], [1, 1]), clip=False)
 
 
 @pytest.mark.parametrize("bounds", ['"x"', "[1, 0]", "[0, NaN]", "[[-1, -1, -1, -2], 1]", "[-1]", "[[[-1]], 1]"])

@@ -269,29 +269,6 @@ def test_status_while_it_runs_and_cancel(experiment: Any, acts: Acts, tmp_path: 
         look.logs(experiment(), "policy/a")
 
 
-def test_what_was_said_and_stopping_need_no_plan(experiment: Any, tmp_path: Path) -> None:
-    """At once, without PyTorch; also where the file has become wrong since."""
-    folder = folder_of(tmp_path / "e", "critic/a")
-    folder.mkdir(parents=True)
-    (folder / "log.txt").write_text("what it said\n")
-    (tmp_path / "secret").mkdir()
-    (tmp_path / "secret" / "log.txt").write_text("of another")
-    path = tmp_path / "e.yaml"
-    path.write_text(path.read_text().replace("steps: 9", "steps: many"))
-    code = "import sys; from cvlctl.__main__ import main\ntry: main()\nfinally: print('torch' in sys.modules)"
-
-    def call(*options: str) -> tuple[int, str]:
-        line = [sys.executable, "-P", "-c", code, "run", str(path), *options]
-        done = subprocess.run(line, capture_output=True, text=True)
-        return done.returncode, done.stdout
-
-    assert call("--logs", "critic/a") == (0, "what it said\nFalse\n")
-    code_of_cancel, said = call("--cancel")
-    assert (code_of_cancel, said.splitlines()[-1]) == (0, "False")
-    assert "nobody was running it" in said
-    assert "of another" not in call("--logs", "../../secret")[1]
-
-
 def test_a_cell_that_died_without_a_word_is_seen(experiment: Any, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "e", "critic/a")
     folder.mkdir(parents=True)

@@ -12,13 +12,10 @@ from typing import Any
 
 import pytest
 
-from cvlctl import cell as own
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import look
 from cvlctl.experiments.commands import load
 from cvlctl.experiments.engines import on_slurm, sbatch, slurm, squeue
 from cvlctl.experiments.engines.sbatch import MOST, Array, SlurmSettings, Task, Waits, arrays, options, script, waits
-from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.run import run_experiment
 from cvlctl.recipes.yamlfile import Source
 
@@ -391,21 +388,6 @@ def test_what_a_cell_says_and_what_slurm_says_are_one_state(
     by_files: tuple[str, str], told: dict[str, Any], said: tuple[str, str], seen: tuple[str, str]
 ) -> None:
     assert on_slurm.seen(*by_files, told, slurm.State(*said, "3_1", "n1"), DIED) == seen
-
-
-def test_what_slurm_has_forgotten_is_followed_by_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "e.yaml"
-    path.write_text(EXPERIMENT.replace("OUT", str(tmp_path / "e")))
-    folder_of(tmp_path / "e", "critic/b").mkdir(parents=True)
-    own.write(folder_of(tmp_path / "e", "critic/b"), {"state": "done", "job": "3_2", "host": "n1"})  # its run is gone
-    said = {"critic/a": slurm.State("gone", "SLURM knows it no longer", "3_1", "")}
-    monkeypatch.setattr(on_slurm, "states", lambda out: said)
-    found = look.follow(load(path, (), "run"))
-    assert found["status"] == "waiting"
-    assert {(row["state"], row["job"]) for row in found["cells"]} == {("waiting", None)}
-    said["critic/a"] = slurm.State("waiting", "for free nodes", "3_1", "")
-    found = look.look(load(path, (), "run"))
-    assert (found["status"], found["cells"][0]["job"], found["cells"][0]["why"]) == ("running", "3_1", "for free nodes")
 
 
 def test_scripts_are_written_where_there_is_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

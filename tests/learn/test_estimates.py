@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
-from inspect import isabstract
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from cvlctl.collect.recipe import BuildRecipe
 from cvlctl.data import samplers
 from cvlctl.data.samplers import Data, batches, gather
 from cvlctl.experiments import commands
-from cvlctl.learn import recipe, settings, speed
+from cvlctl.learn import settings, speed
 from cvlctl.learn.algorithms import ALGORITHMS, occupancy, sac
 from cvlctl.learn.programs import programs_of
 from cvlctl.learn.recipe import FinetuneRecipe, PretrainRecipe
@@ -51,11 +50,6 @@ def compiled(recipe: Any, rate: Rate, monkeypatch: pytest.MonkeyPatch, **change:
     critic = getattr(recipe, "critic", None) or getattr(getattr(recipe.algorithm, "config", None), "critic", None)
     asked = {"device": "cpu", "threads": 1, "precision": "float32", "compile": "auto", "say": print, **change}
     return resolve_settings(steps=recipe.steps, update=recipe.update(critic), **asked).compile
-
-
-def test_every_recipe_that_trains_says_how_much_it_learns() -> None:
-    assert isabstract(recipe._TrainRecipe)
-    assert not isabstract(PretrainRecipe) and not isabstract(FinetuneRecipe)
 
 
 def test_work_decides_and_not_the_number_of_updates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from proof import amid, content, kill_one, said, start, undisturbed
 
 from cvlctl import checkpoints
 from cvlctl.experiments.engines import squeue
@@ -142,23 +141,3 @@ def test_time_limits_and_a_cancelled_job_change_no_bit(run: Run, tmp_path: Path)
     assert {one["stage"] for one in run(*on_slurm)["arrays"]} == {"policy", "scores"}
     assert set(states(run(*on_slurm, "--status", "--follow")).values()) == {"done"}
     assert_same(out, local)
-
-
-def test_the_whole_proof_killed_twice_ends_with_the_same_rows(tmp_path: Path) -> None:
-    """3 tasks x 6 methods x 3 seeds: `kill -9` of a cell, all of it taken back amid its work, and the same bits."""
-    reference = tmp_path / "reference"
-    reference.mkdir()
-    wanted = undisturbed(reference)
-
-    on_slurm = ["--engine", "slurm", "slurm={mem: 900M, time: 10}"]
-    assert start(tmp_path, *on_slurm).wait() == 0, said(tmp_path)
-    kill_one(tmp_path)
-    amid(tmp_path)
-    assert start(tmp_path, *on_slurm, "--cancel").wait() == 0, said(tmp_path)
-    assert start(tmp_path, *on_slurm, "--status", "--follow").wait() == 2, said(tmp_path)  # one cell has failed
-    assert not (tmp_path / "e/scores/rows.jsonl").exists()
-
-    assert start(tmp_path, *on_slurm).wait() == 0, said(tmp_path)
-    assert start(tmp_path, *on_slurm, "--status", "--follow").wait() == 0, said(tmp_path)
-    assert start(tmp_path, *on_slurm).wait() == 0, said(tmp_path)
-    assert content(tmp_path) == wanted

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cvlctl.data.formats import arrays, d4rl, minari, npz, ogbench, robomimic, sb3, units
+from cvlctl.data import units
+from cvlctl.data.formats import arrays, d4rl, minari, npz, ogbench, robomimic, sb3
+from cvlctl.data.formats.dropping import Dropping
 from cvlctl.data.formats.fetching import fetch
-from cvlctl.data.formats.sources import Facts
+from cvlctl.data.formats.sources import Facts, Told
 from cvlctl.data.provenance import jsonable
 from cvlctl.data.store import DATA, Store, open_store
-from cvlctl.data.writer import write_store
+from cvlctl.data.writer import write_all
 from cvlctl.errors import CvlctlError
 from cvlctl.files import sha256
 from cvlctl.folders import put_right
-from cvlctl.progress import Progress
+from cvlctl.progress import Progress, say
 from cvlctl.types import Episode, check_text
+from cvlctl.units import KEY, Units, plain, read_units
 
 __all__ = [
     "FORMATS", "Format", "export_store", "exported_already", "fetch", "import_store", "imported_already", "options_of",
@@ -32,7 +35,7 @@ __all__ = [
 class Format(NamedTuple):
     """How one format is read and written.
 
-    `read(path, **options)` yields its episodes, `facts(path)` tells what the file says of itself, and
+    `read(path, told, **options)` yields its episodes, `facts(path)` tells what the file says of itself, and
     `write(store, path, label)` makes the file, or the folder, whole or not at all; None: not written.
     """
 
@@ -66,6 +69,9 @@ def import_store(
     task: str | None = None,
     horizon: int | None = None,
     label: str = "given",
+    columns: Sequence[str] = (),
+    drop_columns: Sequence[str] = (),
+    control_period: float | None = None,
     force: bool = False,
     command: str = "",
     **options: Any,
@@ -78,6 +84,9 @@ def import_store(
         horizon: longest possible episode; default: what the file says, else the longest one seen. Where a D4RL file
             or rows of your own mark no time limits, episodes are cut at this length.
         label: name under which rewards and successes are kept.
+        columns: names of the observations' columns, in their order; default: what the file says.
+        drop_columns: names, or numbers from 0, of those to leave out.
+        control_period: seconds from one step to the next; default: what the file says.
         force: replace a store that is at `out`, once the new one is complete.
         command: the command line, for the store's provenance.
         options: the reader's own: `options_of(format)`. Those that most take:
@@ -108,15 +117,38 @@ def import_store(
     given = options | ({"horizon": horizon} if "horizon" in legal else {})
     source = _source(format, path, facts, given)
     provenance = {"source": source} | ({"command": command} if command else {})
-    bounds = facts.action_bounds if options.get("action_bounds") is None else options["action_bounds"]
+    bounds = facts.action_bounds if options.get(KEY) is None else options[KEY]
     if bounds is not None:
-        provenance[units.KEY] = units.plain(bounds)
+        provenance[KEY] = plain(bounds)
+    read_units(str(path), facts.units, None)
+    told = Told(list(columns or facts.units.get("observation_columns", ())))
+    dropping = Dropping(path, drop_columns, told)
+
+    def all_units() -> Units:
+        for remark in told.remarks:
+            say(f"{path}: {remark}")
+        return _units(facts, told, dropping, control_period)
+
     with Progress(f"import {path.name}", facts.transitions, "transitions") as progress:
-        episodes = _counted(chosen.read(path, **given), path, progress)
-        return write_store(
-            out, episodes, task=task or facts.task, horizon=horizon or facts.horizon, provenance=provenance,
-            label=label, force=force,
+        episodes = _counted(map(dropping.of, chosen.read(path, told, **given)), path, progress)
+        return write_all(
+            out, episodes, all_units, task=task or facts.task, horizon=horizon or facts.horizon,
+            provenance=provenance, label=label, force=force,
         )  # fmt: skip
+
+
+def _units(facts: Facts, told: Told, dropping: Dropping, control_period: float | None) -> Units:
+    """What a store says of its numbers, of what its file says, what was read, and what was given."""
+    clipped = told.clipped / told.values if told.values else facts.units.get("clipped_fraction")
+    if told.clipped:
+        say(f"--clip-actions: {100 * told.clipped / told.values:.2g} % of the actions' values were cut off")
+    return Units(
+        observation_columns=dropping.kept,
+        dropped_columns=[*facts.units.get("dropped_columns", ()), *told.dropped, *dropping.dropped],
+        clipped_fraction=clipped,
+        control_period=control_period or facts.units.get("control_period"),
+        remarks=[*facts.units.get("remarks", ()), *told.remarks],
+    )
 
 
 def export_store(format: str, store: Store, out: str | Path, *, label: str = "given", force: bool = False) -> Path:

@@ -9,15 +9,17 @@ from pathlib import Path
 from cvlctl.data.formats.archives import open_arrays
 from cvlctl.data.formats.making import Maker
 from cvlctl.data.formats.rows import episodes_of_rows, judge
-from cvlctl.data.formats.sources import Bounds, Facts
+from cvlctl.data.formats.sources import Facts, Told
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
+from cvlctl.units import Bounds
 
 NAMES = ("observations", "actions", "rewards", "successes", "terminals", "timeouts", "next_observations")
 
 
 def read(
     path: str | Path,
+    told: Told | None = None,
     *,
     keys: Mapping[str, str] | None = None,
     horizon: int | None = None,
@@ -40,8 +42,14 @@ def read(
         arrays.need(*(keys.get(name, name) for name in ("observations", "actions")), *keys.values())
         named = {name: keys.get(name, name) for name in NAMES}
         columns = {name: arrays.column(key) for name, key in named.items() if key in arrays.names}
-        maker = Maker(arrays.path, action_bounds, clip_actions)
+        maker = Maker(arrays.path, action_bounds, clip_actions, told=told)
         cuts = yield from episodes_of_rows(maker, columns, horizon=horizon)
+        if unmapped := sorted(set(arrays.names) - set(named.values())):
+            more = f" and {len(unmapped) - 20} more" if len(unmapped) > 20 else ""
+            maker.told.remarks.append(
+                f"arrays of the imported file that were not mapped: {', '.join(unmapped[:20])}{more}; "
+                "--key OURS=THEIRS maps one"
+            )
         judge(arrays.path, cuts, timeouts="timeouts" in columns)
         maker.finish()
 

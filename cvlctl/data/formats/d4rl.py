@@ -18,12 +18,13 @@ from cvlctl.data.formats.hdf5 import fixed_text, open_hdf5
 from cvlctl.data.formats.hdf5_out import new_hdf5
 from cvlctl.data.formats.making import Maker
 from cvlctl.data.formats.rows import episodes_of_rows, judge
-from cvlctl.data.formats.sources import Arrays, Bounds, Facts, steps_of
-from cvlctl.data.formats.units import KEY, bounds_of, export_digest, physical, plain
+from cvlctl.data.formats.sources import Arrays, Facts, Told, steps_of
 from cvlctl.data.store import Store
+from cvlctl.data.units import bounds_of, export_digest, exported_units
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import replacing
 from cvlctl.types import Episode
+from cvlctl.units import KEY, Bounds, physical, plain
 
 REQUIRED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations")
@@ -35,6 +36,7 @@ BLOCK_ROWS = 2**16
 
 def read(
     path: str | Path,
+    told: Told | None = None,
     *,
     horizon: int | None = None,
     action_bounds: Bounds | None = None,
@@ -50,7 +52,7 @@ def read(
             if not ours["rewards"]:
                 del names["rewards"]
         columns = {name: arrays.column(key) for name, key in names.items()}
-        maker = Maker(arrays.path, action_bounds, clip_actions, ours.get(KEY))
+        maker = Maker(arrays.path, action_bounds, clip_actions, ours.get(KEY), told)
         cuts = yield from episodes_of_rows(maker, columns, horizon=horizon, tasks=ours.get("tasks", ()))
         judge(arrays.path, cuts, timeouts="timeouts" in columns)
         maker.finish()
@@ -63,7 +65,7 @@ def facts(path: Path) -> Facts:
         ours = _ours(arrays)
         return Facts(
             len(arrays.column("actions")), ours.get("task", ""), ours.get("horizon"),
-            action_bounds=ours.get(KEY), exported=ours.get("exported", ""),
+            action_bounds=ours.get(KEY), exported=ours.get("exported", ""), units=ours.get("units", {}),
         )  # fmt: skip
 
 
@@ -77,7 +79,8 @@ def _ours(arrays: Arrays) -> dict[str, Any]:
         tasks = [str(task) for task in found["tasks"]]
         horizon, bounds = steps_of(found["horizon"], where), plain(found.get(KEY), where)
         return {"task": str(found["task"]), "tasks": tasks, "horizon": horizon, "rewards": bool(found["rewards"]),
-                KEY: bounds, "exported": str(found.get("exported", ""))}  # fmt: skip
+                KEY: bounds, "exported": str(found.get("exported", "")),
+                "units": dict(found.get("units", {}))}  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         what = f"{arrays.path}: the attribute {ATTRIBUTE!r} is damaged: {error}"
         raise CvlctlError(what, "write the file again") from error
@@ -111,6 +114,8 @@ def write(store: Store, path: Path, label: str) -> None:
             _write(file, OURS[name], len(row), lambda at, wide=wide: wide[at], check)
         about = {"task": store.task, "tasks": store.task_names, "horizon": store.spec.horizon, "rewards": has_rewards,
                  KEY: plain(bounds), "exported": export_digest("d4rl", store, label)}  # fmt: skip
+        if more := exported_units(store):
+            about["units"] = more
         file.attrs[ATTRIBUTE] = fixed_text(json.dumps(about))
 
 

@@ -35,6 +35,7 @@ class Observations:
         self._path, self._keys = path, list(keys)
         self._widths: dict[str, tuple[int, ...]] = {}
         self._several: bool | None = None
+        self.left_out: list[str] = []  # arrays of the first group that are not joined
         if twice := [key for key in self._keys if self._keys.count(key) > 1]:
             raise CvlctlError(f"--observation-key {twice[0]} is given twice", "name each array once")
 
@@ -85,6 +86,7 @@ class Observations:
             listed = ", ".join(f"{name} {shapes[name]}" for name in chosen)
             raise CvlctlError(f"{where}: an image does not join with others: {listed}", CHOOSE)
         self._widths = {name: shapes[name] for name in chosen}
+        self.left_out = sorted(set(there) - set(chosen))
         return list(self._widths)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from cvlctl.data.formats.sources import Bounds, Column
-from cvlctl.data.formats.units import scaled
+from cvlctl.data.formats.sources import Column, Told
 from cvlctl.errors import CvlctlError
 from cvlctl.progress import say
 from cvlctl.types import Episode
+from cvlctl.units import Bounds, scaled
 
 NOISE = 1e-10  # relative: what varies by less within an episode is the rounding of whatever computed it
 BLOCK_ROWS = 2**14  # what is compared at a time
@@ -37,9 +37,13 @@ class Maker:
         path: the file's, for what is said at the end.
         bounds, clip: of its actions; see `units.scaled`.
         said: the bounds that the file itself says, used where none are given.
+        told: what is noted down: how many values were cut off, and what is said at the end.
     """
 
-    def __init__(self, path: Path, bounds: Bounds | None, clip: bool, said: Bounds | None = None) -> None:
+    def __init__(
+        self, path: Path, bounds: Bounds | None, clip: bool, said: Bounds | None = None, told: Told | None = None
+    ) -> None:
+        self.told = told or Told()
         self.path, self._bounds, self._clip = path, said if bounds is None else bounds, clip
         self._changes = self._merged = np.zeros(0, np.int64)
         self._allowed = 0.5  # share of the changes that may be lost unsaid: what hardly moves always loses some
@@ -47,7 +51,7 @@ class Maker:
     def make(self, where: str, **parts: Any) -> Episode:
         """An episode; what is wrong with it begins with `where`."""
         try:
-            parts["actions"] = scaled(parts["actions"], self._bounds, self._clip)
+            parts["actions"] = self._scaled(parts["actions"])
             self._compare(parts["observations"])
             return Episode(**parts)
         except CvlctlError as error:
@@ -74,6 +78,14 @@ class Maker:
             f"{self.path}: in float32 these observations no longer change where they did: {', '.join(told)}{more}; "
             "of a clock or a large offset, subtract the first value, or leave it out"
         )
+
+    def _scaled(self, actions: np.ndarray) -> np.ndarray:
+        actions = scaled(actions, self._bounds, clip=False)
+        if not self._clip:
+            return actions
+        self.told.values += actions.size
+        self.told.clipped += int(np.count_nonzero(np.abs(actions) > 1.0))
+        return np.clip(actions, -1, 1)
 
     def _compare(self, observations: np.ndarray) -> None:
         """Count, column by column, the changes from one row to the next, and those that are none in float32."""

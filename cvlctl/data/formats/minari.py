@@ -29,13 +29,14 @@ from cvlctl.data.formats.hdf5 import attribute, dataset_column, dataset_in, fixe
 from cvlctl.data.formats.hdf5_out import new_hdf5
 from cvlctl.data.formats.joining import Observations
 from cvlctl.data.formats.making import Maker, continuous
-from cvlctl.data.formats.sources import MAX_ROW_BYTES, Bounds, Facts, reading, steps_of
-from cvlctl.data.formats.units import bounds_of, export_digest, finite, physical
+from cvlctl.data.formats.sources import MAX_ROW_BYTES, Facts, Told, reading, steps_of
 from cvlctl.data.store import Store
+from cvlctl.data.units import bounds_of, export_digest, exported_units
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import replacing
 from cvlctl.progress import say
 from cvlctl.types import Episode
+from cvlctl.units import Bounds, finite, physical
 
 if TYPE_CHECKING:
     import h5py
@@ -47,6 +48,7 @@ KEPT = ("dataset_id", "minari_version", "algorithm_name", "author", "code_permal
 
 def read(
     path: str | Path,
+    told: Told | None = None,
     *,
     observation_keys: Sequence[str] = (),
     action_bounds: Bounds | None = None,
@@ -59,7 +61,8 @@ def read(
     if unbounded and action_bounds is None:
         which = f"dimensions {', '.join(map(str, unbounded))}" if bounds else "actions"
         say(f"{folder / METADATA}: {which} have no finite bounds, and are taken as they are; --action-bounds says some")
-    maker, joined = Maker(file_path, action_bounds, clip_actions, bounds), Observations(file_path, observation_keys)
+    maker = Maker(file_path, action_bounds, clip_actions, bounds, told)
+    joined = Observations(file_path, observation_keys)
     images = len(_space(metadata, "observation_space").get("shape") or ()) > 1
     ours = metadata.get("cvlctl") or {}
     rewarded = not (isinstance(ours, dict) and ours.get("rewards") is False)
@@ -83,12 +86,14 @@ def read(
             solved = None
             if ours and member(file_path, group, "infos/success") is not None:
                 solved = dataset_column(file_path, group, "infos/success").rest()[1:]
+            maker.told.columns = maker.told.columns or joined.columns()
             yield maker.make(
                 where,
                 observations=observations, actions=arrays["actions"], rewards=arrays["rewards"] if rewarded else None,
                 successes=solved, terminated=bool(arrays["terminations"][-1:].any()), **about,
             )  # fmt: skip
             steps += len(arrays["terminations"])
+        maker.told.dropped = joined.left_out
         maker.finish(joined.columns())
 
 
@@ -123,7 +128,7 @@ def facts(path: Path) -> Facts:
         where = str(folder / METADATA)
         if ours:
             known = (str(ours["task"]), steps_of(ours["horizon"], where), kept, folder / DATA, bounds)
-            return Facts(steps, *known, exported=str(ours.get("exported", "")))
+            return Facts(steps, *known, exported=str(ours.get("exported", "")), units=dict(ours.get("units", {})))
         env = json.loads(metadata.get("env_spec") or "{}")
         task = f"gym/{env['id']}" if env.get("id") else str(metadata.get("dataset_id", ""))
         limit = env.get("max_episode_steps")
@@ -206,7 +211,7 @@ def write(store: Store, path: Path, label: str) -> None:
     name, spec, bounds = _dataset_id(path), store.spec, bounds_of(store)
     image = "uint8" if spec.pixels else "float32"
     rewarded, solvable = store.has_label(label), store.has_label(label, "success")
-    named = label if rewarded or solvable else "given"
+    named, more = label if rewarded or solvable else "given", exported_units(store)
     with replacing(path, folder=True) as temporary:
         (temporary / "data").mkdir()
         with new_hdf5(temporary / "data" / DATA, track_order=True) as (file, check):
@@ -223,7 +228,7 @@ def write(store: Store, path: Path, label: str) -> None:
             "observation_space": _box(spec.observation_shape, low, high, image),
             "action_space": _box((spec.action_dim,), *(bounds or (-1.0, 1.0)), "float32"),
             "cvlctl": {"task": store.task, "horizon": spec.horizon, "rewards": rewarded,
-                       "exported": export_digest("minari", store, label)},
+                       "exported": export_digest("minari", store, label), **({"units": more} if more else {})},
         }  # fmt: skip
         (temporary / "data" / METADATA).write_text(json.dumps(metadata | _environment(store.task)))
 

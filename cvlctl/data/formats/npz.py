@@ -8,6 +8,7 @@ of *actions* so far, so that the observations of episode i start at `episode_end
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,26 @@ import numpy as np
 from cvlctl.data.formats.archives import open_npz
 from cvlctl.data.formats.cutting import flags, flat
 from cvlctl.data.formats.making import Maker, continuous
-from cvlctl.data.formats.sources import Arrays, Bounds, Column, Facts, same_length, steps_of
-from cvlctl.data.formats.units import KEY, bounds_of, export_digest, physical, plain
+from cvlctl.data.formats.sources import Arrays, Column, Facts, Told, reading, same_length, steps_of
 from cvlctl.data.store import Store
+from cvlctl.data.units import bounds_of, export_digest, exported_units
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import replacing
 from cvlctl.types import Episode
+from cvlctl.units import KEY, Bounds, physical, plain
 
 TABLE = ("terminated", "collected_at", "seeds")  # one value an episode
 EXPORTED = "cvlctl_exported"  # `units.export_digest`
+UNITS = "cvlctl_units"  # `units.exported_units`, as JSON
 
 
-def read(path: str | Path, *, action_bounds: Bounds | None = None, clip_actions: bool = False) -> Iterator[Episode]:
+def read(
+    path: str | Path,
+    told: Told | None = None,
+    *,
+    action_bounds: Bounds | None = None,
+    clip_actions: bool = False,
+) -> Iterator[Episode]:
     """The episodes of a plain npz file."""
     with open_npz(Path(path)) as arrays:
         arrays.need("observations", "actions", "episode_ends")
@@ -43,7 +52,7 @@ def read(path: str | Path, *, action_bounds: Bounds | None = None, clip_actions:
             raise CvlctlError(f"{arrays.path}: {what} of {ends[-1] if len(ends) else 0} actions in episode_ends",
                               "each episode has one observation more than it has actions")  # fmt: skip
         table = read_table(arrays, len(ends))
-        maker, start = Maker(arrays.path, action_bounds, clip_actions, said_bounds(arrays)), 0
+        maker, start = Maker(arrays.path, action_bounds, clip_actions, said_bounds(arrays), told), 0
         for number, end in enumerate(ends):
             if end <= start:
                 raise CvlctlError(f"{arrays.path}: episode_ends: episode {number} has {end - start} actions")
@@ -75,8 +84,21 @@ def said_facts(arrays: Arrays) -> Facts:
     horizon = arrays.value("horizon")
     limit = None if horizon is None else steps_of(horizon, str(arrays.path))
     exported = "".join(arrays.text(EXPORTED)) if EXPORTED in arrays.names else ""
-    known = (task[0], limit)
-    return Facts(len(arrays.column("actions")), *known, action_bounds=said_bounds(arrays), exported=exported)
+    units, known = _object(arrays, UNITS), (task[0], limit)
+    return Facts(
+        len(arrays.column("actions")), *known, action_bounds=said_bounds(arrays), exported=exported, units=units
+    )
+
+
+def _object(arrays: Arrays, name: str) -> dict[str, Any]:
+    """The object in an array of one text; {} where there is none."""
+    if name not in arrays.names:
+        return {}
+    with reading(f"{arrays.path}: {name}"):
+        found = json.loads("".join(arrays.text(name)))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+        return found
 
 
 def said_bounds(arrays: Arrays) -> Bounds | None:
@@ -112,6 +134,8 @@ def _integers(column: Column) -> list[int]:
 def table_arrays(store: Store, bounds: Bounds | None, exported: str) -> dict[str, np.ndarray]:
     """The arrays of a store that have one value an episode, and its task, horizon, action bounds and digest."""
     said = {} if bounds is None else {KEY: np.array(plain(bounds), np.float64)}
+    if more := exported_units(store):
+        said[UNITS] = np.array(json.dumps(more))
     return said | {
         "terminated": store.terminated(), "collected_at": store.collected_at(), "seeds": store.seeds(),
         "tasks": np.array(store.episode_tasks()), "task": np.array(store.task),

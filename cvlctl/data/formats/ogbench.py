@@ -17,16 +17,23 @@ from cvlctl.data.formats.archives import open_npz
 from cvlctl.data.formats.cutting import BATCH_ROWS, Rows, cut, flags, flat
 from cvlctl.data.formats.making import Maker, continuous
 from cvlctl.data.formats.npz import TABLE, read_table, said_bounds, said_facts, save, table_arrays
-from cvlctl.data.formats.sources import Bounds, Column, Facts, same_length
-from cvlctl.data.formats.units import bounds_of, export_digest, physical
+from cvlctl.data.formats.sources import Column, Facts, Told, same_length
 from cvlctl.data.store import Store
+from cvlctl.data.units import bounds_of, export_digest
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
+from cvlctl.units import Bounds, physical
 
 REQUIRED = ("observations", "actions", "terminals")
 
 
-def read(path: str | Path, *, action_bounds: Bounds | None = None, clip_actions: bool = False) -> Iterator[Episode]:
+def read(
+    path: str | Path,
+    told: Told | None = None,
+    *,
+    action_bounds: Bounds | None = None,
+    clip_actions: bool = False,
+) -> Iterator[Episode]:
     """The episodes of an OGBench file."""
     with open_npz(Path(path)) as arrays:
         arrays.need(*REQUIRED)
@@ -41,7 +48,7 @@ def read(path: str | Path, *, action_bounds: Bounds | None = None, clip_actions:
         def done(rows: Rows, _: int) -> np.ndarray:
             return flags(rows["terminals"], columns["terminals"].where)
 
-        maker = Maker(arrays.path, action_bounds, clip_actions, said_bounds(arrays))
+        maker = Maker(arrays.path, action_bounds, clip_actions, said_bounds(arrays), told)
         for number, (first, rows) in enumerate(cut(columns, length, done)):
             where = f"{arrays.path}: episode {number} (rows {first}-{first + len(rows['actions']) - 1})"
             if len(rows["actions"]) == 1:

@@ -16,13 +16,15 @@ from cvlctl.data.formats.cutting import flags, flat, with_final
 from cvlctl.data.formats.hdf5 import attribute, dataset_column, hdf5_file, member
 from cvlctl.data.formats.joining import Observations
 from cvlctl.data.formats.making import Maker, continuous
-from cvlctl.data.formats.sources import Bounds, Facts, reading, same_length
+from cvlctl.data.formats.sources import Facts, Told, reading, same_length
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
+from cvlctl.units import Bounds
 
 
 def read(
     path: str | Path,
+    told: Told | None = None,
     *,
     observation_keys: Sequence[str] = (),
     action_bounds: Bounds | None = None,
@@ -36,7 +38,8 @@ def read(
             if data is None:
                 raise CvlctlError(f"{path}: no group 'data', where robomimic keeps its demonstrations")
             names = sorted(data, key=_number)
-        maker, joined, steps = Maker(path, action_bounds, clip_actions), Observations(path, observation_keys), 0
+        maker, joined = Maker(path, action_bounds, clip_actions, told=told), Observations(path, observation_keys)
+        steps = 0
         for name in names:
             where = f"{path}: data/{name}"
             with reading(where):
@@ -55,6 +58,7 @@ def read(
             with reading(f"{where}/next_obs"):
                 after = None if here["next_obs"] is None else joined.last(here["next_obs"])
                 observations, count = with_final(observations, after, ended, len(arrays["actions"]))
+            maker.told.columns = maker.told.columns or joined.columns()
             yield maker.make(
                 where,
                 observations=observations, actions=arrays["actions"][:count],
@@ -63,6 +67,7 @@ def read(
                 collected_at=steps,
             )  # fmt: skip
             steps += len(arrays["actions"])
+        maker.told.dropped = joined.left_out
         maker.finish(joined.columns())
 
 
@@ -77,4 +82,9 @@ def facts(path: Path) -> Facts:
         data = member(path, file, "data")
         env = json.loads((data is not None and attribute(data, "env_args", ragged=True)) or "{}")
         total = int((data is not None and attribute(data, "total")) or 0)
-        return Facts(total, str(env.get("env_name", "")), None, {"env_args": env} if env else {})
+        kwargs = env.get("env_kwargs")
+        frequency = kwargs.get("control_freq") if isinstance(kwargs, dict) else None
+        period = {"control_period": 1 / frequency} if isinstance(frequency, int | float) and frequency > 0 else {}
+        return Facts(
+            total, str(env.get("env_name", "")), None, {"env_args": env} if env else {}, units=period,
+        )  # fmt: skip

@@ -78,11 +78,14 @@ def episodes_of_rows(
             found |= _gaps(path, rows, found)
         return limit(found, before) if limit else found
 
+    flagged = {"terminals": 0, "timeouts": 0, "both": 0}  # last rows of episodes
     for number, (first, rows) in enumerate(cut(columns, length, ends, ("next_observations",))):
         count = len(rows["actions"])
         last = {name: values[-1:] for name, values in rows.items()}
-        terminated = bool(marked(last, "terminals")[0])
-        if terminated or marked(last, "timeouts")[0] or (limit and count == horizon):
+        terminated, timed_out = (bool(marked(last, name)[0]) for name in ("terminals", "timeouts"))
+        for name, value in zip(flagged, (terminated, timed_out, terminated and timed_out), strict=True):
+            flagged[name] += value
+        if terminated or timed_out or (limit and count == horizon):
             cuts += Cuts(marked=1)
         elif first + count < length:
             cuts += Cuts(unmarked=1, row=first + count - 1)
@@ -107,6 +110,11 @@ def episodes_of_rows(
             terminated=terminated,
             task=tasks[task] if "task" in rows else "",
             **about,
+        )
+    if flagged["both"] and len(set(flagged.values())) == 1:
+        maker.told.remarks.append(
+            f"terminals and timeouts are the same in the imported file: all {flagged['both']} ends count as "
+            "terminated, and nothing is learned of what comes after; where they are time limits, leave terminals out"
         )
     return cuts
 

@@ -14,17 +14,24 @@ from cvlctl.data.formats.archives import open_npz
 from cvlctl.data.formats.cutting import flags
 from cvlctl.data.formats.making import Maker
 from cvlctl.data.formats.rows import Cuts, episodes_of_rows, judge
-from cvlctl.data.formats.sources import Arrays, Bounds, Column, Facts
+from cvlctl.data.formats.sources import Arrays, Column, Facts, Told
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
+from cvlctl.units import Bounds
 
 REQUIRED = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
-def read(path: str | Path, *, action_bounds: Bounds | None = None, clip_actions: bool = False) -> Iterator[Episode]:
+def read(
+    path: str | Path,
+    told: Told | None = None,
+    *,
+    action_bounds: Bounds | None = None,
+    clip_actions: bool = False,
+) -> Iterator[Episode]:
     """The episodes of a replay buffer, environment by environment; each one's last is cut off by the buffer's end."""
     path, cuts = Path(path), Cuts()
-    maker, count = Maker(path, action_bounds, clip_actions), _environments(path)
+    maker, count = Maker(path, action_bounds, clip_actions, told=told), _environments(path)
     for number in range(count):
         with open_npz(path) as arrays:
             columns = {name: _of(arrays.column(name), number) for name in REQUIRED}

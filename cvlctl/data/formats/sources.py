@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cvlctl.errors import CvlctlError
+from cvlctl.units import Bounds
 
 BLOCK_BYTES = 2**23  # what a column keeps in memory
 MAX_ROW_BYTES = MAX_CHUNK_BYTES = 2**28
 DEFLATE_RATIO = 1100  # deflate cannot do better than 1032:1; a file that promises more lies
 ANY_RATIO = 100_000
-
-Bounds = tuple[float | Sequence[float], float | Sequence[float]]  # (low, high) of actions, or a list of each
 
 
 class Facts(NamedTuple):
@@ -30,6 +30,18 @@ class Facts(NamedTuple):
     data: Path | None = None  # the file that holds the arrays, where the path is a folder
     action_bounds: Bounds | None = None  # what its actions lie in; None: [-1, 1], or it does not say
     exported: str = ""  # `units.export_digest` of what we wrote it from
+    units: Mapping[str, Any] = {}  # what else it says of its numbers: by the names of `cvlctl.units.Units`
+
+
+@dataclass
+class Told:
+    """What a reader tells of a file beside its episodes: whole after the last, columns from the first on."""
+
+    columns: list[str] = field(default_factory=list)  # names of an observation's
+    dropped: list[str] = field(default_factory=list)  # observations that were left out
+    remarks: list[str] = field(default_factory=list)  # for people, and for the store: what seems amiss
+    values: int = 0  # of actions that were held to [-1, 1]
+    clipped: int = 0  # of those, how many were cut off
 
 
 def steps_of(value: Any, where: str) -> int:

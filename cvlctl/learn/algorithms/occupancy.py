@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cvlctl.data.samplers import Data, Draws, observation_statistics
+from cvlctl.data.samplers import Data, Draws, never_varied, observation_statistics
 from cvlctl.errors import CvlctlError
 from cvlctl.learn import networks
 from cvlctl.learn.losses import contrastive
@@ -101,10 +101,11 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     if config.ema_rate > 0:
         state |= {f"ema/{name}": state[name].clone() for name in names if name.startswith("psi.")}
     mean, std = observation_statistics(data.observation)
+    constant = never_varied(data.observation)
     for command, column in zip(config.command_columns, columns or (), strict=False):
         # a goal stated is normalised as one reached: where the data were collected for a single goal it never varies
-        mean[command], std[command] = mean[column], std[column]
-    return state | networks.normaliser_init(seeds, mean.cpu(), std.cpu())
+        mean[command], std[command], constant[command] = mean[column], std[column], constant[column]
+    return state | networks.normaliser_init(seeds, mean.cpu(), std.cpu(), constant.cpu())
 
 
 def encoders(config: Config, spec: Spec, seeds: Sequence[int]) -> State:
