@@ -35,6 +35,21 @@ class Form(StrEnum):
     markdown = "markdown"
 
 
+class Kind(StrEnum):
+    """What `export` writes."""
+
+    onnx = "onnx"
+    torch = "torch"
+    npz = "npz"
+
+
+class UnitsOf(StrEnum):
+    """What the actions of an exported policy are in."""
+
+    physical = "physical"
+    normalised = "normalised"
+
+
 class Engine(StrEnum):
     """What runs the cells of an experiment."""
 
@@ -226,6 +241,42 @@ def compare(
     from cvlctl.experiments import compare as command
 
     present(lambda: command.compare(runs), lambda result: command.render(result, console()), as_json)
+
+
+@register(app, "export", LOOK, "cvlctl export runs/finetune/drawer-close-cvl --format onnx --out policy.onnx")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of finetune, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write.", show_default=False)],
+    form: Annotated[Kind, typer.Option("--format", help="onnx, torch (a program, .pt2), or npz (plain arrays).")],
+    seed: Annotated[int, typer.Option("--seed", help="Of the run's seeds the one to take.")] = 0,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="last, or a step such as 5000.")] = "last",
+    units: Annotated[
+        UnitsOf, typer.Option("--units", help="Of the actions: the robot's own, or between -1 and 1.")
+    ] = UnitsOf.physical,
+    action_bounds: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--action-bounds", metavar="LOW HIGH", help="Where the run does not say them; or one a dimension."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is at --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a policy as one file for a robot: normaliser, action scale and goal columns inside.
+
+    The file is tried on the run's own data before it is written: it answers as `cvlctl.load_policy` does.
+    """
+
+    def work() -> Any:
+        from cvlctl.data import exchange
+        from cvlctl.learn.export import export
+
+        bounds = exchange.bounds_of_words(action_bounds)
+        return export(
+            run, out, form.value, seed=seed, checkpoint=checkpoint, units=units.value, action_bounds=bounds, force=force
+        )
+
+    present(work, _line, as_json)
 
 
 @register(app, "doctor", LOOK, "cvlctl doctor --parity metaworld/pick-place-v3 gym/Hopper-v5")

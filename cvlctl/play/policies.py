@@ -75,6 +75,12 @@ class NumpyPolicy:
         """Whether the goal must follow the observation: see `command`."""
         return self.goals is not None and not self.goals.command
 
+    @property
+    def scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """Centre and half width (A,) of what actions lie in; 0 and 1 of normalised ones."""
+        size = self.spec.action_dim
+        return (np.zeros(size, np.float32), np.ones(size, np.float32)) if self._scale is None else self._scale
+
     def command(self, observations: np.ndarray, state: np.ndarray | None) -> np.ndarray:
         """Observations (..., O) as the policy is to see them when sent to `state` (O,); None: as they are."""
         if self.goals is None or state is None:

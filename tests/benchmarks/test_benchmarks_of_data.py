@@ -217,3 +217,8 @@ def test_references_are_measured(script: Script, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(measured, "SCRIPTED_EPISODES", 1)
     row = measured.measure({"task": "metaworld/drawer-close-v3"})["row"]
     assert row["scripted_success"] == 1.0 and row["max"] > row["min"]
+
+
+def test_latency_of_policies(script: Script) -> None:
+    found = script("latency").main(["--hidden", "8", "--calls", "20"])
+    assert {"load_policy (numpy)", "npz"} <= set(found) and all(0 < median <= late for median, late in found.values())

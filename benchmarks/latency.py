@@ -1,0 +1,69 @@
+"""How long a policy takes for one observation, by each way out of cvlctl: median and 99th percentile.
+
+    python benchmarks/latency.py [--observation 39] [--action 4] [--hidden 256 256] [--calls 5000]
+
+One thread each. `--format onnx` is left out where its extra is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import pairwise
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+
+from cvlctl.learn.export import FORMATS, arrays_of
+from cvlctl.play.policies import NumpyPolicy
+from cvlctl.types import Spec
+
+
+def policy_of(observation: int, action: int, hidden: Sequence[int]) -> NumpyPolicy:
+    """One with random weights: how long it takes does not depend on them."""
+    rng, sizes = np.random.default_rng(0), [observation, *hidden, 2 * action]
+    layers = [(rng.standard_normal(pair) / np.sqrt(pair[0]), np.zeros(pair[1])) for pair in pairwise(sizes)]
+    spec = Spec((observation,), action, horizon=1_000)
+    return NumpyPolicy(layers, np.zeros(observation), np.ones(observation), spec)
+
+
+def measured(answer: Callable[[np.ndarray], np.ndarray], observation: np.ndarray, calls: int) -> tuple[float, float]:
+    """Median and 99th percentile in microseconds, after a tenth as many calls to warm up."""
+    taken = []
+    for _ in range(calls // 10 + calls):
+        begin = time.perf_counter()
+        answer(observation)
+        taken.append(time.perf_counter() - begin)
+    median, late = np.percentile(np.array(taken[calls // 10 :]) * 1e6, [50, 99])
+    return float(median), float(late)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[float, float]]:
+    """Print the table; median and 99th percentile (microseconds) by way."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--observation", type=int, default=39)
+    options.add_argument("--action", type=int, default=4)
+    options.add_argument("--hidden", type=int, nargs="+", default=[256, 256])
+    options.add_argument("--calls", type=int, default=5_000)
+    args = options.parse_args(arguments)
+    policy = policy_of(args.observation, args.action, args.hidden)
+    about = {"observation_size": args.observation, "action_size": args.action}
+    ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {"load_policy (numpy)": policy}
+    for name, (write, load, packages) in FORMATS.items():
+        if all(find_spec(package) for package in packages):
+            ways[name] = load(write(arrays_of(policy), about))
+    observation = np.random.default_rng(1).standard_normal((1, args.observation)).astype(np.float32)
+    print(f"{args.observation} numbers in, {args.hidden} hidden units, {args.action} out; {args.calls} calls")
+    found = {}
+    for name, answer in ways.items():
+        found[name] = measured(answer, observation, args.calls)
+        print(f"{name:20} median {found[name][0]:7.0f} us, 99th percentile {found[name][1]:7.0f} us")
+    return found
+
+
+if __name__ == "__main__":
+    main()
