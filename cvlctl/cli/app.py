@@ -63,6 +63,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Wins over the file: steps=1000 algorithm.bc_coefficient=0.1"),
 ]
+Unfinished = Annotated[
+    bool, typer.Option("--unfinished", help="Start from init_from though its training has not come to its end.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Start over, replacing what is in `out`.")]
 
 
@@ -100,27 +103,38 @@ def build_dataset(
     app, "pretrain", PIPELINE, "cvlctl pretrain recipes/pretrain/drawer-close.yaml steps=20000 out=runs/pretrain/short"
 )
 def pretrain(
-    recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
+    recipe: Recipe,
+    overrides: Overrides = None,
+    unfinished: Unfinished = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train an occupancy critic on stores, without looking at rewards.
 
-    All seeds train together. Run it again after an interruption, and it goes on with the same bits.
+    All seeds train together. From scratch, or going on with the critic of another run (`init_from`). Run it again after
+    an interruption, and it goes on with the same bits.
     """
-    _step("pretrain", recipe, overrides, force, as_json, quiet)
+    _step("pretrain", recipe, overrides, force, as_json, quiet, unfinished=unfinished)
 
 
 @register(
     app, "finetune", PIPELINE, "cvlctl finetune recipes/finetune/drawer-close-cvl.yaml algorithm.bc_coefficient=0.1"
 )
 def finetune(
-    recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
+    recipe: Recipe,
+    overrides: Overrides = None,
+    unfinished: Unfinished = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train policies: from rewards (cvl), from success examples (laeo), or by cloning (bc).
 
     On a pretrained critic (`init_from`), or from scratch. Run it again after an interruption, and it goes on with the
     same bits.
     """
-    _step("finetune", recipe, overrides, force, as_json, quiet)
+    _step("finetune", recipe, overrides, force, as_json, quiet, unfinished=unfinished)
 
 
 @register(app, "evaluate", PIPELINE, "cvlctl evaluate recipes/evaluate/drawer-close.yaml episodes=20 --format markdown")
@@ -348,14 +362,15 @@ def _step(
     as_json: bool,
     quiet: bool,
     show: Callable[[Any], None] | None = None,
+    **options: Any,
 ) -> Any:
-    """Load the recipe of a command, run it, and show its result: in one line, if not by `show`."""
+    """Load the recipe of a command, run it with `options`, and show its result: in one line, if not by `show`."""
 
     def work() -> Any:
         from cvlctl.experiments import commands
 
         loaded = commands.load(recipe, overrides or [], command)
-        return commands.function(command)(loaded, force=force)
+        return commands.function(command)(loaded, force=force, **options)
 
     return present(work, show or _line, as_json, quiet)
 

@@ -16,7 +16,6 @@ from cvlctl.data.examples import array_digest, success_examples
 from cvlctl.data.load import Reading, open_stores
 from cvlctl.data.samplers import Data
 from cvlctl.data.store import Store
-from cvlctl.data.units import agreed, require_alike
 from cvlctl.errors import CvlctlError
 from cvlctl.learn import labellers
 from cvlctl.learn.algorithms import ALGORITHMS
@@ -25,14 +24,14 @@ from cvlctl.learn.labellers import LABELLERS
 from cvlctl.learn.loop import Learner, train
 from cvlctl.learn.networks import State
 from cvlctl.learn.recipe import FinetuneRecipe
+from cvlctl.learn.starting import members, read_start, require_scale
 from cvlctl.play.policies import policy_of, policy_part
 from cvlctl.runs import LABELS_FILE, Run
 from cvlctl.types import Spec
-from cvlctl.units import read_units
 
 
-def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
-    """Train, resume, or find the run finished."""
+def finetune(recipe: FinetuneRecipe, *, force: bool = False, unfinished: bool = False) -> dict[str, Any]:
+    """Train, resume, or find the run finished. `unfinished`: so may be the run that `init_from` names."""
     name, config = recipe.algorithm.name, recipe.algorithm.config
     stores = open_stores(recipe.stores)
     spec, learns_from = stores[0].spec, ALGORITHMS[name].LEARNS_FROM
@@ -43,11 +42,10 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False) -> dict[str, Any]:
         examples = success_examples(recipe.success_examples, spec)
         origin = recipe.success_examples.file or recipe.success_examples.from_
         inputs[f"examples:{origin}"] = array_digest(examples)
-    config, initial, found = _begun_from(config, recipe, spec)
+    config, initial, found = _begun_from(config, recipe, spec, unfinished)
     if found is not None:
-        units = read_units(str(found.path), found.metadata.get("units") or {}, spec)
-        said = [(recipe.init_from, units), (recipe.stores[0].path, agreed(stores))]
-        require_alike(said, spec.action_dim, "take a run and stores of one scale")
+        assert recipe.init_from is not None
+        require_scale(recipe.init_from, found, stores)
         inputs[f"init_from:{recipe.init_from}"] = found.sha256
     plain = {**recipe.resolved(), "mode": getattr(config, "mode", "scratch")}
     run = Run(recipe.out, plain, inputs, recipe.with_defaults)
@@ -90,7 +88,9 @@ def labels(name: str, recipe: FinetuneRecipe, reading: Reading, out: Path, data:
     return reward
 
 
-def _begun_from(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, State | None, checkpoints.Saved | None]:
+def _begun_from(
+    config: Any, recipe: FinetuneRecipe, spec: Spec, unfinished: bool
+) -> tuple[Any, State | None, checkpoints.Saved | None]:
     """The config with its mode decided; what `init_from` gives to begin with, and the file that it is from."""
     name = recipe.algorithm.name
     if recipe.init_from is None:
@@ -99,13 +99,13 @@ def _begun_from(config: Any, recipe: FinetuneRecipe, spec: Spec) -> tuple[Any, S
             raise CvlctlError(what, "add init_from: the run of a policy, such as runs/finetune/x")
         return (replace(config, mode="scratch") if hasattr(config, "mode") else config), None, None
     try:
-        found = checkpoints.read(checkpoints.checkpoint_file(recipe.init_from))
+        found = read_start(recipe.init_from, unfinished=unfinished)
         if not hasattr(config, "mode"):
             return config, _policy(found, recipe, spec), found
         before = critics_of(found, recipe.init_from)
     except CvlctlError as error:
         raise CvlctlError(f"init_from: {error.what.removeprefix('init_from: ')}", error.hint) from error
-    initial = _members(recipe, before.state, before.seeds, before.spec, spec)
+    initial = members(recipe.init_from, recipe.seeds, before.state, before.seeds, before.spec, spec)
     mode = "continue" if config.mode == "auto" else config.mode
     return replace(config, mode=mode, critic=before.config), initial, found
 
@@ -114,23 +114,5 @@ def _policy(found: checkpoints.Saved, recipe: FinetuneRecipe, spec: Spec) -> Sta
     """The finished policy that the recipe's algorithm evaluates: actor and normaliser, seed k's of seed k."""
     before = [policy_of(found, seed).spec for seed in recipe.seeds]  # it says what is amiss in the file
     state = {name: value.to(torch.float32) for name, value in policy_part(checkpoints.unpack(found)).items()}
-    return _members(recipe, state, found.metadata["seeds"], before[0], spec)
-
-
-def _members(recipe: FinetuneRecipe, state: State, seeds: list[int], before: Spec, spec: Spec) -> State:
-    """Of a run's state the members that the recipe's seeds start from. It must fit the stores' `spec`."""
-    missing = [seed for seed in recipe.seeds if seed not in seeds]
-    if missing:
-        raise CvlctlError(
-            f"init_from: {recipe.init_from} has seeds {seeds}, not {missing}",
-            "seed k starts from seed k: train these seeds there, or take those here",
-        )
-    if (before.observation_shape, before.action_dim) != (spec.observation_shape, spec.action_dim):
-        raise CvlctlError(
-            f"init_from: {recipe.init_from} was trained on observations {before.observation_shape} and "
-            f"{before.action_dim} action dimensions; the stores here have {spec.observation_shape} and "
-            f"{spec.action_dim}",
-            "take a run and stores of the same robot",
-        )
-    members = torch.tensor([seeds.index(seed) for seed in recipe.seeds])
-    return {name: value[members] if value.dim() else value for name, value in state.items()}
+    assert recipe.init_from is not None
+    return members(recipe.init_from, recipe.seeds, state, found.metadata["seeds"], before[0], spec)

@@ -5,16 +5,33 @@ from __future__ import annotations
 from typing import Any
 
 from cvlctl.data.load import Reading, open_stores
+from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import occupancy
+from cvlctl.learn.critics import critics_of
 from cvlctl.learn.loop import Learner, train
 from cvlctl.learn.recipe import PretrainRecipe
+from cvlctl.learn.starting import members, read_start, require_scale
 from cvlctl.runs import Run
 
 
-def pretrain(recipe: PretrainRecipe, *, force: bool = False) -> dict[str, Any]:
-    """Train, resume, or find the run finished. Opens nothing but the reward-free part of the stores."""
+def pretrain(recipe: PretrainRecipe, *, force: bool = False, unfinished: bool = False) -> dict[str, Any]:
+    """Train, resume, or find the run finished. Opens nothing but the reward-free part of the stores.
+
+    `unfinished`: so may be the run that `init_from` names.
+    """
     stores = open_stores(recipe.stores)
     inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
+    critic, initial = recipe.critic, None
+    if recipe.init_from is not None:
+        try:
+            found = read_start(recipe.init_from, unfinished=unfinished)
+            before = critics_of(found, recipe.init_from)
+        except CvlctlError as error:
+            raise CvlctlError(f"init_from: {error.what}", error.hint) from error
+        critic, spec = before.config, stores[0].spec
+        initial = members(recipe.init_from, recipe.seeds, before.state, before.seeds, before.spec, spec)
+        require_scale(recipe.init_from, found, stores)
+        inputs[f"init_from:{recipe.init_from}"] = found.sha256
     run = Run(recipe.out, recipe.resolved(), inputs, recipe.with_defaults)
-    learner = Learner("occupancy", stores[0].task, occupancy, recipe.critic, recipe.critic)
+    learner = Learner("occupancy", stores[0].task, occupancy, critic, critic, initial)
     return train(recipe, learner, Reading(stores, recipe.stores), run, force=force)

@@ -75,10 +75,23 @@ class PretrainRecipe(_TrainRecipe):
     command: ClassVar[str] = "pretrain"
 
     critic: occupancy.Config = Field(default_factory=occupancy.Config)
+    init_from: Place | None = None  # a run whose critic goes on here, seed k's from seed k's: on more data, say
     batch_size: Annotated[Count, Field(ge=2)] = 1024
 
+    def resolved(self) -> dict[str, Any]:
+        plain = super().resolved()
+        if self.init_from is not None:
+            plain.pop("critic", None)  # the other run's counts
+        return plain
+
+    def inputs(self) -> list[Path]:
+        return [*super().inputs(), *([] if self.init_from is None else [self.init_from])]
+
     def learning(self, others: Others = NONE) -> tuple[int, Update]:
-        return self.steps, self.update(self.critic)
+        critic = self.critic
+        if self.init_from is not None and self.init_from in others:
+            critic = getattr(others[self.init_from], "critic", critic)
+        return self.steps, self.update(critic)
 
     def update(self, critic: Any) -> Update:
         """What an update of this critic is."""
@@ -89,6 +102,8 @@ class PretrainRecipe(_TrainRecipe):
     def _opens_no_label(self) -> Self:
         if any(store.top < 1 for store in self.stores):
             raise ValueError("stores: top ranks episodes by their rewards, and pretraining never sees a reward")
+        if self.init_from is not None and "critic" in self.model_fields_set:
+            raise ValueError("critic contradicts init_from: a pretrained critic brings its own settings")
         return self
 
 

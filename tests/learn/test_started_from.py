@@ -200,3 +200,44 @@ def test_learned_rewards_that_are_damaged_are_told_and_another_recipes_are_not_t
             finetune(recipe("labeller.steps=2"))
     file.unlink()
     assert finetune(recipe("labeller.steps=2"))["status"] == "trained"
+
+
+def cut_short(run: Path) -> None:
+    """As a run of 2 steps is that was interrupted after the first."""
+    changed(run / "checkpoints" / "last.safetensors", lambda state, metadata: metadata.update(step=1))
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_a_run_that_is_not_finished_is_started_from_only_where_that_is_meant(
+    store: Path, finished: Path, tmp_path: Path, command: str
+) -> None:
+    from cvlctl.learn.pretrain import pretrain
+
+    shutil.copytree(finished / "pre", tmp_path / "pre")
+    cut_short(tmp_path / "pre")
+    go = {"finetune": finetune, "pretrain": pretrain}[command]
+    text = f"steps: 1, init_from: '{tmp_path / 'pre'}'"
+    text += ", algorithm: {name: cvl, hidden: [32]}" if command == "finetune" else ""
+    recipe = load(command, store, tmp_path / "out", text)
+    with pytest.raises(CvlctlError, match=r"init_from: .*pre is not finished: step 1 of 2") as caught:
+        go(recipe)
+    assert "--unfinished" in caught.value.hint and not (tmp_path / "out").exists()
+    assert go(recipe, unfinished=True)["status"] == "trained"
+    named = tmp_path / "pre" / "checkpoints" / "last.safetensors"  # a file that is named is meant
+    assert go(load(command, store, tmp_path / "other", text.replace(str(tmp_path / "pre"), str(named)))) is not None
+
+
+def test_a_pretrained_critic_goes_on_where_it_was(store: Path, finished: Path, tmp_path: Path) -> None:
+    """Weights, moments and averages are those of the other run, on the other hand its settings."""
+    text = f"steps: 1, init_from: '{finished / 'pre'}'"
+    run_pretrain(load("pretrain", store, tmp_path / "more", text))
+    before, after = (
+        checkpoints.load(run / "checkpoints" / "last.safetensors") for run in (finished / "pre", tmp_path / "more")
+    )
+    assert after[1]["critic"] == before[1]["critic"] and after[0].keys() == before[0].keys()
+    name = "phi.0.weight"
+    step = (after[0][name] - before[0][name]).abs().max()
+    assert 0 < step < 0.01 and torch.equal(before[0]["observation_std"], after[0]["observation_std"])
+    assert read_run(tmp_path / "more")["inputs"][f"init_from:{finished / 'pre'}"]
+    with pytest.raises(CvlctlError, match="critic contradicts init_from"):
+        load("pretrain", store, tmp_path / "twice", f"{text}, critic: {CRITIC}")

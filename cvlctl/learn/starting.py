@@ -1,0 +1,62 @@
+"""What `init_from` names: a run to start from, its file read once, held to what is trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cvlctl import checkpoints
+from cvlctl.data.store import Store
+from cvlctl.data.units import agreed, require_alike
+from cvlctl.errors import CvlctlError
+from cvlctl.learn.networks import State
+from cvlctl.types import Spec
+from cvlctl.units import read_units
+
+
+def read_start(run: Path, *, unfinished: bool = False) -> checkpoints.Saved:
+    """The last checkpoint of a run, or a checkpoint file that is named itself.
+
+    Args:
+        unfinished: a run that is in training, or was interrupted, will do.
+
+    Raises:
+        CvlctlError: there is no such run, it is damaged, or not finished.
+    """
+    found = checkpoints.read(checkpoints.checkpoint_file(run))
+    recipe = found.metadata.get("recipe")
+    step, steps = found.metadata.get("step"), recipe.get("steps") if isinstance(recipe, dict) else None
+    if run.is_dir() and not unfinished and isinstance(step, int) and isinstance(steps, int) and step < steps:
+        hint = (
+            f"train it to its end: cvlctl pretrain or finetune {run / 'recipe.yaml'}; or take it as it is: --unfinished"
+        )
+        raise CvlctlError(f"{run} is not finished: step {step} of {steps}", hint)
+    return found
+
+
+def require_scale(run: Path, found: checkpoints.Saved, stores: Sequence[Store]) -> None:
+    """Hold a run and the stores that it goes on with to one scale of actions and the same columns."""
+    units = read_units(str(found.path), found.metadata.get("units") or {}, stores[0].spec)
+    said = [(run, units), (stores[0].path, agreed(stores))]
+    require_alike(said, stores[0].spec.action_dim, "take a run and stores of one scale")
+
+
+def members(run: Path, wanted: Sequence[int], state: State, seeds: list[int], before: Spec, spec: Spec) -> State:
+    """Of a run's state the members that the seeds `wanted` start from: seed k from seed k. It must fit `spec`."""
+    missing = [seed for seed in wanted if seed not in seeds]
+    if missing:
+        raise CvlctlError(
+            f"init_from: {run} has seeds {seeds}, not {missing}",
+            "seed k starts from seed k: train these seeds there, or take those here",
+        )
+    if (before.observation_shape, before.action_dim) != (spec.observation_shape, spec.action_dim):
+        raise CvlctlError(
+            f"init_from: {run} was trained on observations {before.observation_shape} and "
+            f"{before.action_dim} action dimensions; the stores here have {spec.observation_shape} and "
+            f"{spec.action_dim}",
+            "take a run and stores of the same robot",
+        )
+    chosen = torch.tensor([seeds.index(seed) for seed in wanted])
+    return {name: value[chosen] if value.dim() else value for name, value in state.items()}
