@@ -293,6 +293,44 @@ def export(
     present(work, _line, as_json)
 
 
+@register(app, "references", LOOK, "cvlctl references gym/Reacher-v5 --store data/reacher.zarr")
+def references(
+    task: Annotated[str, typer.Argument(metavar="TASK", help="Such as gym/Reacher-v5 or py/reach.py:Reach.")],
+    store: Annotated[
+        Path | None, typer.Option("--store", help="Of the task: what is measured is kept beside it.")
+    ] = None,
+    high: Annotated[
+        float | None, typer.Option("--max", metavar="RETURN", help="The return that is 100, where no expert is.")
+    ] = None,
+    episodes: Annotated[int, typer.Option("--episodes", help="Of random actions.", min=1)] = 50,
+    horizon: Annotated[int | None, typer.Option("--horizon", help="Cut episodes off here.", min=1)] = None,
+    env: Annotated[
+        str, typer.Option("--env", metavar="YAML", help="As env in a recipe: '{kwargs: {size: 1.5}}'.")
+    ] = "",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what normalised scores of a task refer to: random actions are 0; the scripted expert, or --max, is 100.
+
+    Without either, 100 is the mean return of the store's best tenth. `evaluate` finds what is kept beside the stores
+    that a run was trained on.
+    """
+
+    def work() -> Any:
+        from cvlctl.score import references
+
+        return references.measure(
+            task, store=store, episodes=episodes, horizon=horizon, high=high, about=references.settings_in(env)
+        )
+
+    def show(result: dict[str, Any]) -> None:
+        from cvlctl.score import references
+
+        print_text(references.in_words(result))
+
+    present(work, show, as_json, quiet)
+
+
 @register(app, "doctor", LOOK, "cvlctl doctor --parity metaworld/pick-place-v3 gym/Hopper-v5")
 def doctor(
     tasks: Annotated[

@@ -60,12 +60,21 @@ def write_store(
         CvlctlError: the episodes are not alike, the units do not fit them, the store exists, or the disk refuses.
     """
     given = Units(action_bounds, tuple(observation_columns), control_period=control_period)
-    about = {"task": task, "horizon": horizon, "provenance": provenance, "label": label, "force": force}
+    about: dict[str, Any] = {
+        "task": task, "horizon": horizon, "provenance": provenance, "label": label, "force": force,
+    }  # fmt: skip
     return write_all(path, episodes, lambda: given, **about)
 
 
-def write_all(path: str | Path, episodes: Iterable[Episode], units: Callable[[], Units], **about: Any) -> Store:
-    """`write_store`, where only the last episode tells all of the store's `units`; `about` are StoreWriter's."""
+def write_all(
+    path: str | Path,
+    episodes: Iterable[Episode],
+    units: Callable[[], Units],
+    attributes: dict[str, Any] | None = None,
+    **about: Any,
+) -> Store:
+    """`write_store`, where only the last episode tells all of the store's `units`; `attributes` are further ones of the
+    store, `about` are StoreWriter's."""
     if not isinstance(episodes, Iterable):
         what = f"episodes is of type {type(episodes).__name__}, not a list or another iterable of episodes"
         raise CvlctlError(what, "a single episode goes into a list: [episode]")
@@ -73,7 +82,7 @@ def write_all(path: str | Path, episodes: Iterable[Episode], units: Callable[[],
     try:
         for episode in episodes:
             writer.append(episode)
-        return writer.finish(**units().attributes())
+        return writer.finish(**(attributes or {}), **units().attributes())
     except BaseException:
         writer.close(discard=True)
         raise

@@ -128,7 +128,9 @@ def _scores(outs: Sequence[str], names: Mapping[str, str]) -> tuple[list[dict[st
             gaps += [found] if found else []
             continue
         gaps += [found.problem] if found.problem else []
-        alike = groups.setdefault(json.dumps([found.record["recipe"].get(key) for key in _ALIKE]), {})
+        alike = groups.setdefault(
+            json.dumps([found.record.get("environments"), *(found.record["recipe"].get(key) for key in _ALIKE)]), {}
+        )
         for run, rows in _rows_of(found, real).items():
             alike[run] = found, [replace(row, algorithm=names[run]) for row in rows]
             scored.add(run)
@@ -152,7 +154,7 @@ def _tables(several: Sequence[tuple[Evaluation, Sequence[EpisodeResult]]]) -> di
     """What `cvlctl evaluate` would print of these runs, the first as the baseline."""
     rows, recipe = [row for _, own in several for row in own], several[-1][0].recipe
     baseline = several[0][1][0].algorithm if several[0][1] else ""
-    tables = tables_of(recipe.model_copy(update={"tuning": ()}), rows, {}, baseline)
+    tables = tables_of(recipe.model_copy(update={"tuning": ()}), rows, {}, baseline, several[-1][0].record)
     return {
         "evaluations": list(dict.fromkeys(str(evaluation.out) for evaluation, _ in several)),
         **{name: tables[name] for name in ("table", "pairwise", "comparison")},

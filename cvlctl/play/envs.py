@@ -124,6 +124,12 @@ def described(env: Env, settings: Settings | None) -> dict[str, Any]:
     return {"task": env.task, **(settings or own.NOTHING).about(), **({"keys": list(keys)} if keys else {})}
 
 
+def registered_kwargs(task: str) -> dict[str, Any]:
+    """What gymnasium hands the environment of a task by itself; nothing where it knows none of that id."""
+    name = task.removeprefix("gym/")
+    return own.registered_kwargs(name) if task != name and named_code.names(task) is None else {}
+
+
 def is_built_in(task: str, settings: Settings | None) -> bool:
     """Whether it is one of `list_tasks`, as it is: with the checks and reference returns that it has there."""
     return task in list_tasks() and (settings is None or not settings.about())

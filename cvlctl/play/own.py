@@ -7,6 +7,7 @@ raises. A fault is one error, with the task, the episode and the step, and the l
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import json
 import os
@@ -46,11 +47,15 @@ def check(task: str) -> bool:
 
 
 def near(task: str) -> list[str]:
-    """Tasks that gymnasium knows by the name of `task`, in whatever version."""
+    """Tasks that gymnasium knows by the name of `task`, in whatever version, or by one that is like it."""
     import gymnasium
 
-    name = task.removeprefix("gym/").partition("-v")[0].lower()
-    return [f"gym/{known}" for known in gymnasium.registry if known.partition("-v")[0].lower() == name][::-1]
+    wanted = task.removeprefix("gym/")
+    name = wanted.partition("-v")[0].lower()
+    found = [known for known in gymnasium.registry if known.partition("-v")[0].lower() == name][::-1]
+    if task != wanted:
+        found += difflib.get_close_matches(wanted, gymnasium.registry, 2, 0.7)
+    return [f"gym/{known}" for known in found]
 
 
 def make(task: str, seed: int, horizon: int | None, settings: Settings | None) -> Env:
@@ -194,6 +199,13 @@ def _registered(name: str) -> bool:
             with contextlib.redirect_stderr(io.StringIO()):  # one prints a notice about other environments
                 gymnasium.register_envs(import_module(package))
     return name in gymnasium.registry
+
+
+def registered_kwargs(name: str) -> dict[str, Any]:
+    """With which gymnasium makes an environment of that id, where it knows one."""
+    import gymnasium
+
+    return dict(gymnasium.registry[name].kwargs) if _registered(name) else {}
 
 
 def _limit(env: Any) -> int | None:

@@ -51,8 +51,12 @@ class Settings:
         return {name: value for name, value in (said | {"action_bounds": bounds}).items() if value}
 
     def as_json(self) -> str:
-        """For workers; `Settings.of(json.loads(...))` reads it."""
+        """For workers."""
         return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls.of(json.loads(text))
 
 
 def _text(value: Any) -> str:

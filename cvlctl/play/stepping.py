@@ -136,7 +136,7 @@ def _table(file: int, kind: np.dtype) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _part_of(file: int, task: str, seed: int, horizon: int | None, settings: str | None) -> _Part:
-    about = (task, seed, horizon, None if settings is None else Settings.of(json.loads(settings)))
+    about = (task, seed, horizon, None if settings is None else Settings.from_json(settings))
     first = make(*about)
     return _Part(_table(file, _kind(first.spec)), about, first)
 

@@ -30,7 +30,6 @@ from cvlctl.progress import Progress, say
 from cvlctl.score import find_runs, kept, places
 from cvlctl.score.recipe import EvaluateRecipe, EvaluationGoals
 from cvlctl.score.report import Estimates, as_text, baseline_of, can_be_shown, estimates_of, render, report
-from cvlctl.score.rows import told
 from cvlctl.score.tuning import settings_of
 from cvlctl.types import EpisodeResult
 
@@ -76,8 +75,8 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
         before = None if force else _earlier(recipe, wanted)  # by now another's, perhaps
         rows = _begun(recipe, wanted, before)
         played = _play(recipe, wanted, rows)
-        everything = told([row for job in wanted.jobs for _, row in sorted(rows[job].items())])
-        result = report(recipe, everything, wanted.estimates, wanted.baseline)
+        everything = [row for job in wanted.jobs for _, row in sorted(rows[job].items())]
+        result = report(recipe, everything, wanted.estimates, wanted.baseline, wanted.record)
         kept.finish(recipe.out, wanted.record, result)
     again = not played and before is not None and kept.finished(wanted.record, before)
     return {"status": "finished already" if again else "evaluated", **paths, **result}
@@ -110,9 +109,11 @@ def _wanted(recipe: EvaluateRecipe) -> _Wanted:
         ],
         **({} if goals is None else {"goals": hashlib.sha256(goals.tobytes()).hexdigest()}),
     }  # fmt: skip
-    own = {job.task: places.described(job.env) for job in jobs if job.env is not None}
-    if own:
-        record["environments"] = own
+    told: dict[str, Any] = {
+        "environments": {job.task: places.described(job.env) for job in jobs if job.env is not None},
+        "references": find_runs.references(recipe, found),
+    }
+    record |= {name: value for name, value in told.items() if value}
     held = [checkpoint.held for checkpoint in found if checkpoint.held is not None]
     return _Wanted(jobs, held, estimates, baseline, goals, record)
 

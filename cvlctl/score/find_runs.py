@@ -8,14 +8,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cvlctl.checkpoints import Saved, read
 from cvlctl.errors import CvlctlError
 from cvlctl.files import read_json
+from cvlctl.play import envs
 from cvlctl.play.settings import Settings
 from cvlctl.progress import say
 from cvlctl.score.places import place_of
 from cvlctl.score.recipe import EvaluateRecipe
+from cvlctl.score.references import beside
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Checkpoint:
     sha256: str
     held: Saved | None = None  # its content, where the run is in training and about to replace the file
     settings: Settings | None = None  # of the environment that it is played in, where that is one of one's own
+    stores: tuple[Path, ...] = ()  # that it was trained on
 
     def content(self) -> Saved:
         """What the file held when it was found. CvlctlError where it holds something else by now."""
@@ -102,7 +106,28 @@ def _found(recipe: EvaluateRecipe, run: Path, file: Path, in_training: bool = Fa
         raise CvlctlError(what, "it is damaged, or not of cvlctl: train it again, or leave its run out") from error
     place = place_of(recipe, run, saved.metadata)
     held = saved if in_training else None
-    return Checkpoint(run, file, algorithm, place.task, seeds, step, saved.sha256, held, place.settings)
+    return Checkpoint(run, file, algorithm, place.task, seeds, step, saved.sha256, held, place.settings, _stores(saved))
+
+
+def _stores(saved: Saved) -> tuple[Path, ...]:
+    """The stores that a checkpoint's recipe names."""
+    recipe = saved.metadata.get("recipe")
+    named = recipe.get("stores") if isinstance(recipe, dict) else None
+    paths = [use.get("path") for use in named if isinstance(use, dict)] if isinstance(named, list) else []
+    return tuple(Path(path) for path in paths if isinstance(path, str) and "\0" not in path)
+
+
+def references(recipe: EvaluateRecipe, found: Sequence[Checkpoint]) -> dict[str, dict[str, Any]]:
+    """Reference returns by task that lie beside the stores its runs were trained on, where the task has none itself."""
+    if recipe.backend != "gymnasium" or recipe.horizon is not None:
+        return {}  # they are of gymnasium's whole episodes
+    known: dict[str, dict[str, Any]] = {}
+    for one in found:
+        if one.task in known or (one.settings is None and envs.references(one.task)):
+            continue
+        if kept := next((kept for store in one.stores if (kept := beside(store, one.task, one.settings))), None):
+            known[one.task] = kept
+    return known
 
 
 def labels(found: Sequence[Checkpoint]) -> dict[Path, str]:

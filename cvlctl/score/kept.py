@@ -112,15 +112,14 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
 
 def is_record(found: dict[str, Any]) -> bool:
     """Whether it has what is read of it; further keys are those of another version."""
-    jobs, simulators = found.get("jobs"), found.get("simulators", {})
+    jobs, by_task = found.get("jobs"), [found.get(key, {}) for key in ("simulators", "environments", "references")]
     return (
         found.get("format") == FORMAT
         and isinstance(found.get("status"), str)
         and isinstance(found.get("recipe"), dict)
         and isinstance(jobs, list)
         and all(isinstance(job, dict) and all(type(job.get(key)) is kind for key, kind in _JOB.items()) for job in jobs)
-        and isinstance(simulators, dict)
-        and all(isinstance(simulator, dict) for simulator in simulators.values())
+        and all(isinstance(said, dict) and all(isinstance(one, dict) for one in said.values()) for said in by_task)
     )
 
 

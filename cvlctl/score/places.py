@@ -17,6 +17,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.play import envs, named_code
 from cvlctl.play.recipe import settings_of
 from cvlctl.play.settings import Settings
+from cvlctl.recipes.yamltext import cut
 from cvlctl.score.recipe import EvaluateRecipe
 from cvlctl.types import check_text
 
@@ -51,7 +52,7 @@ def place_of(recipe: EvaluateRecipe, run: Path, metadata: Mapping[str, Any]) -> 
         if recipe.env is None and _is_same(task, origin.task):
             if origin.settings.kwargs != "{}":
                 _ask_again(run, task, origin)
-            settings = replace(origin.settings, code=None if settings is None else settings.code)
+            settings = _read_so(settings, origin.settings)
     else:
         task = said if _is_task(said) else origin.task
         settings = origin.settings if origin.task == task else None
@@ -75,7 +76,23 @@ def _origin(run: Path, metadata: Mapping[str, Any]) -> Origin:
     found = found if isinstance(found, dict) else {}
     task = found.get("task", metadata["task"])
     check_text(f"{run}: the environment's task", task)
-    return Origin(task, Settings.of({name: found.get(name) for name in ("kwargs", "success", "keys", "action_bounds")}))
+    said = {name: found.get(name) for name in ("kwargs", "success", "keys", "action_bounds")}
+    handed, registered = said["kwargs"], envs.registered_kwargs(task)
+    if isinstance(handed, dict):  # what gymnasium hands it anyway is nobody's wish
+        said["kwargs"] = {name: value for name, value in handed.items() if registered.get(name, handed) != value}
+    return Origin(task, Settings.of(said))
+
+
+def reading_settings(task: str, settings: Settings | None, said: Any, given: bool) -> Settings | None:
+    """`settings` of a task that was named, with what a store's attribute `environment` says of how it is read, unless
+    settings were given."""
+    origin = _origin(Path(task), {"task": task, "environment": said})
+    return settings if given or not _is_same(task, origin.task) else _read_so(settings, origin.settings)
+
+
+def _read_so(settings: Settings | None, said: Settings) -> Settings | None:
+    made = replace(said, kwargs="{}", code=None if settings is None else settings.code)
+    return made if settings is not None or made.about() else None
 
 
 def _is_same(task: str, said: str) -> bool:
@@ -107,7 +124,7 @@ def _is_task(task: str) -> bool:
 
 def _ask_again(run: Path, task: str, origin: Origin) -> NoReturn:
     kwargs = origin.settings.kwargs if _is_same(task, origin.task) else "{}"
-    made = f" with {kwargs}" if kwargs != "{}" else ""
+    made = f" with {cut(kwargs)}" if kwargs != "{}" else ""
     what = f"{run} is of {task}{made}: what a run says is neither imported nor handed on unless you name it too"
     again = f"task={task}" + (f" 'env.kwargs={kwargs}'" if made else "")
     raise CvlctlError(what, f"if you trust it, add to the command (or the recipe): {again}")
@@ -115,7 +132,7 @@ def _ask_again(run: Path, task: str, origin: Origin) -> NoReturn:
 
 def _unknown(run: Path, said: str, origin: Origin) -> NoReturn:
     about = origin.settings.about()
-    details = f"; its data came from {origin.task}, made with {json.dumps(about)}" if about else ""
+    details = f"; its data came from {origin.task}, made with {cut(json.dumps(about))}" if about else ""
     what = f"{run} is of {said!r}, which is no environment here{details}"
     near = envs.nearest(said)
     hint = f"did you mean task={near[0]}? " if near else ""

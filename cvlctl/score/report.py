@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cvlctl.errors import CvlctlError
@@ -15,6 +16,7 @@ from cvlctl.score.find_runs import Checkpoint
 from cvlctl.score.pictures import plot_curves, plot_profiles, plot_scores
 from cvlctl.score.recipe import EvaluateRecipe
 from cvlctl.score.render import to_csv, to_markdown, to_rich
+from cvlctl.score.rows import with_failures
 from cvlctl.score.tables import (
     OfflineEstimate,
     aggregate_table,
@@ -39,14 +41,21 @@ TABLES = {
     "runs": "single runs",
 }  # fmt: skip
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 Estimates = Mapping[tuple[str, str, int], OfflineEstimate]  # of (algorithm, task, seed)
 
 
 def report(
-    recipe: EvaluateRecipe, rows: Sequence[EpisodeResult], estimates: Estimates, baseline: str
+    recipe: EvaluateRecipe,
+    rows: Sequence[EpisodeResult],
+    estimates: Estimates,
+    baseline: str,
+    record: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write tables and pictures of `rows`; returns the number of episodes, the pictures' paths, and the tables."""
-    tables = tables_of(recipe, rows, estimates, baseline)
+    rows = with_failures(rows)
+    tables = tables_of(recipe, rows, estimates, baseline, record)
     return {"episodes": len(rows), "plots": _write_tables(recipe, list(rows), tables), **tables}
 
 
@@ -78,11 +87,20 @@ def estimates_in(run: Path) -> dict[int, OfflineEstimate]:
 
 
 def tables_of(
-    recipe: EvaluateRecipe, rows: Sequence[EpisodeResult], estimates: Estimates, baseline: str
+    recipe: EvaluateRecipe,
+    rows: Sequence[EpisodeResult],
+    estimates: Estimates,
+    baseline: str,
+    record: Mapping[str, Any] = NOTHING,
 ) -> dict[str, Any]:
-    """All tables of an evaluation, as lists of records, by the names that its result has."""
-    rows, tasks = list(rows), dict.fromkeys(row.task for row in rows)
-    known = {task: envs.references(task, recipe.horizon) for task in tasks if recipe.backend == "gymnasium"}
+    """All tables of an evaluation, as lists of records, by the names that its result has.
+
+    Args:
+        record: in evaluation.json; of what it says the environments and references count.
+    """
+    rows = with_failures(rows)
+    tasks = dict.fromkeys(row.task for row in rows) if recipe.backend == "gymnasium" else {}
+    known = {task: _reference(task, recipe, record) for task in tasks}
     played = ", ".join(f"{name} {versions()[name]}" for name in SIMULATOR if name in versions())
     references: Any = {task: {**reference, "simulator": played} for task, reference in known.items() if reference}
     confidence: Any = recipe.confidence.model_dump()
@@ -102,6 +120,12 @@ def tables_of(
         "offline": offline_table(rows, estimates, **confidence),
         "tuning": tuning_table(rows, recipe.tuning, estimates, **confidence),
     }
+
+
+def _reference(task: str, recipe: EvaluateRecipe, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The reference returns of a task: as the record says, else those of a built-in one that was played as it is."""
+    kept = record.get("references", {}).get(task)
+    return kept or (None if task in record.get("environments", {}) else envs.references(task, recipe.horizon))
 
 
 def _write_tables(recipe: EvaluateRecipe, rows: list[EpisodeResult], tables: dict[str, Any]) -> list[str]:

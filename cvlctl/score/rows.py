@@ -65,7 +65,7 @@ def parse_row(line: bytes) -> EpisodeResult:
     return EpisodeResult(**{name: values[name] for name in _KINDS})
 
 
-def told(rows: Sequence[EpisodeResult]) -> list[EpisodeResult]:
+def with_failures(rows: Sequence[EpisodeResult]) -> list[EpisodeResult]:
     """The rows, with no success where an episode tells nothing of it, and others of its task do."""
     telling = {row.task for row in rows if row.success is not None}
     return [replace(row, success=False) if row.success is None and row.task in telling else row for row in rows]

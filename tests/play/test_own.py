@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -227,7 +226,7 @@ def test_settings_survive_json_and_strangers_do_not_pass() -> None:
     settings = Settings.of(
         {"kwargs": {"b": [1], "a": None}, "keys": ["x"], "action_bounds": [-1, [2, 3]], "code": "/a.py"}
     )
-    assert Settings.of(json.loads(settings.as_json())) == settings
+    assert Settings.from_json(settings.as_json()) == settings
     assert settings.about() == {"kwargs": {"a": None, "b": [1]}, "keys": ["x"], "action_bounds": [-1.0, [2.0, 3.0]]}
     for bad in (
         {"kwargs": 3},

@@ -179,9 +179,9 @@ def test_a_run_of_another_name_is_played_where_one_says(tmp_path: Path) -> None:
 def test_tables_count_episodes_that_tell_nothing_as_failures_beside_those_that_do(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from cvlctl.score.rows import told
+    from cvlctl.score.rows import with_failures
     from cvlctl.types import EpisodeResult
 
     row = EpisodeResult("bc", "a", 0, 1, 0, 1.0, 5, None)
     rows = [row, replace(row, success=True), replace(row, task="b")]
-    assert [one.success for one in told(rows)] == [False, True, None]
+    assert [one.success for one in with_failures(rows)] == [False, True, None]

@@ -133,7 +133,7 @@ def import_store(
         episodes = _counted(map(dropping.of, chosen.read(path, told, **given)), path, progress)
         return write_all(
             out, episodes, all_units, task=task or facts.task, horizon=horizon or facts.horizon,
-            provenance=provenance, label=label, force=force,
+            provenance=provenance, label=label, attributes=_attributes(facts, options), force=force,
         )  # fmt: skip
 
 
@@ -206,6 +206,14 @@ def exported_already(format: str, store: Store, out: Path, label: str) -> bool:
         return out.exists() and _format(format).facts(out).exported == units.export_digest(format, store, label)
     except CvlctlError:  # it is something else
         return False
+
+
+def _attributes(facts: Facts, options: dict[str, Any]) -> dict[str, Any]:
+    """What the store says of its environment, with the observations that were chosen."""
+    if facts.environment is None:
+        return {}
+    keys = list(options.get("observation_keys") or facts.environment.get("keys") or ())
+    return {"environment": facts.environment | ({"keys": keys} if keys else {})}
 
 
 def _source(format: str, path: Path, facts: Facts, given: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 <folder>/data/main_data.hdf5    episode_0, episode_1, ...: observations (T+1 rows), actions, rewards, terminations,
                                 truncations, infos
 
-Observations in several arrays (a Dict space) are joined by `observation_keys`, default all, by name (`joining`).
+Observations in several arrays (a Dict space) are joined by `observation_keys`, default all, by name (`joining`); those
+of Fetch as our own gym/Fetch... has them, the robot's state and then the goal.
 Actions are scaled from the bounds of the file's action space to [-1, 1], dimensions without finite ones taken as they
 are; written ones are in their environment's units. Image observations may be coded as JPEG.
 An episode counts as terminated where its last step's `terminations` says so. Written episodes carry their successes
@@ -34,6 +35,7 @@ from cvlctl.data.store import Store
 from cvlctl.data.units import bounds_of, export_digest, exported_units
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import replacing
+from cvlctl.play.envs import list_tasks
 from cvlctl.progress import say
 from cvlctl.types import Episode
 from cvlctl.units import Bounds, finite, physical
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 DATA, METADATA = "main_data.hdf5", "metadata.json"
 ID = re.compile(r"(?:[-_\w][-_\w/]*[-_\w]+/)?[-_\w]+-v\d+")
+GOAL_KEYS = ("observation", "desired_goal")
 KEPT = ("dataset_id", "minari_version", "algorithm_name", "author", "code_permalink", "description", "env_spec")
 
 
@@ -62,7 +65,7 @@ def read(
         which = f"dimensions {', '.join(map(str, unbounded))}" if bounds else "actions"
         say(f"{folder / METADATA}: {which} have no finite bounds, and are taken as they are; --action-bounds says some")
     maker = Maker(file_path, action_bounds, clip_actions, bounds, told)
-    joined = Observations(file_path, observation_keys)
+    joined = Observations(file_path, observation_keys or _keys(metadata))
     images = len(_space(metadata, "observation_space").get("shape") or ()) > 1
     ours = metadata.get("cvlctl") or {}
     rewarded = not (isinstance(ours, dict) and ours.get("rewards") is False)
@@ -128,11 +131,38 @@ def facts(path: Path) -> Facts:
         where = str(folder / METADATA)
         if ours:
             known = (str(ours["task"]), steps_of(ours["horizon"], where), kept, folder / DATA, bounds)
-            return Facts(steps, *known, exported=str(ours.get("exported", "")), units=dict(ours.get("units", {})))
-        env = json.loads(metadata.get("env_spec") or "{}")
+            said = ours.get("environment")
+            said = said if isinstance(said, dict) else None
+            return Facts(steps, *known, said, str(ours.get("exported", "")), dict(ours.get("units", {})))
+        env = _env_spec(metadata)
         task = f"gym/{env['id']}" if env.get("id") else str(metadata.get("dataset_id", ""))
         limit = env.get("max_episode_steps")
-        return Facts(steps, task, steps_of(limit, where) if limit else None, kept, folder / DATA, bounds)
+        horizon = steps_of(limit, where) if limit else None
+        return Facts(steps, task, horizon, kept, folder / DATA, bounds, _came_from(task, env, _keys(metadata)))
+
+
+def _env_spec(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Gymnasium's description of the environment; of it the id and kwargs count, and never the entry point."""
+    found = json.loads(metadata.get("env_spec") or "{}")
+    return found if isinstance(found, dict) else {}
+
+
+def _keys(metadata: dict[str, Any]) -> Sequence[str]:
+    """Which observations are read by default; (): all, by name."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        there = _space(metadata, "observation_space").get("subspaces") or {}
+        if str(_env_spec(metadata).get("id")).startswith("Fetch") and set(GOAL_KEYS) <= set(there):
+            return GOAL_KEYS
+    return ()
+
+
+def _came_from(task: str, env: dict[str, Any], keys: Sequence[str]) -> dict[str, Any] | None:
+    """The store's attribute `environment`."""
+    if not env.get("id"):
+        return None
+    kwargs = env.get("kwargs")
+    found = {"kwargs": kwargs if isinstance(kwargs, dict) else {}, "keys": [] if task in list_tasks() else list(keys)}
+    return {"task": task} | {name: value for name, value in found.items() if value}
 
 
 def is_dataset(path: Path) -> bool:
@@ -220,7 +250,7 @@ def write(store: Store, path: Path, label: str) -> None:
                 check()
         size = round((temporary / "data" / DATA).stat().st_size / 1e6, 1)
         low, high = (0, 255) if spec.pixels else (-np.inf, np.inf)
-        metadata = {
+        metadata: dict[str, Any] = {
             "dataset_id": name, "total_episodes": store.num_episodes, "total_steps": store.num_transitions,
             "data_format": "hdf5", "dataset_size": size,
             # 0.5.4 was the first to take images that are not JPEGs
@@ -230,6 +260,8 @@ def write(store: Store, path: Path, label: str) -> None:
             "cvlctl": {"task": store.task, "horizon": spec.horizon, "rewards": rewarded,
                        "exported": export_digest("minari", store, label), **({"units": more} if more else {})},
         }  # fmt: skip
+        if told := store.attributes.get("environment"):
+            metadata["cvlctl"]["environment"] = told
         (temporary / "data" / METADATA).write_text(json.dumps(metadata | _environment(store.task)))
 
 

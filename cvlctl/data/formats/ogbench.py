@@ -8,6 +8,7 @@ not read. Written files carry cvlctl's own table of episodes beside what OGBench
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
 from cvlctl.units import Bounds, physical
 
+# cube-single-play-v0.npz, puzzle-3x3-noisy-v0-val.npz: of gymnasium's cube-single-v0 and puzzle-3x3-v0
+NAME = re.compile(r"([a-z0-9]+(?:-[a-z0-9]+)+)-(?:play|noisy|navigate|stitch|explore)-(v\d+)(?:-val)?")
 REQUIRED = ("observations", "actions", "terminals")
 
 
@@ -72,10 +75,15 @@ def _count(terminals: Column) -> int:
 
 
 def facts(path: Path) -> Facts:
-    """The task and horizon are known where cvlctl wrote the file."""
+    """The task and horizon are known where cvlctl wrote the file; else OGBench's own name of it tells the task."""
     with open_npz(path) as arrays:
         arrays.need(*REQUIRED)
-        return said_facts(arrays)
+        found = said_facts(arrays)
+    named = NAME.fullmatch(path.stem)
+    if found.task or not named:
+        return found
+    task = f"gym/{named[1]}-{named[2]}"
+    return found._replace(task=task, environment={"task": task})
 
 
 def write(store: Store, path: Path, label: str) -> None:

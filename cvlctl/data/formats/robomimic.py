@@ -82,9 +82,9 @@ def facts(path: Path) -> Facts:
         data = member(path, file, "data")
         env = json.loads((data is not None and attribute(data, "env_args", ragged=True)) or "{}")
         total = int((data is not None and attribute(data, "total")) or 0)
-        kwargs = env.get("env_kwargs")
-        frequency = kwargs.get("control_freq") if isinstance(kwargs, dict) else None
+        name, kwargs = str(env.get("env_name", "")), env.get("env_kwargs")
+        kwargs = kwargs if isinstance(kwargs, dict) else {}
+        frequency = kwargs.get("control_freq")
         period = {"control_period": 1 / frequency} if isinstance(frequency, int | float) and frequency > 0 else {}
-        return Facts(
-            total, str(env.get("env_name", "")), None, {"env_args": env} if env else {}, units=period,
-        )  # fmt: skip
+        environment = {"task": name, **({"kwargs": kwargs} if kwargs else {})} if name else None
+        return Facts(total, name, None, {"env_args": env} if env else {}, units=period, environment=environment)

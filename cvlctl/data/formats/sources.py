@@ -29,6 +29,7 @@ class Facts(NamedTuple):
     provenance: dict[str, Any] = {}
     data: Path | None = None  # the file that holds the arrays, where the path is a folder
     action_bounds: Bounds | None = None  # what its actions lie in; None: [-1, 1], or it does not say
+    environment: dict[str, Any] | None = None  # that it came from, as the store's attribute of that name says it
     exported: str = ""  # `units.export_digest` of what we wrote it from
     units: Mapping[str, Any] = {}  # what else it says of its numbers: by the names of `cvlctl.units.Units`
 

@@ -244,7 +244,7 @@ def evaluation_in(out: Path, chosen: Set[str] = frozenset()) -> Evaluation | str
         estimates = {(job["algorithm"], job["task"], seed): estimate for job in jobs
                      for seed, estimate in estimates_in(Path(run_of(job))).items()}  # fmt: skip
         asked = recipe if len(jobs) == len(record["jobs"]) else recipe.model_copy(update={"tuning": ()})
-        saved = tables_of(asked, mine, estimates, recipe.baseline or "bc") if mine else {}
+        saved = tables_of(asked, mine, estimates, recipe.baseline or "bc", record) if mine else {}
     return Evaluation(out, recipe, record, saved, mine, problem)
 
 
