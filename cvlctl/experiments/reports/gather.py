@@ -89,8 +89,8 @@ def of_experiment(file: Path, overrides: Sequence[str]) -> Found:
             row["log"], logs = last_lines(folder), logs + 1
     there = {"run": [row["out"] for row in rows if row["command"] in ("pretrain", "finetune")],
              "evaluation": [row["out"] for row in rows if row["command"] == "evaluate"]}  # fmt: skip
-    built = [place for cell, row in zip(cells, rows, strict=True) if row["command"] == "build-dataset"
-             for place in cell.job.recipe.writes() if row["state"] == "done"]  # fmt: skip
+    builds = [cell.job for cell in cells if cell.job.command == "build-dataset"]
+    built = [place for job in builds for place in job.recipe.writes() if Path(place, "zarr.json").is_file()]
     line = " ".join(["cvlctl run", str(file), *overrides])
     return _read(file.stem, line, file.read_text(encoding="utf-8", errors="replace"), rows, there, built, set())
 

@@ -37,7 +37,7 @@ def page(found: Found, scored: Sequence[tuple[Evaluation, Sequence[Figure]]], tr
         differing: keys in which the runs' recipes differ, and a row a run: its folder, then the values.
     """
     parts = {
-        "Failures": _failures(found),
+        ("Failures" if _failed(found) else "What is lacking"): _failures(found),
         **{_heading(scored, one): _scores(one, figures) for one, figures in scored},
         "Data": "".join(map(_card, cards)),
         "Training": _training(training) if training else "",
@@ -89,8 +89,12 @@ def _count(number: int, one: str, many: str = "") -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def _failed(found: Found) -> list[dict[str, Any]]:
+    return [row for row in found.cells if row["state"] in ("failed", "blocked", "stopped")]
+
+
 def _failures(found: Found) -> str:
-    failed = [row for row in found.cells if row["state"] in ("failed", "blocked", "stopped")]
+    failed = _failed(found)
     left = [row for row in found.cells if row["state"] in ("waiting", "running")]
     parts = []
     if failed:
@@ -102,7 +106,7 @@ def _failures(found: Found) -> str:
     if gaps:
         listed = "".join(f"<li>{html(gap)}</li>" for gap in gaps[:50])
         more = f"<li>and {len(gaps) - 50} more</li>" if len(gaps) > 50 else ""
-        parts.append(f'<div class="warn">What this report lacks<ul>{listed}{more}</ul></div>')
+        parts.append(f'<div class="warn"><ul>{listed}{more}</ul></div>')
     return "".join(parts)
 
 
@@ -116,11 +120,11 @@ def _scores(evaluation: Evaluation, figures: Sequence[Figure]) -> str:
     for name, title in TABLES.items():
         if tables.get(name):
             table = to_html(tables[name])
-            heading = title[0].upper() + title[1:]
+            heading = title[0].upper() + title[1:] if name != "table" else ""  # the section's own
             parts.append(
                 f"<details><summary>{heading} ({len(tables[name])} rows)</summary>{table}</details>"
                 if name in _FOLDED
-                else f"<h3>{heading}</h3>{table}"
+                else f"{f'<h3>{heading}</h3>' if heading else ''}{table}"
             )
         for after, figure in (("table", "scores"), ("table", "bars"), ("aggregate", "profiles")):
             if after == name and figure in drawn:
