@@ -64,10 +64,9 @@ def compare(places: Sequence[str]) -> dict[str, Any]:
 
 def _read(out: str) -> dict[str, Any]:
     if not Path(out, "run.json").exists():
-        below = sorted(str(path.parent) for path in Path(out).glob("*/run.json"))[:5] if Path(out).is_dir() else []
-        raise CvlctlError(
-            f"{out} is not a run: it has no run.json", f"runs below it: {', '.join(below)}" if below else ""
-        )
+        below = [str(path.parent) for path in sorted(Path(out).glob("*/run.json"))[:5]] if Path(out).is_dir() else []
+        hint = f"runs below it: {', '.join(below)}" if below else "cvlctl runs ls shows what there is"
+        raise CvlctlError(f"{out} is not a run: it has no run.json", hint)
     return read_run(Path(out))
 
 

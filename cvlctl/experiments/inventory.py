@@ -15,6 +15,7 @@ from cvlctl import runs
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import kind_of
 from cvlctl.experiments.reports.gather import evaluations_near, results_below
+from cvlctl.figures import short_names
 from cvlctl.files import lock, read_json
 from cvlctl.runs import read_metrics, read_run
 from cvlctl.score import kept
@@ -183,20 +184,27 @@ def render_ls(result: Sequence[dict[str, Any]], console: Console) -> None:
     if not result:
         console.print("no runs here: train one with `cvlctl finetune RECIPE`")
         return
-    total = f"{len(result)} in all, {sum(row['size_mb'] for row in result):,.1f} MB"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=total, caption_justify="left")
+    root = os.path.commonpath([os.path.dirname(row["path"]) for row in result])
+    total = f"{len(result)} under {root or '.'}, {sum(row['size_mb'] for row in result):,.1f} MB"
+    short = short_names(list(dict.fromkeys(str(row["task"]) for row in result)))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=Text(total), caption_justify="left")
     for heading in ("run", "command", "algorithm", "task"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "command")
     for heading in ("seeds", "status", "MB"):
         table.add_column(heading, justify="left" if heading == "status" else "right", no_wrap=True)
     for row in result:
+        name, size = os.path.relpath(row["path"], root or "."), f"{row['size_mb']:.1f}"
         if row["problem"]:
-            table.add_row(Text(row["path"]), Text(row["problem"], style="red"), "", "", "", "", f"{row['size_mb']:.1f}")
+            table.add_row(Text(name), Text("damaged", style="red"), "", "", "", "", size)
             continue
-        texts = (row["path"], row["command"] or "?", str(row["algorithm"] or "-"), str(row["task"] or "-"))
+        task = short.get(str(row["task"]), str(row["task"] or "-"))
         seeds = str(len(row["seeds"])) if isinstance(row["seeds"], list) else "-"
-        table.add_row(*map(Text, (*texts, seeds, str(row["status"]), f"{row['size_mb']:.1f}")))
+        texts = (name, row["command"] or "?", str(row["algorithm"] or "-"), task, seeds, str(row["status"]), size)
+        table.add_row(*map(Text, texts))
     console.print(table)
+    for row in result:
+        if row["problem"]:
+            console.print(row["problem"], markup=False, soft_wrap=True)
 
 
 def render_show(result: dict[str, Any], console: Console) -> None:

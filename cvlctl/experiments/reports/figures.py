@@ -69,7 +69,9 @@ def bars(table: Sequence[Record], named: Mapping[str, int]) -> Figure | None:
                 marks.append(Mark("whisker", (low, high), (y, y), named[record["algorithm"]], title))
         names = names_axis([record["algorithm"] for record in rows])
         panels.append(Panel(short.get(task, task), across, names, marks, 60 + 17 * len(rows)))
-    about = f"{metric.capitalize()} by task, with intervals" + ("; one scale for all tasks." if common and len(panels) > 1 else ".")
+    about = f"{metric.capitalize()} by task, with intervals" + (
+        "; one scale for all tasks." if common and len(panels) > 1 else "."
+    )
     return _figure("bars", about, panels)
 
 
