@@ -191,6 +191,17 @@ def test_benchmark_of_engines(
     assert "the same weights" in capsys.readouterr().out
 
 
+def test_benchmark_of_reports(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reporting = script("reporting")
+    monkeypatch.setattr(reporting, "SHAPES", {"2 methods, 3 seeds": (2, 3)})
+    monkeypatch.setattr("cvlctl.experiments.reports.report.can_draw", lambda: False)
+    out = tmp_path / "found.json"
+    reporting.main(["--tasks", "2", "--lines", "3", "--rounds", "1", "--json", str(out)])
+    seconds, size = json.loads(out.read_text())["comparisons"]
+    assert seconds["work"] == "report of 12 runs (2 methods, 3 seeds)" and seconds["theirs"] == 60
+    assert 0.01 < size["ours"] < 1 and size["ratio"] == pytest.approx(10 / size["ours"], rel=0.01)
+
+
 def test_benchmark_of_backends(script: Script, tmp_path: Path) -> None:
     pytest.importorskip("envpool")
     backends = script("backends")
