@@ -227,7 +227,8 @@ class BuildRecipe(Computed):
         """What the store says of its task: reference returns, and how an environment of one's own is made again."""
         if not env.own:
             return {"reference": envs.references(self.task, self.horizon)}
-        return {"reference": None, "environment": envs.described(env, self.settings)}
+        columns = {"observation_columns": list(env.columns)} if env.columns else {}
+        return {"reference": None, "environment": envs.described(env, self.settings), **columns}
 
     @model_validator(mode="after")
     def _what_the_task_can(self) -> Self:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import toy_robots
 
+from cvlctl.collect.recipe import BuildRecipe
 from cvlctl.errors import CvlctlError
 from cvlctl.play import envs, named_code, own
 from cvlctl.play.env import Env
@@ -131,6 +132,9 @@ def test_observations_of_every_kind() -> None:
     assert played(chosen, steps=1)[0].tolist() == [0, 0, 1, 3, 4]
     task = "py/robots.py:Rich"
     assert envs.described(chosen, envs.named(task)) == {"task": task, "keys": ["mode", "joint_9"]}
+    plain = {"task": task, "source": {"name": "random", "episodes": 1}, "out": "x.zarr"}
+    said = BuildRecipe.model_validate(plain).attributes(chosen)
+    assert said["observation_columns"] == ["mode[0]", "mode[1]", "mode[2]", "joint_9[0]", "joint_9[1]"]
 
 
 @pytest.mark.parametrize(
