@@ -4,10 +4,11 @@
     python benchmarks/mountain_car_maps.py [--critic RUN] [--q RUN] [--store STORE] [--out build/mountain-car-maps.png]
 
 A point for each step of SAC's replay whose discounted return is known (`mountain_car.pairs_of`), coloured on a
-logarithmic scale: contrastive Q, self-normalised (the default) and as Eq. 11 is written; Q of SAC's last policy, by
-fitted Q evaluation (its own critic is not kept); and the Monte-Carlo return. Printed: the rank correlation of each map
-with that of the returns, over the pairs and over cells of position and velocity. The policies differ: contrastive Q and
-returns are of what SAC did on average, fitted Q is of what it came to do.
+logarithmic scale: contrastive Q over all of the replay's states, self-normalised (the default; `cvlctl explain RUN
+--map 0,1` draws it alone) and as Eq. 11 is written; Q of SAC's last policy, by fitted Q evaluation (its own critic is
+not kept); and the Monte-Carlo return. Printed: the rank correlation of each map with that of the returns, over the
+pairs and over cells of position and velocity. The policies differ: contrastive Q and returns are of what SAC did on
+average, fitted Q is of what it came to do.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from cvlctl import checkpoints
 from cvlctl.errors import CvlctlError
 from cvlctl.learn import networks
 from cvlctl.learn.algorithms import values
+from cvlctl.learn.attribution import Readout
+from cvlctl.score.explained import draw_map
+from cvlctl.score.grounds import grounds
 
 RUNS = Path("runs/papers/cvl-figure-8/small")
 STORE = Path("data/papers/mountain-car-30000.zarr")
@@ -51,30 +55,26 @@ def plot(path: Path, pairs: mountain_car.Pairs, maps: Mapping[str, np.ndarray]) 
     """A panel for each map, on a logarithmic scale of its own."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.colors import LogNorm
 
-    order = np.random.default_rng(0).permutation(len(pairs.returns))  # or the last episode would hide the others
-    position, velocity = pairs.observations[order].T
     figure, panels = plt.subplots(1, len(maps), figsize=(4.4 * len(maps), 4.2), layout="constrained")
     for axis, (title, found) in zip(panels, maps.items(), strict=True):
-        top = max(float(np.quantile(found, 0.99)), 1e-6)  # where nothing pays, nothing is shown
-        shown = np.clip(found[order], FLOOR * top, top)
-        points = axis.scatter(position, velocity, c=shown, s=4, norm=LogNorm(FLOOR * top, top), cmap="viridis")
-        figure.colorbar(points, ax=axis)
+        draw_map(figure, axis, pairs.observations, found, FLOOR)
         axis.set(title=title, xlabel="position", ylabel="velocity")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def draw(store: Path, critic: Path, q: Path, out: Path, num_pairs: int, bank: int) -> dict[str, tuple[float, float]]:
+def draw(store: Path, critic: Path, q: Path, out: Path, num_pairs: int) -> dict[str, tuple[float, float]]:
     """Draw the maps; the rank correlation of each with the returns: over pairs, over cells."""
     replay = cvlctl.open_store(store)
-    gamma = cvlctl.load_critic(critic).gamma
+    stands_on = grounds(critic).readout
+    gamma = stands_on.critic.gamma
     pairs = mountain_car.choose(mountain_car.pairs_of(list(replay.episodes()), gamma), num_pairs)
+    as_written = Readout(stands_on.critic, stands_on.states, "none")
     maps = {
-        "contrastive Q, self-normalised": mountain_car.read_q(critic, 0, replay, pairs, bank, "self"),
-        "contrastive Q, as written (Eq. 11)": mountain_car.read_q(critic, 0, replay, pairs, bank, "none"),
+        "contrastive Q, self-normalised": stands_on.q(pairs.observations, pairs.actions),
+        "contrastive Q, as written (Eq. 11)": as_written.q(pairs.observations, pairs.actions),
         "Q of SAC's last policy, fitted": fitted_q(q, pairs),
         "Monte-Carlo return": pairs.returns,
     }
@@ -94,10 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--q", type=Path, default=RUNS / "q", help="a run of fqe on it")
     parser.add_argument("--out", type=Path, default=Path("build/mountain-car-maps.png"))
     parser.add_argument("--pairs", type=int, default=10_000, help="points, at most")
-    parser.add_argument("--bank", type=int, default=30_000, help="futures read out from")
     args = parser.parse_args(arguments)
     try:
-        agreement = draw(args.store, args.critic, args.q, args.out, args.pairs, args.bank)
+        agreement = draw(args.store, args.critic, args.q, args.out, args.pairs)
     except CvlctlError as error:
         parser.exit(2, f"error: {error.what}\nhint: {error.hint}\n")
     print("rank correlation with the Monte-Carlo return: over pairs, over cells")

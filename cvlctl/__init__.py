@@ -21,18 +21,29 @@ if TYPE_CHECKING:
     from cvlctl.errors import CvlctlError
     from cvlctl.learn.critics import load_critic
     from cvlctl.play.policies import load_policy
+    from cvlctl.score.explain import explain
     from cvlctl.types import Episode
 
 _HOMES = {
     "CvlctlError": "cvlctl.errors",
     "Episode": "cvlctl.types",
+    "explain": "cvlctl.score.explain",
     "load_critic": "cvlctl.learn.critics",
     "load_policy": "cvlctl.play.policies",
     "open_store": "cvlctl.data.store",
     "write_store": "cvlctl.data.writer",
 }
 
-__all__ = ["CvlctlError", "Episode", "__version__", "load_critic", "load_policy", "open_store", "write_store"]
+__all__ = [
+    "CvlctlError",
+    "Episode",
+    "__version__",
+    "explain",
+    "load_critic",
+    "load_policy",
+    "open_store",
+    "write_store",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cvlctl.cli import data, runs
+from cvlctl.cli import data, explain, runs
 from cvlctl.cli.console import console, present
 from cvlctl.cli.options import Json, Quiet, register
 from cvlctl.errors import CvlctlError
@@ -329,6 +329,9 @@ def references(
         print_text(references.in_words(result))
 
     present(work, show, as_json, quiet)
+
+
+register(app, "explain", LOOK, "cvlctl explain runs/finetune/cvl --episode 3 --steps 0,50,100")(explain.explain)
 
 
 @register(app, "doctor", LOOK, "cvlctl doctor --parity metaworld/pick-place-v3 gym/Hopper-v5")

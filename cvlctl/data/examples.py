@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,11 +19,25 @@ from cvlctl.errors import CvlctlError
 from cvlctl.types import Spec
 
 
+class Examples(NamedTuple):
+    """Success examples, and where they are from."""
+
+    observations: np.ndarray  # (X, O) float32
+    rows: np.ndarray  # (X,) ascending: of the store, or of the file
+    store: Store | None  # None: a file
+
+
 def success_examples(source: SuccessExamples, spec: Spec, key: str = "success_examples") -> np.ndarray:
     """Success examples (X, O), by rule from a store or from a file; a seeded choice of at most `num`."""
+    return found_examples(source, spec, key).observations
+
+
+def found_examples(source: SuccessExamples, spec: Spec, key: str = "success_examples") -> Examples:
+    """As `success_examples`, with their origin."""
     if source.file is not None:
-        found, where = _examples_file(source.file, f"{key}.file"), f"{key}.file: {source.file}"
-        found = found[_choice(len(found), source.num)]
+        found, where, store = _examples_file(source.file, f"{key}.file"), f"{key}.file: {source.file}", None
+        rows = _choice(len(found), source.num)
+        found = found[rows]
     else:
         assert source.from_ is not None
         store = open_store(source.from_)
@@ -44,11 +58,12 @@ def success_examples(source: SuccessExamples, spec: Spec, key: str = "success_ex
                     "take rule: last, or examples from another store or file",
                 )
         where = f"{key}.from: {source.from_}"
-        found = Column(store, "data/observation").take(rows[_choice(len(rows), source.num)])
+        rows = rows[_choice(len(rows), source.num)]
+        found = Column(store, "data/observation").take(rows)
     if found.shape[1:] != tuple(spec.observation_shape):
         what = f"{where}: the examples have shape {found.shape}; expected (X, {spec.observation_shape[0]})"
         raise CvlctlError(what, "take examples from the robot and task that the stores are of")
-    return np.ascontiguousarray(found, dtype=np.float32)
+    return Examples(np.ascontiguousarray(found, dtype=np.float32), rows, store)
 
 
 def _choice(count: int, num: int) -> np.ndarray:

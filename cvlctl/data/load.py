@@ -97,9 +97,20 @@ def hold_out(data: Data, share: float) -> tuple[Data, Data]:
     """
     last = torch.unique(data.layout.last)
     episode = torch.searchsorted(last, data.layout.last)  # of each transition
-    labelled, held = (torch.zeros_like(last, dtype=torch.bool) for _ in range(2))
-    labelled[episode[data.labelled]] = True
-    order = torch.from_numpy(np.random.default_rng([2]).permutation(len(last))).to(last.device)
+    labelled = np.zeros(len(last), dtype=bool)
+    labelled[episode[data.labelled].cpu().numpy()] = True
+    held = torch.from_numpy(held_out(labelled, share)).to(last.device)
+    return _of_episodes(data, (~held)[episode]), _of_episodes(data, held[episode])
+
+
+def held_out(labelled: np.ndarray, share: float) -> np.ndarray:
+    """(n,) bool: which of n episodes are held out, of those that are `labelled` (n,) and of the others alike.
+
+    Raises:
+        CvlctlError: as `hold_out` does.
+    """
+    held = np.zeros(len(labelled), dtype=bool)
+    order = np.random.default_rng([2]).permutation(len(labelled))
     for kind in (labelled, ~labelled):
         mine = order[kind[order]]
         held[mine[: min(max(1, round(share * len(mine))), len(mine) - 1)]] = True
@@ -108,7 +119,7 @@ def hold_out(data: Data, share: float) -> tuple[Data, Data]:
             labelled
         )
         raise CvlctlError(what, "leave validation out")
-    return _of_episodes(data, (~held)[episode]), _of_episodes(data, held[episode])
+    return held
 
 
 def _of_episodes(data: Data, kept: Tensor) -> Data:
@@ -168,13 +179,12 @@ def read_part(store: Store, use: StoreUse, rewards: bool) -> Part:
     """What `use` says of a store, read into memory."""
     observation, action, ends = store.observations(), store.actions(), store.episode_ends()
     lengths, count = np.diff(ends, prepend=0), len(ends)
-    reward, keeps_label = np.zeros(len(observation), dtype=np.float32), np.zeros(count, dtype=bool)
-    if rewards and use.rewards != "none":
-        keeps_label = use.kept(count)
+    reward, labelled = np.zeros(len(observation), dtype=np.float32), np.zeros(count, dtype=bool)
+    if rewards:
+        labelled = use.labelled(count)
         if use.from_store:
-            reward = arrival_reward(store.rewards(use.rewards), ends, keeps_label)
-        keeps_label |= use.rest == "zeros"
-    labelled = np.repeat(keeps_label, lengths)
+            reward = arrival_reward(store.rewards(use.rewards), ends, use.kept(count))
+    labelled = np.repeat(labelled, lengths)
     part = Part(observation, action, reward, labelled, ends, store.terminated())
     return part if use.top == 1 else best_episodes(part, store.rewards(use.rewards), use.top)
 
@@ -183,11 +193,17 @@ def best_episodes(part: Part, rewards: np.ndarray, share: float) -> Part:
     """The `share` of its episodes with the highest return; the earlier one of equals. `rewards` (rows,) as stored."""
     ends = part.episode_ends
     starts = ends - np.diff(ends, prepend=0)
-    order = np.argsort(-np.add.reduceat(rewards.astype(np.float64), starts), kind="stable")
-    kept = np.sort(order[: max(1, round(share * len(ends)))])
+    kept = best_numbers(ends, rewards, share)
     rows = np.concatenate([np.arange(starts[i], ends[i]) for i in kept])
     new_ends = np.cumsum((ends - starts)[kept])
     return Part(
         part.observation[rows], part.action[rows], part.arrival_reward[rows], part.labelled[rows], new_ends,
         part.terminated[kept],
     )  # fmt: skip
+
+
+def best_numbers(ends: np.ndarray, rewards: np.ndarray, share: float) -> np.ndarray:
+    """The numbers, ascending, of the episodes that `best_episodes` keeps."""
+    starts = ends - np.diff(ends, prepend=0)
+    order = np.argsort(-np.add.reduceat(rewards.astype(np.float64), starts), kind="stable")
+    return np.sort(order[: max(1, round(share * len(ends)))])

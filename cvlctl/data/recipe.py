@@ -46,6 +46,12 @@ class StoreUse(Strict):
         flags[np.random.default_rng(0).permutation(episodes)[: max(1, round(self.fraction * episodes))]] = True
         return flags
 
+    def labelled(self, episodes: int) -> np.ndarray:
+        """(episodes,) bool: whose rewards may be learned from, be they those of a label or zeros."""
+        if self.rewards == "none":
+            return np.zeros(episodes, dtype=bool)
+        return self.kept(episodes) | (self.rest == "zeros")
+
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
         if self.top < 1 and not self.from_store:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -77,6 +78,36 @@ def future(where: Layout, transition: Tensor, u: Tensor, gamma: float) -> Future
     absorbed = target > last
     target = torch.minimum(target, last)
     return Future(target, target - 1, absorbed)
+
+
+def marginal(
+    episode_ends: np.ndarray, terminated: np.ndarray, labelled: np.ndarray, gamma: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The exact law of `future` for a uniform transition of the `labelled` episodes: what a bank is drawn from.
+
+    Args:
+        episode_ends: (n,) cumulative row counts; `terminated`, `labelled`: (n,) bool.
+
+    Returns:
+        (rows,) float64 each, which sum to one together: the probability of arriving at a row, and of having been
+        absorbed there before, which pays nothing. Zeros where no episode is labelled.
+    """
+    ends = np.asarray(episode_ends, dtype=np.int64)
+    lengths = np.diff(ends, prepend=0) - 1
+    arrival, absorbed = np.zeros(int(ends[-1])), np.zeros(int(ends[-1]))
+    total = max(int(lengths[labelled].sum()), 1)
+    for length in np.unique(lengths[labelled]):
+        for ended in (False, True):
+            chosen = ends[labelled & (lengths == length) & (terminated == ended)]
+            if len(chosen) == 0:
+                continue
+            left = np.arange(length, 0, -1)  # [K] steps left at each transition
+            beyond = gamma ** left.astype(np.float64)
+            first = np.full(length, 1 - gamma) if ended else (1 - gamma) / (1 - beyond)  # P(Delta = 1)
+            mass = np.fromiter(accumulate(first, lambda before, new: gamma * before + new), np.float64, length)
+            arrival[chosen[:, None] - left] = mass / total
+            absorbed[chosen - 1] = beyond.sum() / total if ended else 0.0
+    return arrival, absorbed
 
 
 def generator(seed: int, stream: str, block: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ class Critic:
         futures: np.ndarray,
         rewards: np.ndarray,
         normaliser: str = "self",
+        weights: np.ndarray | None = None,
     ) -> np.ndarray:
         """Q of the policy that collected the data, discounted rewards from the next step on (CVL Eq. 2 and 11).
 
@@ -57,6 +59,7 @@ class Critic:
             observations: (N, O); actions: (N, A).
             futures, rewards: (M, O), (M,), drawn from the marginal p(s+): see `Store.futures`.
             normaliser: "self" divides by the same average with r = 1; "none" is Eq. 11 as written.
+            weights: (M,) above 0, the futures' probabilities (`samplers.marginal`); None: all alike.
 
         Returns:
             (N,) float32.
@@ -68,11 +71,21 @@ class Critic:
             raise CvlctlError(f"{len(reward)} rewards for {len(psi)} futures", "give one reward for each future")
         read = occupancy_q.q_self_normalised if normaliser == "self" else occupancy_q.q_raw
         reward = reward.expand(*psi.shape[:-1])
-        chunks = [self._smaller(read(phi @ psi.mT, reward)).numpy() for phi in self._phi(observations, actions)]
-        return np.concatenate(chunks) / (1 - self.gamma)
+        law: Tensor | int = 0
+        if weights is not None:  # in float64, as a share of hundreds of thousands of states asks for
+            law, reward = torch.from_numpy(np.log(len(weights) * np.asarray(weights, np.float64))), reward.double()
+        chunks = [self._smaller(read(phi @ psi.mT + law, reward)).numpy() for phi in self._phi(observations, actions)]
+        return (np.concatenate(chunks) / (1 - self.gamma)).astype(np.float32)
 
     def _smaller(self, both: Tensor) -> Tensor:
         return both.amin(dim=0) if self.config.twin else both
+
+    def digest(self) -> str:
+        """sha256 of all that it computes with."""
+        total = hashlib.sha256(repr(self.config).encode())
+        for name in sorted(self._state):
+            total.update(name.encode() + self._state[name].numpy().tobytes())
+        return total.hexdigest()
 
     @torch.no_grad()
     def _psi(self, futures: np.ndarray) -> Tensor:
@@ -163,7 +176,11 @@ def load_critic(run: str | Path, seed: int = 0, checkpoint: str | int = "last") 
     Raises:
         CvlctlError: no such run, checkpoint or seed; no critic in it; or a file that is damaged or not a checkpoint.
     """
-    found = read_critics(Path(run), checkpoint)
+    return critic_of(read_critics(Path(run), checkpoint), seed, run)
+
+
+def critic_of(found: Trained, seed: int, run: str | Path) -> Critic:
+    """The critic of one seed of what was read of `run`. CvlctlError where it has no such seed."""
     if seed not in found.seeds:
         raise CvlctlError(f"{run} has no seed {seed}", f"its seeds: {', '.join(map(str, found.seeds))}")
     member = found.seeds.index(seed)

@@ -110,7 +110,7 @@ def test_maps_of_mountain_car_from_the_recipe_in_a_tiny_form(
     for job in jobs:
         function(job.command)(job.recipe, force=False)
     store, critic, q = (str(job.recipe.out) for job in jobs)
-    arguments = ["--store", store, "--critic", critic, "--pairs", "300", "--bank", "200", "--q"]
+    arguments = ["--store", store, "--critic", critic, "--pairs", "300", "--q"]
     maps.main([*arguments, q])
     assert Path("build/mountain-car-maps.png").stat().st_size > 10_000
     assert "Q of SAC's last policy, fitted" in capsys.readouterr().out
@@ -212,6 +212,14 @@ def test_benchmark_of_backends(script: Script, tmp_path: Path) -> None:
     assert list(rates) == ["gymnasium", "processes", "envpool"] and min(map(min, rates.values())) > 0
     done = backends.play({"task": "gym/Pendulum-v1", "episodes": [0, 1]})
     assert done["steps"] == 400 and found["machine"]["cpus"] >= 1
+
+
+def test_benchmark_of_explaining(script: Script, tmp_path: Path) -> None:
+    small = ["--rows", "1500", "--hidden", "16", "--rounds", "1", "--json", str(tmp_path / "found.json")]
+    script("explaining").main(small)
+    found = json.loads((tmp_path / "found.json").read_text())["comparisons"]
+    assert ["psi kept" in found[0]["work"], "the first time" in found[1]["work"]] == [True, True]
+    assert all(row["ours"] > 0 for row in found)
 
 
 def test_benchmark_of_intervals(script: Script, tmp_path: Path) -> None:

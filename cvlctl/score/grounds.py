@@ -1,0 +1,319 @@
+"""What a run's Q stands on, found again: critic, policy, the stores that it was trained on, and which states count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cvlctl import checkpoints
+from cvlctl.data.examples import array_digest, found_examples
+from cvlctl.data.load import best_numbers, held_out, open_stores
+from cvlctl.data.recipe import StoreUse, SuccessExamples
+from cvlctl.data.samplers import marginal
+from cvlctl.data.store import Column, Store, json_digest
+from cvlctl.data.stream import arrival_reward
+from cvlctl.errors import CvlctlError
+from cvlctl.learn.algorithms import ALGORITHMS
+from cvlctl.learn.attribution import Readout, States, by_group, kept_psi, psi_of
+from cvlctl.learn.critics import Critic, Trained, critic_of, critics_of
+from cvlctl.play.policies import NumpyPolicy, policy_of
+from cvlctl.runs import LABELS_FILE, read_run
+from cvlctl.types import Spec
+
+KEPT = "explain"  # folder of a run in which psi is kept
+CHUNK = 65_536  # observations at a time
+
+
+class Episodes(NamedTuple):
+    """The episodes that the states belong to, in the order of the states."""
+
+    begins: np.ndarray  # (n + 1,) first state of each, and the number of states
+    store: list[str]  # where each lies
+    number: list[int | None]  # its number there; None: states of a file
+    task: list[str]
+    collected_at: np.ndarray  # (n,) environment step of the collector
+    mass: np.ndarray  # (n,) its share of the data: of the marginal, or of the success examples
+
+
+class Grounds(NamedTuple):
+    """A run's Q, and what it stands on."""
+
+    readout: Readout
+    rewards: bool  # whether there are any to weigh: without, there are weights and no Q
+    time: np.ndarray  # (M,) step of its episode at which each state stands; row, of states of a file
+    episodes: Episodes
+    notes: list[str]  # what is shown, and what is not
+    run: Path
+    stores: list[Path]  # that it was trained on
+    metadata: dict[str, Any]  # of its checkpoint
+    spec: Spec
+    policy: NumpyPolicy | None
+
+    @property
+    def task(self) -> str:
+        """What it was trained on, by name."""
+        return str(self.metadata["task"])
+
+
+Found = tuple[Readout, bool, np.ndarray, Episodes, list[str]]  # the first fields of Grounds
+
+
+class _Subject(NamedTuple):
+    """A run as it was read."""
+
+    run: Path
+    record: dict[str, Any]
+    found: checkpoints.Saved
+    trained: Trained
+    critic: Critic
+    seed: int
+    uses: list[StoreUse]  # what it was trained on
+
+    @property
+    def algorithm(self) -> dict[str, Any]:
+        """The method as the recipe has it; of a pretrained critic nothing but a name."""
+        given = self.record["recipe"].get("algorithm", {"name": "occupancy"})
+        return given if isinstance(given, dict) else {"name": given}
+
+    @property
+    def by_rewards(self) -> bool:
+        """Whether it learned from rewards."""
+        name = self.algorithm.get("name")
+        return name in ALGORITHMS and ALGORITHMS[name].LEARNS_FROM == "rewards"
+
+
+def grounds(run: Path, seed: int | None = None, checkpoint: str | int = "last", label: str | None = None) -> Grounds:
+    """The Q of one seed of a run, with psi of all states: computed once, and kept in the run.
+
+    Args:
+        seed: None: the first. label: whose rewards are weighed; None: those that the run learned from.
+
+    Raises:
+        CvlctlError: no such run, checkpoint, seed or label; it has no occupancy critic; its stores are gone, or others
+            than it was trained on.
+    """
+    subject = _subject(run, seed, checkpoint)
+    laeo = subject.algorithm.get("name") == "laeo"
+    read = _of_examples if laeo else _of_stores
+    readout, rewards, time, episodes, notes = read(subject, label)
+    policy, gap = _policy(subject)
+    columns = subject.critic.config.future_columns
+    if columns is not None:
+        notes.append(f"psi sees columns {', '.join(map(str, columns))} of a state: states alike in these weigh alike")
+    stores = [use.path for use in subject.uses]
+    return Grounds(
+        readout, rewards, time, episodes, [*_progress(subject), *notes, *gap], run, stores,
+        subject.found.metadata, subject.trained.spec, policy,
+    )  # fmt: skip
+
+
+def _subject(run: Path, seed: int | None, checkpoint: str | int) -> _Subject:
+    file = checkpoints.checkpoint_file(run, checkpoint)
+    if run.is_file():
+        raise CvlctlError(f"{run} is a file", "name its run's directory, which says what it was trained on")
+    record, found = read_run(run), checkpoints.read(file)
+    trained = critics_of(found, run)
+    seed = trained.seeds[0] if seed is None else seed
+    critic = critic_of(trained, seed, run)
+    try:
+        uses = [StoreUse.model_validate(use) for use in record["recipe"]["stores"]]
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{run / 'run.json'}: its recipe says of no stores what was trained on ({type(error).__name__}: {error})"
+        raise CvlctlError(what, "it is damaged, or not of cvlctl: train again") from error
+    return _Subject(run, record, found, trained, critic, seed, uses)
+
+
+def _progress(subject: _Subject) -> list[str]:
+    if subject.record["status"] == "finished":
+        return []
+    step, total = subject.found.metadata.get("step"), subject.record["recipe"].get("steps")
+    return [f"{subject.run} is not finished: shown is its critic at step {step} of {total}"]
+
+
+def _policy(subject: _Subject) -> tuple[NumpyPolicy | None, list[str]]:
+    """The run's policy, or why its action is not shown."""
+    if not any(name.startswith("actor.") for name in subject.found.places):
+        return None, [f"{subject.run} has a critic and no policy: the policy's action is not shown"]
+    policy = policy_of(subject.found, subject.seed)
+    if policy.needs_goal:
+        return None, ["its policy is told a goal beside the observation: the policy's action is not shown"]
+    return policy, []
+
+
+# --- rewards at all states of the stores
+
+
+def _of_stores(subject: _Subject, label: str | None) -> Found:
+    config, uses, own = subject.algorithm, subject.uses, subject.by_rewards
+    stores = _opened(subject, uses)
+    if label is not None or not own:
+        uses = [use.model_copy(update={"rewards": label or "given", "fraction": 1.0}) for use in uses]
+    reward, notes = _rewards(subject, stores, uses, asked=label is not None or own)
+    if reward is None:
+        notes.append("the stores hold no rewards: there are shares of states and no Q, hence no rejected action")
+    elif not own:
+        notes.append(f"trained without rewards: Q is of label {uses[0].rewards!r} (--label)")
+    counts, held = _counting(subject, stores, uses)
+    if held:
+        notes.append(f"validation: the {held} episodes that were held out of training are left out here too")
+    parts = [_law(store, which, subject.critic.gamma) for store, which in zip(stores, counts, strict=True)]
+    total = sum(count for _, _, count in parts)
+    arrival, absorbed = (np.concatenate([part[i] * (part[2] / total) for part in parts]) for i in (0, 1))
+    episodes = _episodes(stores, arrival + absorbed)
+    digest = json_digest([subject.critic.digest(), *(store.digest() for store in stores)])
+    psi = kept_psi(
+        subject.critic, len(arrival), lambda: _observations(stores), subject.run / KEPT / f"psi-{subject.seed}.npy",
+        digest,
+    )  # fmt: skip
+    states = States(psi, arrival, absorbed, np.zeros(len(arrival)) if reward is None else reward)
+    normaliser = config.get("normaliser", "self")
+    notes += _about_readout(config)
+    time = np.arange(len(arrival)) - np.repeat(episodes.begins[:-1], np.diff(episodes.begins))
+    return Readout(subject.critic, states, normaliser), reward is not None, time, episodes, notes
+
+
+def _about_readout(config: dict[str, Any]) -> list[str]:
+    notes = []
+    if config.get("readout", "exact") != "exact":
+        notes.append(
+            f"readout: {config['readout']}: shown is the exact Q, which the one that the actor saw approximates"
+        )
+    if config.get("normaliser", "self") == "none":
+        notes.append(
+            "normaliser: none: weights are shares of mean e^f; Q is the weighted mean of rewards times mean e^f"
+        )
+    if config.get("name") == "goal_conditioned":
+        notes.append("its actor maximises f of a goal, and not the Q shown here")
+    return notes
+
+
+def _opened(subject: _Subject, uses: Sequence[StoreUse]) -> list[Store]:
+    try:
+        stores = open_stores(uses)
+    except CvlctlError as error:
+        hint = "it was trained on that: put it back, or run from the folder in which it was trained"
+        raise CvlctlError(f"{subject.run}: stores: {error.what}", hint) from error
+    for use, store in zip(uses, stores, strict=True):
+        _check_digest(subject, str(use.path), store.digest())
+    return stores
+
+
+def _check_digest(subject: _Subject, key: str, digest: str) -> None:
+    before = subject.record["inputs"].get(key)
+    if before != digest:
+        what = (
+            f"{key} is not what {subject.run} was trained on: its digest is {digest[:12]}, and was {str(before)[:12]}"
+        )
+        raise CvlctlError(what, "put that back, or train again")
+
+
+def _rewards(
+    subject: _Subject, stores: Sequence[Store], uses: Sequence[StoreUse], asked: bool
+) -> tuple[np.ndarray | None, list[str]]:
+    """Rewards (M,) float64 on arriving at each row of the stores; None where there are none and nobody `asked`."""
+    if any(use.learned for use in uses):
+        kept = checkpoints.read(subject.run / LABELS_FILE).array("reward")
+        seeds = subject.found.metadata["seeds"]
+        return kept[seeds.index(subject.seed)].astype(np.float64), [f"rewards: {uses[0].rewards}, learned by the run"]
+    found = []
+    for store, use in zip(stores, uses, strict=True):
+        reward = np.zeros(store.num_rows)
+        if use.from_store:
+            if not asked and not store.has_label(use.rewards):
+                return None, []
+            key = f"{use.path}:{use.rewards}"
+            if key in subject.record["inputs"]:
+                _check_digest(subject, key, store.label_digest(use.rewards))
+            kept = use.kept(store.num_episodes)
+            reward = arrival_reward(store.rewards(use.rewards), store.episode_ends(), kept).astype(np.float64)
+        found.append(reward)
+    return np.concatenate(found), []
+
+
+def _counting(subject: _Subject, stores: Sequence[Store], uses: Sequence[StoreUse]) -> tuple[list[np.ndarray], int]:
+    """(n,) bool of each store, the episodes whose futures Q is read out of; and how many were held out of training.
+
+    Args:
+        uses: what is weighed, maybe of another label than that of the run.
+    """
+    lengths = [store.num_episodes for store in stores]
+    labelled = [use.labelled(count) & subject.by_rewards for use, count in zip(subject.uses, lengths, strict=True)]
+    there = np.concatenate([_read(store, use) for store, use in zip(stores, subject.uses, strict=True)])
+    held, share = np.zeros(len(there), dtype=bool), subject.record["recipe"].get("validation", 0)
+    if share:
+        held[there] = held_out(np.concatenate(labelled)[there], share)
+    counts = np.concatenate([use.labelled(count) for use, count in zip(uses, lengths, strict=True)])
+    return np.split(counts & there & ~held, np.cumsum(lengths)[:-1]), int(held.sum())
+
+
+def _read(store: Store, use: StoreUse) -> np.ndarray:
+    """(n,) bool: the episodes that training reads at all."""
+    if use.top == 1:
+        return np.ones(store.num_episodes, dtype=bool)
+    best = best_numbers(store.episode_ends(), store.rewards(use.rewards), use.top)
+    return np.isin(np.arange(store.num_episodes), best)
+
+
+def _law(store: Store, counts: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """`samplers.marginal` of the episodes that count, and how many transitions these have."""
+    return *marginal(store.episode_ends(), store.terminated(), counts, gamma), int(store.lengths()[counts].sum())
+
+
+def _observations(stores: Sequence[Store]) -> Iterator[np.ndarray]:
+    for store in stores:
+        column = Column(store, "data/observation")
+        for begin, end in pairwise([*range(0, store.num_rows, CHUNK), store.num_rows]):
+            yield column.rows(begin, end)
+
+
+def _episodes(stores: Sequence[Store], mass: np.ndarray) -> Episodes:
+    sizes = np.concatenate([store.lengths() + 1 for store in stores])
+    begins = np.concatenate([[0], np.cumsum(sizes)])
+    return Episodes(
+        begins,
+        [str(store.path) for store in stores for _ in range(store.num_episodes)],
+        [number for store in stores for number in range(store.num_episodes)],
+        [task or store.task for store in stores for task in store.episode_tasks()],
+        np.concatenate([store.collected_at() for store in stores]),
+        by_group(mass, begins),
+    )
+
+
+# --- success examples
+
+
+def _of_examples(subject: _Subject, label: str | None) -> Found:
+    config, critic = subject.algorithm, subject.critic
+    if label is not None:
+        raise CvlctlError(f"--label {label}: {subject.run} learned from success examples, and weighs no rewards")
+    source = SuccessExamples.model_validate(subject.record["recipe"]["success_examples"])
+    origin = source.file or source.from_
+    try:
+        found = found_examples(source, subject.trained.spec)
+    except CvlctlError as error:
+        raise CvlctlError(f"{subject.run}: {error.what}", "it was trained on these examples: put them back") from error
+    _check_digest(subject, f"examples:{origin}", array_digest(found.observations))
+    count = len(found.rows)
+    law = np.full(count, 1 / count)
+    states = States(psi_of(critic, found.observations), law, np.zeros(count), np.ones(count))
+    notes = [f"Q is the mean of e^f over {count} success examples: how much likelier these are than by chance"]
+    if config.get("readout", "posterior") == "posterior":
+        notes.append("weights are shares of that mean, not of the posterior Q / (1 + Q) that its actor maximised")
+    if found.store is None:
+        begins = np.array([0, count])
+        episodes = Episodes(begins, [str(origin)], [None], [""], np.zeros(1, dtype=np.int64), np.ones(1))
+        return Readout(critic, states, "examples"), True, found.rows, episodes, notes
+    ends = found.store.episode_ends()
+    numbers, begins = np.unique(np.searchsorted(ends, found.rows, side="right"), return_index=True)
+    begins = np.append(begins, count)
+    tasks, starts = found.store.episode_tasks(), ends - found.store.lengths() - 1
+    episodes = Episodes(
+        begins, [str(origin)] * len(numbers), numbers.tolist(), [tasks[n] or found.store.task for n in numbers],
+        found.store.collected_at()[numbers], np.diff(begins) / count,
+    )  # fmt: skip
+    time = found.rows - np.repeat(starts[numbers], np.diff(begins))
+    return Readout(critic, states, "examples"), True, time, episodes, notes
