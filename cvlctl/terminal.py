@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 # C0 and C1 without tab and line feed, what turns the direction of writing or breaks lines, and halves of surrogates
 # (which stand for bytes of a file name that are no text, and cannot be encoded)
@@ -34,6 +35,29 @@ def console(**options: Any) -> Console:
     There is no other way to one in this package.
     """
     return _console_class()(**{"markup": False, **options})
+
+
+def print_table(console: Console, table: Table, key: int = 0) -> None:
+    """A table, whole where there is room and into a pipe; else each of its rows as lines, so that no name is broken.
+
+    Args:
+        key: the column that tells rows apart.
+    """
+    from rich.padding import Padding
+    from rich.text import Text
+
+    natural = console.measure(table, options=console.options.update(max_width=10**6)).maximum
+    if natural <= console.width or not console.is_terminal:
+        table.width = natural
+        console.print(table, crop=False)
+        return
+    for row in zip(*(column.cells for column in table.columns), strict=True):
+        texts = [cell if isinstance(cell, Text) else Text(str(cell)) for cell in row]
+        others = [text for number, text in enumerate(texts) if number != key and text.plain]
+        console.print(texts[key], soft_wrap=True)
+        console.print(Padding(Text(", ").join(others), (0, 0, 0, 4)))
+    if table.caption:
+        console.print(table.caption, soft_wrap=True)
 
 
 @cache

@@ -12,6 +12,7 @@ from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.plan import in_all, rough, threads_of
 from cvlctl.progress import clock
 from cvlctl.recipes.matrix import text_of
+from cvlctl.terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,8 +59,8 @@ def _render_plan(result: dict[str, Any], console: Console) -> None:
         about = "" if row["state"] == "finished" else rough(row["estimate_seconds"])
         texts = (f"{row['stage']}: {row['command']}", of, out, row["state"], row["size"], about)
         table.add_row(*map(Text, texts))
-    console.print(table)
-    console.print(f"out: {result['out']}", markup=False)
+    print_table(console, table, key=2)
+    console.print(f"out: {result['out']}", markup=False, soft_wrap=True)
     console.print(f"to do: {in_all(result['cells'], result['at_once'])}", markup=False, soft_wrap=True)
     for line in threads_of(result["cells"]):
         console.print(line, markup=False, soft_wrap=True)
@@ -77,7 +78,7 @@ def _render_failures(result: dict[str, Any], console: Console) -> None:
     for row in result["cells"]:
         if row["state"] != "finished":
             table.add_row(*map(Text, (row["cell"], row["state"], row.get("error", "") or "")))
-    console.print(table)
+    print_table(console, table)
     for row in [row for row in result["cells"] if row["state"] == "failed"][:5]:
         folder = folder_of(Path(result["out"]), row["cell"])
         console.print(f"{row['cell']}, the end of {folder / LOG}:", markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from cvlctl.experiments.graph import CELLS, Cell, folder_of
 from cvlctl.experiments.plan import state_of
 from cvlctl.files import now_at
 from cvlctl.progress import how_far
+from cvlctl.terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +82,7 @@ def counts(states: Sequence[str]) -> str:
 
 def render(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
     """Print how far the cells are."""
-    console.print(table(rows))
+    print_table(console, table(rows))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from cvlctl.experiments.engines import local, start, waiting
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.run import run_experiment
 from cvlctl.files import lock
+from cvlctl.terminal import console as printed
 
 TEXT = """\
 out: OUT
@@ -141,6 +143,21 @@ def test_force_is_for_what_was_chosen_and_what_that_needs_goes_on(
     result = run_experiment(experiment(), only="cell=policy/a", force=True)
     assert states(result) == {"critic/a": "finished", "policy/a": "finished"}
     assert {line["cell"]: line["argv"][2:] for line in journal()} == {"critic/a": [], "policy/a": ["--force"]}
+
+
+@pytest.mark.parametrize(("width", "terminal"), [(200, True), (80, True), (60, True), (30, False)])
+def test_a_plan_and_a_status_break_no_name_however_narrow_it_is(experiment: Any, width: int, terminal: bool) -> None:
+    name = "policies/fetch-push-with-a-long-name/learning-from-examples"
+    found = experiment("stages.both.out=${out}/" + name)
+    file = io.StringIO()
+    screen = printed(file=file, width=width, force_terminal=terminal)
+    show.render(run_experiment(found, dry_run=True), screen)
+    look.render(look.look(found), screen)
+    lines = [line.split() for line in file.getvalue().splitlines()]
+    assert sum(name in words for words in lines) == 2
+    whole = [words for words in lines if words[:2] == ["both:", "finetune"] and name in words]
+    assert len(whole) == (1 if width == 200 or not terminal else 0)  # in a line
+    assert "a factor of two" in file.getvalue()
 
 
 def test_fail_fast_stops_the_others(experiment: Any, acts: Acts, journal: Journal) -> None:
