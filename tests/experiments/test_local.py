@@ -357,11 +357,16 @@ def test_what_failed_elsewhere_meanwhile_is_not_tried_again(
     held = lock(folder / own.LOCK)
     own.write(folder, {"state": "running", "pid": os.getpid(), **own.where()})
 
+    looks = threading.Event()
+    plain = local.is_at_work
+    monkeypatch.setattr(local, "is_at_work", lambda *arguments: looks.set() or plain(*arguments))
+
     def fail() -> None:
+        looks.wait()
         own.write(folder, {"state": "failed", "error": ["it cannot be", "there either"]})
         held.close()
 
-    threading.Timer(1.0, fail).start()
+    threading.Thread(target=fail).start()
     result = run_experiment(experiment(), only="stage=critic")
     assert states(result) == {"critic/a": "failed", "critic/b": "finished"}
     assert (result["cells"][0]["error"], result["cells"][0]["hint"]) == ("it cannot be", "there either")
