@@ -105,7 +105,7 @@ def cost(folder: Path, store: Path, args: argparse.Namespace) -> tuple[list[dict
 
     def shell() -> float:
         out = folder / f"shell-{next(numbers)}"
-        commands = [arguments(cell, write_recipe(out, cell), False) for cell in planned(tiny(out), keep=True)][1:]
+        commands = [arguments(cell, write_recipe(out, cell)) for cell in planned(tiny(out), keep=True)][1:]
         return common.seconds(lambda: [_command(line) for line in commands]) / len(commands)
 
     def engine(name: str) -> float:

@@ -278,6 +278,12 @@ class BuildRecipe(Computed):
         listed = [path for one in named for path in (one if isinstance(one, tuple) else (one,))]
         return [str(getattr(one, "run", one)) for one in listed if isinstance(one, Path | Reaching)]
 
+    def resolved(self) -> dict[str, Any]:
+        """As of every recipe; without `env` where there is none, since an unfinished store of an earlier version goes
+        on by the digest of its recipe alone."""
+        plain = super().resolved()
+        return plain if self.env is not None else {key: value for key, value in plain.items() if key != "env"}
+
     def writes(self) -> list[str]:
         return [str(self.out), str(policies_dir(self.out))]
 
