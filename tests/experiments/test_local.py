@@ -429,7 +429,13 @@ def interrupt_amid(experiment: Any, acts: Acts, journal: Journal, number: signal
 def test_an_interrupt_reaches_every_cell(
     experiment: Any, acts: Acts, journal: Journal, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interrupt_amid(experiment, acts, journal, number)
+    before = signal.getsignal(number)
+    if before == signal.SIG_IGN:  # these tests run under nohup
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        interrupt_amid(experiment, acts, journal, number)
+    finally:
+        signal.signal(number, before)
     said = capsys.readouterr().err
     assert "stopping: cells save what they have" in said
     assert "stopped; the same command goes on" in said
