@@ -128,3 +128,9 @@ def test_nothing_can_load_a_pickle() -> None:
 
 def test_the_map_in_architecture_md_is_that_of_the_files() -> None:
     assert subprocess.run([sys.executable, ROOT / "docs" / "generate_map.py", "--check"]).returncode == 0
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports them by their names alone, and would leave the second out of a run of all."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
