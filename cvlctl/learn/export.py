@@ -117,7 +117,7 @@ def _observations(found: Saved, policy: NumpyPolicy) -> tuple[np.ndarray, str]:
             return np.asarray(rows, np.float32), f"{len(rows)} observations of {store.path}"
     except (CvlctlError, LookupError, TypeError, AssertionError) as error:
         say(f"checking on random observations, since the run's own cannot be read: {getattr(error, 'what', error)}")
-    spread = np.where(policy.std > 1e20, np.float32(1), policy.std)  # a column that never varied has 2^100
+    spread = np.where(policy.varies, policy.std, np.float32(1))
     drawn = policy.mean + 2 * spread * np.random.default_rng(0).standard_normal((CHECKED, width), dtype=np.float32)
     return drawn.astype(np.float32), f"{CHECKED} random observations"
 

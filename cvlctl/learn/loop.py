@@ -22,9 +22,9 @@ from cvlctl.data.units import column_names
 from cvlctl.errors import CvlctlError
 from cvlctl.interrupts import interruptible
 from cvlctl.learn.networks import NEVER_VARIED, State
-from cvlctl.learn.pictures import plot_metrics
+from cvlctl.learn.pictures import HELD_OUT, plot_metrics
 from cvlctl.learn.programs import Program, programs_of
-from cvlctl.learn.recipe import HELD_OUT, FinetuneRecipe, PretrainRecipe
+from cvlctl.learn.recipe import HELD_OUT_BATCHES, FinetuneRecipe, PretrainRecipe
 from cvlctl.learn.settings import Settings, configure, resolve_settings, saved_settings
 from cvlctl.learn.trackers import Tell, check_installed, tracking
 from cvlctl.learn.updates import Metrics
@@ -192,19 +192,19 @@ def _apart(source: Data | Stream, share: float) -> tuple[Data, Data]:
 def _held_out_losses(held: Data, draws: Draws, seeds: Sequence[int], program: Program) -> HeldOut:
     """What an update on batches of the held-out episodes would report, which is then undone: whatever is trained, its
     losses are said in one place alone, its step. Always the same batches, so that they do not blur the curve."""
-    indices, noise = draw(held, draws, seeds, 0, HELD_OUT)
+    indices, noise = draw(held, draws, seeds, 0, HELD_OUT_BATCHES)
 
     def losses(state: State) -> dict[str, list[float]]:
         before = {name: value.clone() for name, value in state.items()}
         reports = []
-        for i in range(HELD_OUT):
+        for i in range(HELD_OUT_BATCHES):
             batch = gather(held, Indices(*(x[i] for x in indices)), draws)
             _, metrics = program(dict(state), batch, {name: value[i] for name, value in noise.items()})
             reports.append({name: value.clone() for name, value in metrics.items()})
             for name, value in before.items():
                 state[name].copy_(value)
         return {
-            f"validation/{name}": torch.stack([report[name] for report in reports]).mean(dim=0).tolist()
+            HELD_OUT + name: torch.stack([report[name] for report in reports]).mean(dim=0).tolist()
             for name in reports[0]
         }
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cvlctl.figures import COLOURS, can_draw, label_axes, make_panels, save_figure
 
-HELD_OUT = "validation/"
+HELD_OUT = "validation/"  # before the names of held-out losses
 
 
 def plot_metrics(metrics: Iterable[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
@@ -22,7 +23,7 @@ from cvlctl.learn.labellers import LABELLERS
 from cvlctl.recipes.estimates import Update, Work, count, training_seconds, update_of, weights
 from cvlctl.recipes.values import NONE, Computed, Count, Name, Others, Out, Place, Rate, Seeds, Steps, Strict, fields_of
 
-HELD_OUT = 4  # batches that held-out losses are the mean of
+HELD_OUT_BATCHES = 4  # batches that held-out losses are the mean of
 
 
 def _critic_weights(critic: occupancy.Config) -> int:
@@ -50,8 +51,9 @@ class _TrainRecipe(Computed):
                 raise ValueError(f"out: {self.out} is, holds or lies in {path}, which it reads: choose a place apart")
         return self
 
+    @abstractmethod
     def learning(self, others: Others = NONE) -> tuple[int, Update]:
-        raise NotImplementedError
+        """How many updates, and what one of them is."""
 
     def inputs(self) -> list[Path]:
         """Stores, runs and files that it reads."""
@@ -65,7 +67,7 @@ class _TrainRecipe(Computed):
         pretrain the critic."""
         size = f"{count(self.steps, 'step')} x {count(len(self.seeds), 'seed')}"
         steps, update = self.learning(others)
-        more = HELD_OUT * (steps // self.log_every_steps) if self.validation else 0
+        more = HELD_OUT_BATCHES * (steps // self.log_every_steps) if self.validation else 0
         return Work(size, training_seconds(steps + more, update, self.num_threads, self.compile))
 
 

@@ -85,7 +85,7 @@ def _tensorboard(out: Path, recipe: Mapping[str, Any], start: int, stack: ExitSt
 
     # what an earlier process logged from there on is about to be logged again
     writer = SummaryWriter(str(out / "tensorboard" / _identity(out)), purge_step=start + 1)
-    stack.callback(writer.close)
+    stack.callback(_quietly, writer.close)
 
     def log(step: int, flat: dict[str, float]) -> None:
         for name, value in flat.items():
@@ -100,7 +100,7 @@ def _wandb(out: Path, recipe: Mapping[str, Any], start: int, stack: ExitStack) -
     run = wandb.init(
         project="cvlctl", name=str(out), id=_identity(out), resume="allow", dir=str(out), config=dict(recipe)
     )
-    stack.callback(run.finish)
+    stack.callback(_quietly, run.finish)
     return lambda step, flat: run.log(flat, step=step)
 
 
@@ -109,11 +109,12 @@ def _trackio(out: Path, recipe: Mapping[str, Any], start: int, stack: ExitStack)
 
     name = f"{out.name} {_identity(out)}"
     run = trackio.init(project="cvlctl", name=name, resume="allow", config=dict(recipe), embed=False)
-    stack.callback(lambda: _quietly(run.finish))
+    stack.callback(_quietly, run.finish)
     return lambda step, flat: run.log(flat, step=step)
 
 
 def _quietly(finish: Callable[[], object]) -> None:
+    """What goes wrong as a tracker ends is no reason to call a training failed."""
     with suppress(Exception):
         finish()
 

@@ -67,7 +67,8 @@ class NumpyPolicy:
         self.goals = goals
         self.units = units
         self.data_range = data_range
-        self._width = np.where(self.std > 1e20, np.float32(np.inf), self.std)  # those that never varied have 2^100
+        self.varies = self.std <= 1e20  # (O,) bool: columns that never varied in the data have 2^100
+        self._width = np.where(self.varies, self.std, np.float32(np.inf))
         self._scale = None if bounds is None else _centre_and_half(bounds, spec.action_dim)
 
     @property
