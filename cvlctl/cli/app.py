@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from cvlctl.cli import data, explain, runs
+from cvlctl.cli import data, explain, recipes, runs
 from cvlctl.cli.console import console, present
-from cvlctl.cli.options import Json, Quiet, register
+from cvlctl.cli.options import Json, Quiet, keys, register
 from cvlctl.errors import CvlctlError
 from cvlctl.terminal import print_text
 from cvlctl.version import __version__
@@ -21,8 +21,7 @@ HELP = "From logged trajectories to policies and honest score tables: contrastiv
 PIPELINE, WHOLE, LOOK = "The four steps, in order", "All of them", "Looking around"
 
 app = typer.Typer(help=HELP, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
-recipes_app = typer.Typer(help="Recipes: what there is, and whether they are valid.")
-for group, name in ((data.app, "data"), (runs.app, "runs"), (recipes_app, "recipes")):
+for group, name in ((data.app, "data"), (runs.app, "runs"), (recipes.app, "recipes")):
     app.add_typer(group, name=name, rich_help_panel=LOOK, no_args_is_help=True)
 
 
@@ -61,12 +60,19 @@ class Engine(StrEnum):
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file; see `cvlctl recipes ls`.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Wins over the file: steps=1000 algorithm.bc_coefficient=0.1"),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Wins over the file: steps=1000 algorithm.bc_coefficient=0.1",
+        autocompletion=keys,
+    ),
 ]
 Unfinished = Annotated[
     bool, typer.Option("--unfinished", help="Start from init_from though its training has not come to its end.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Start over, replacing what is in `out`.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what it would do, how long about, and the resolved recipe (--json).")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -78,7 +84,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @register(app, "build-dataset", PIPELINE, "cvlctl build-dataset recipes/build/hopper-random.yaml source.episodes=50")
 def build_dataset(
-    recipe: Recipe, overrides: Overrides = None, force: Force = False, as_json: Json = False, quiet: Quiet = False
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Collect a store of episodes: an online learner's replay buffer, random actions, scripted experts, or policies.
 
@@ -94,8 +105,8 @@ def build_dataset(
         else:
             _line(result)
 
-    result = _step("build-dataset", recipe, overrides, force, as_json, quiet, show)
-    if isinstance(result, list) and any(one["status"] == "failed" for one in result):
+    result = _step("build-dataset", recipe, overrides, dry_run, force, as_json, quiet, show)
+    if not dry_run and isinstance(result, list) and any(one["status"] == "failed" for one in result):
         raise typer.Exit(2)
 
 
@@ -106,6 +117,7 @@ def pretrain(
     recipe: Recipe,
     overrides: Overrides = None,
     unfinished: Unfinished = False,
+    dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -115,7 +127,7 @@ def pretrain(
     All seeds train together. From scratch, or going on with the critic of another run (`init_from`). Run it again after
     an interruption, and it goes on with the same bits.
     """
-    _step("pretrain", recipe, overrides, force, as_json, quiet, unfinished=unfinished)
+    _step("pretrain", recipe, overrides, dry_run, force, as_json, quiet, unfinished=unfinished)
 
 
 @register(
@@ -125,6 +137,7 @@ def finetune(
     recipe: Recipe,
     overrides: Overrides = None,
     unfinished: Unfinished = False,
+    dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -134,7 +147,7 @@ def finetune(
     On a pretrained critic (`init_from`), or from scratch. Run it again after an interruption, and it goes on with the
     same bits.
     """
-    _step("finetune", recipe, overrides, force, as_json, quiet, unfinished=unfinished)
+    _step("finetune", recipe, overrides, dry_run, force, as_json, quiet, unfinished=unfinished)
 
 
 @register(app, "evaluate", PIPELINE, "cvlctl evaluate recipes/evaluate/drawer-close.yaml episodes=20 --format markdown")
@@ -142,6 +155,7 @@ def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,
     form: Annotated[Form, typer.Option("--format", help="rich, csv, markdown, or json (as --json).")] = Form.rich,
+    dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -159,7 +173,7 @@ def evaluate(
         else:
             command.render(result, console())
 
-    _step("evaluate", recipe, overrides, force, as_json or form is Form.json, quiet, show)
+    _step("evaluate", recipe, overrides, dry_run, force, as_json or form is Form.json, quiet, show)
 
 
 @register(app, "run", WHOLE, "cvlctl run recipes/quickstart.yaml --dry-run")
@@ -370,35 +384,11 @@ def doctor(
     raise typer.Exit(1 if parity and not all(row["agrees"] for row in result) else 0)
 
 
-@register(recipes_app, "ls", None, "cvlctl recipes ls")
-def recipes_ls(
-    root: Annotated[Path, typer.Argument(help="Directory to look under.")] = Path("recipes"), as_json: Json = False
-) -> None:
-    """List recipes: which command each is for, and what it reproduces."""
-    from cvlctl.cli import recipes
-
-    present(lambda: recipes.ls(root), lambda result: recipes.render_ls(result, console()), as_json)
-
-
-@register(recipes_app, "validate", None, "cvlctl recipes validate recipes/quickstart.yaml")
-def recipes_validate(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Recipes or directories; default: recipes/")] = None,
-    as_json: Json = False,
-) -> None:
-    """Check recipes against the schema; exit code 2 where one is not valid."""
-    from cvlctl.cli import recipes
-
-    paths = paths or [Path("recipes")]
-    result = present(
-        lambda: recipes.validate(paths), lambda result: recipes.render_validate(result, console()), as_json
-    )
-    raise typer.Exit(0 if all(one["ok"] for one in result) else 2)
-
-
 def _step(
     command: str,
     recipe: Path,
     overrides: list[str] | None,
+    dry_run: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
@@ -409,11 +399,17 @@ def _step(
 
     def work() -> Any:
         from cvlctl.experiments import commands
+        from cvlctl.experiments import dry_run as dry
 
         loaded = commands.load(recipe, overrides or [], command)
-        return commands.function(command)(loaded, force=force, **options)
+        return dry.plan(loaded, force) if dry_run else commands.function(command)(loaded, force=force, **options)
 
-    return present(work, show or _line, as_json, quiet)
+    def planned(result: Any) -> None:
+        from cvlctl.experiments import dry_run as dry
+
+        dry.render(result, console())
+
+    return present(work, planned if dry_run else show or _line, as_json, quiet)
 
 
 def _line(result: dict[str, Any]) -> None:

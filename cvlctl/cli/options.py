@@ -35,6 +35,14 @@ def formats(incomplete: str) -> list[str]:
     return [name for name in FORMATS if name.startswith(incomplete)]
 
 
+def keys(context: typer.Context, incomplete: str) -> list[str]:
+    """Completion: keys of the command's recipes, dotted, and the values that a key is one of."""
+    from cvlctl.recipes import completion
+
+    recipe = context.params.get("recipe") or context.params.get("experiment")
+    return completion.keys(str(context.info_name), Path(recipe) if recipe else None, incomplete)
+
+
 class Rule(StrEnum):
     """Which states `examples` takes."""
 

@@ -1,84 +1,100 @@
-"""`cvlctl recipes ls | validate`."""
+"""`cvlctl recipes`: parse, call, render. As `app`, it imports nothing heavy before a command runs."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import typer
 
-from cvlctl.errors import CvlctlError
-from cvlctl.experiments.commands import kind_of, load
-from cvlctl.recipes.yamlfile import read
+from cvlctl.cli.console import console, present
+from cvlctl.cli.options import Json, register
 
-# how the opening comment of a recipe begins that reprints something: "CVL Figure 2: what it is"
-_ITEM = re.compile(r"((?:CVL|LAEO) (?:Figure|Tables?|section)[^:]*|Proposal, [^:]*): ")
+COMMANDS = ("run", "build-dataset", "pretrain", "finetune", "evaluate")  # held to those of experiments by a test
+
+app = typer.Typer(help="Recipes: what there is, what they may say, copies to edit, and whether they are valid.")
 
 
-def _in(folder: Path) -> list[Path]:
-    """The files of recipes under a folder. A pipe is waited for where it is named, not where it just lies."""
-    return sorted(path for path in folder.rglob("*.yaml") if not path.is_fifo())
+def names(incomplete: str) -> list[str]:
+    """Completion: recipes that came with cvlctl."""
+    from cvlctl.recipes import shipped
+
+    return [name for name in shipped.names() if name.startswith(incomplete)]
 
 
-def ls(root: Path) -> list[dict[str, Any]]:
-    """The recipes under `root`: path, command (None: not a recipe), item (of a paper, or None), about (its opening
-    comment's start)."""
-    if not root.is_dir():
-        raise CvlctlError(f"no directory {root}", "name the directory that holds the recipes")
-    return [_row(path) for path in _in(root)]
+def commands(incomplete: str) -> list[str]:
+    """Completion: commands that take a recipe."""
+    return [name for name in COMMANDS if name.startswith(incomplete)]
 
 
-def validate(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Each recipe among `paths` (files, or directories of them): path, command, ok, error, hint."""
-    files: list[Path] = []
-    for path in paths:
-        files += _in(path) if path.is_dir() else [path]
-    if not files:
-        raise CvlctlError(f"no recipes under {', '.join(map(str, paths))}", "name a recipe, or a directory of recipes")
-    results = []
-    for file in files:
-        row = {"path": str(file), "command": None, "ok": True, "error": None, "hint": None}
-        try:
-            row["command"] = load(file).command
-        except CvlctlError as error:
-            row |= {"ok": False, "error": error.what, "hint": error.hint}
-        results.append(row)
-    return results
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="As `ls` has it: quickstart, methods/rewards.", autocompletion=names)
+]
 
 
-def render_ls(result: list[dict[str, Any]], console: Console) -> None:
-    """Print the result of `ls`."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    items = any(row["item"] for row in result)
-    for heading in ("recipe", "command", *(["paper"] if items else []), "what it is"):
-        table.add_column(heading, no_wrap=heading == "command", overflow="fold")
-    for row in result:
-        item = [Text(row["item"] or "")] if items else []
-        table.add_row(Text(row["path"]), row["command"] or "?", *item, Text(row["about"]))
-    console.print(table)
+@register(app, "ls", None, "cvlctl recipes ls")
+def ls(
+    root: Annotated[
+        Path | None, typer.Argument(help="Directory to look under. Default: recipes, or else what came with cvlctl.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List recipes: which command each is for, and what it reproduces."""
+    from cvlctl.experiments import shelf
+
+    present(lambda: shelf.ls(root), lambda result: shelf.render_ls(result, console()), as_json)
 
 
-def render_validate(result: list[dict[str, Any]], console: Console) -> None:
-    """Print the result of `validate`: one line a recipe."""
-    for row in result:
-        console.print(f"{row['path']}: {'valid' if row['ok'] else row['error']}", markup=False, soft_wrap=True)
-        if row["hint"]:
-            console.print(f"    hint: {row['hint']}", markup=False, soft_wrap=True)
+@register(app, "show", None, "cvlctl recipes show quickstart")
+def show(name: Name, as_json: Json = False) -> None:
+    """Print a recipe that came with cvlctl."""
+    from cvlctl.experiments import shelf
+
+    present(lambda: shelf.show(name), lambda result: print(result["text"], end=""), as_json)
 
 
-def _row(path: Path) -> dict[str, Any]:
-    try:
-        command = kind_of(read(path)[1])
-        line = path.read_text(encoding="utf-8-sig").lstrip().splitlines()[0]
-        first = re.split(r"\.\s+(?=[A-Z])", line)[0].rstrip(".")
-    except CvlctlError as error:
-        return {"path": str(path), "command": None, "item": None, "about": error.what}
-    about = first.lstrip("# ") if first.startswith("#") else ""
-    item = _ITEM.match(about)
-    row = {"path": str(path), "command": command, "item": item and item[1], "about": about}
-    return {**row, "about": about[item.end() :]} if item else row
+@register(app, "cp", None, "cvlctl recipes cp quickstart .")
+def cp(
+    name: Name,
+    to: Annotated[Path, typer.Argument(help="A file, or a directory that is there.")] = Path("."),
+    force: Annotated[bool, typer.Option("--force", help="Replace another file of that name.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy a recipe that came with cvlctl, to edit and run it.
+
+    Stores that it names and that came along, too, are copied into `data` beside it; what is there already stays.
+    """
+    from cvlctl.experiments import shelf
+
+    present(lambda: shelf.copy(name, to, force=force), lambda result: shelf.render_copy(result, console()), as_json)
+
+
+@register(app, "schema", None, "cvlctl recipes schema finetune > finetune.json")
+def schema(
+    command: Annotated[
+        str, typer.Argument(metavar="COMMAND", help="Whose recipes. Default: those of `run`.", autocompletion=commands)
+    ] = "run",
+) -> None:
+    """Print the JSON Schema of a command's recipes: every key with its meaning, for editors and programs.
+
+    Recipes that came with cvlctl name theirs in a comment, so that editors with a YAML language server complete and
+    check keys. docs/recipes.md shows the same as tables.
+    """
+    from cvlctl.experiments import shelf
+
+    present(lambda: shelf.schema(command), lambda result: print(json.dumps(result, indent=1)), False)
+
+
+@register(app, "validate", None, "cvlctl recipes validate recipes/quickstart.yaml")
+def validate(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Recipes or directories. Default: as `ls`.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check recipes against the schema; exit code 2 where one is not valid."""
+    from cvlctl.experiments import shelf
+
+    result = present(
+        lambda: shelf.validate(paths or []), lambda result: shelf.render_validate(result, console()), as_json
+    )
+    raise typer.Exit(0 if all(one["ok"] for one in result) else 2)

@@ -51,7 +51,7 @@ class OnlineSource(Strict):
     title: ClassVar[str]  # in messages
 
     name: str
-    steps: Steps
+    steps: Steps  # of the environment
     hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (256, 256)
     batch_size: Annotated[Count, Field(ge=2)] = 256
     learning_starts: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 1000  # random actions until here
@@ -124,6 +124,7 @@ else:
         __base__=ContrastiveSource,
         **fields_of(ONLINE["contrastive_ac"].Config, besides=ContrastiveSource.model_fields),
     )
+    _Contrastive.described_by = (ONLINE["contrastive_ac"].Config,)
 
 
 class _Rollouts(Strict):
@@ -160,7 +161,7 @@ class Reaching(Strict):
     """
 
     run: Place  # the policies beside a store of `source: {name: sac}` or contrastive_ac
-    reaches: Share
+    reaches: Share  # of the last return
     episodes: Count = 10
 
 
@@ -171,10 +172,10 @@ class PolicySource(_Rollouts):
     """
 
     name: Literal["policy"]
-    checkpoints: Annotated[tuple[Place, ...], Field(min_length=1)] | Reaching
+    checkpoints: Annotated[tuple[Place, ...], Field(min_length=1)] | Reaching  # files, or one of an online collection
     noise: Noise = 0.0
-    greedy: Flag = False
-    seed: Seed = 0
+    greedy: Flag = False  # the most likely action, not a drawn one
+    seed: Seed = 0  # of the run whose policy it is
 
 
 class MixSource(Strict):
@@ -186,9 +187,9 @@ class MixSource(Strict):
 
     name: Literal["mix"]
     run: Place  # the policies beside a store of `source: {name: sac}` or contrastive_ac
-    success_rate: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)]
+    success_rate: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)]  # share of episodes that succeed
     episodes: Count
-    tolerance: Rate = 0.025
+    tolerance: Rate = 0.025  # how far from it the share may end
     measured_episodes: Count = 10  # of each checkpoint, not kept
 
 
@@ -208,11 +209,11 @@ class BuildRecipe(Computed):
         "auto: a step this small gains a third from a second, and loses far more to others"
     )
 
-    task: Annotated[str, AfterValidator(checked(_known_task))]
+    task: Annotated[str, AfterValidator(checked(_known_task))]  # one, a list of them, or all of a family: metaworld/all
     source: Annotated[
         SacSource | _Contrastive | RandomSource | ScriptedSource | PolicySource | MixSource | StoresSource,
         Field(discriminator="name"),
-    ]
+    ]  # where episodes come from
     out: Out
     seed: Seed = 0
     horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
@@ -240,6 +241,18 @@ class BuildRecipe(Computed):
         if self.env is not None and self.task.startswith("metaworld/"):
             raise ValueError("env is for gym/... and py/... tasks: leave it out")
         return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        found = handler.resolve_ref_schema(handler(core))
+        task = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
+        found["properties"]["task"] = {**found["properties"]["task"], **task}
+        found["properties"]["processes"] = {
+            "anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}],
+            "default": "auto",
+            "description": "of several tasks: how many are built at once; auto: one a CPU",
+        }
+        return found
 
     @classmethod
     def read(cls, data: Any, source: Source, prefix: Key = ()) -> Any:

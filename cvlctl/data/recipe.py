@@ -24,8 +24,8 @@ class StoreUse(Strict):
     success examples; or "none". Pretraining looks at none of them.
     """
 
-    path: Place
-    rewards: Name = "given"
+    path: Place  # of a Zarr store
+    rewards: Name = "given"  # a label of the store, zeros, none, oril or purl
     fraction: Share = 1.0  # of the episodes, which keep their label
     rest: Literal["none", "zeros"] = "none"  # what stands for the label of the others
     top: Share = 1.0  # of the episodes, by return under the label: the others are left out altogether
@@ -63,6 +63,12 @@ class StoreUse(Strict):
     def _plain_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        found: dict[str, Any] = handler.resolve_ref_schema(handler(core))
+        found["type"] = ["object", "string"]
+        return found
+
 
 class SuccessExamples(Strict):
     """States (X, O) that show success: taken `from` a store by rule, or read from a `file` (.npy, .npz of one array).
@@ -70,12 +76,12 @@ class SuccessExamples(Strict):
     `rule`: "successes" takes the states that the store marks as successful, "last" the last `k` states of each episode.
     """
 
-    from_: Place | None = Field(None, alias="from")
-    file: Place | None = None
-    rule: Literal["successes", "last"] = "successes"
+    from_: Place | None = Field(None, alias="from")  # a store
+    file: Place | None = None  # .npy, or .npz of one array: (X, O)
+    rule: Literal["successes", "last"] = "successes"  # states marked as successful, or the last k of each episode
     num: Count = 200  # how many are drawn, the same for every seed; all of them where there are fewer
-    k: Count = 1
-    label: Name = "given"
+    k: Count = 1  # of rule: last
+    label: Name = "given"  # whose successes
 
     @model_validator(mode="after")
     def _one_origin(self) -> SuccessExamples:

@@ -23,7 +23,7 @@ class LocalSettings(Strict):
 
     processes: Literal["auto"] | Count = "auto"  # cells at once; auto: as many as its CPUs are enough for
     gpus: Literal["auto"] | Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = "auto"  # that cells share
-    cells_per_gpu: Count = 1
+    cells_per_gpu: Count = 1  # at once
 
 
 def _address(text: str) -> str:
@@ -70,13 +70,15 @@ class ExperimentRecipe(Strict):
     command: ClassVar[str] = "run"
 
     size: Name | None = None  # which of `sizes`; both are first, since a fault in them is one wherever they are named
-    sizes: dict[str, dict[str, Any]] = {}
+    sizes: dict[str, dict[str, Any]] = {}  # by name: overrides of other keys
     out: Out
-    engine: Literal["local", "ray", "slurm"] = "local"
-    local: LocalSettings = LocalSettings()
-    ray: RaySettings = RaySettings()
-    slurm: SlurmSettings = SlurmSettings()
+    engine: Literal["local", "ray", "slurm"] = "local"  # what runs the cells
+    local: LocalSettings = LocalSettings()  # of that engine; a stage may have its own
+    ray: RaySettings = RaySettings()  # likewise
+    slurm: SlurmSettings = SlurmSettings()  # likewise
+    # lists of values: a stage runs once for each combination of those that it mentions as ${key}
     matrix: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = {}
+    # by name, in order: {command: build-dataset | pretrain | finetune | evaluate, its keys}
     stages: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     _jobs: tuple[Job, ...] = PrivateAttr(())
 

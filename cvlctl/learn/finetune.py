@@ -17,7 +17,7 @@ from cvlctl.data.load import Reading, open_stores
 from cvlctl.data.samplers import Data
 from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
-from cvlctl.learn import labellers
+from cvlctl.learn import labellers, methods
 from cvlctl.learn.algorithms import ALGORITHMS
 from cvlctl.learn.critics import critics_of
 from cvlctl.learn.labellers import LABELLERS
@@ -35,7 +35,7 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False, unfinished: bool = 
     name, config = recipe.algorithm.name, recipe.algorithm.config
     stores = open_stores(recipe.stores)
     spec, learns_from = stores[0].spec, ALGORITHMS[name].LEARNS_FROM
-    inputs = _inputs(recipe, stores)
+    inputs = {**_inputs(recipe, stores), **methods.digests(name)}
     labeller = next((use.rewards for use in recipe.stores if use.rewards in LABELLERS), None)
     examples = None
     if recipe.success_examples is not None and (learns_from == "examples" or labeller):

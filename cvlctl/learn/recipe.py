@@ -6,23 +6,29 @@ import dataclasses
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
 from pydantic import (
     BeforeValidator,
     Field,
+    PydanticUserError,
     create_model,
     model_validator,
 )
 
 from cvlctl.data.recipe import StoreUse, SuccessExamples
-from cvlctl.learn import labellers
+from cvlctl.errors import CvlctlError
+from cvlctl.learn import labellers, methods
 from cvlctl.learn.algorithms import ALGORITHMS, occupancy
 from cvlctl.learn.labellers import LABELLERS
 from cvlctl.recipes.estimates import Update, Work, count, training_seconds, update_of, weights
 from cvlctl.recipes.values import NONE, Computed, Count, Name, Others, Out, Place, Rate, Seeds, Steps, Strict, fields_of
+from cvlctl.recipes.yamlfile import Source
+from cvlctl.recipes.yamltext import Key
 
+CALLS = 200  # of PyTorch in an update of a method that does not say: for estimates of time
 HELD_OUT_BATCHES = 4  # batches that held-out losses are the mean of
 
 
@@ -76,7 +82,7 @@ class PretrainRecipe(_TrainRecipe):
 
     command: ClassVar[str] = "pretrain"
 
-    critic: occupancy.Config = Field(default_factory=occupancy.Config)
+    critic: occupancy.Config = Field(default_factory=occupancy.Config)  # f(s, a, s+) = phi(s, a) . psi(s+)
     init_from: Place | None = None  # a run whose critic goes on here, seed k's from seed k's: on more data, say
     batch_size: Annotated[Count, Field(ge=2)] = 1024
 
@@ -140,15 +146,22 @@ class AlgorithmUse(Strict):
 
 def _algorithm_model(name: str) -> type[AlgorithmUse]:
     fields = {"name": (Literal[name], ...), **fields_of(ALGORITHMS[name].Config)}
-    return create_model(f"{name}_algorithm", __base__=AlgorithmUse, **fields)
+    model = create_model(f"{name}_algorithm", __base__=AlgorithmUse, **fields)
+    model.described_by = (ALGORITHMS[name].Config,)
+    return model
+
+
+def _plain_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
 
 
 if TYPE_CHECKING:
     Algorithm = AlgorithmUse
 else:
+    _BY_NAME = Annotated[Union[tuple(map(_algorithm_model, ALGORITHMS))], Field(discriminator="name")]  # noqa: UP007
     Algorithm = Annotated[
-        Annotated[Union[tuple(map(_algorithm_model, ALGORITHMS))], Field(discriminator="name")],  # noqa: UP007
-        BeforeValidator(lambda value: {"name": value} if isinstance(value, str) else value),
+        _BY_NAME,
+        BeforeValidator(_plain_name, json_schema_input_type=Union[str, _BY_NAME]),  # noqa: UP007
     ]
 
 
@@ -157,12 +170,27 @@ class FinetuneRecipe(_TrainRecipe):
 
     command: ClassVar[str] = "finetune"
 
-    algorithm: Algorithm
+    algorithm: Algorithm  # a name, or {name: ..., its own keys}
     label: Name | None = None  # what the tables call it; None: the algorithm's name
     init_from: Place | None = None  # a pretrained run (of fqe: a policy's): seed k starts from its seed k
-    success_examples: SuccessExamples | None = None
+    success_examples: SuccessExamples | None = None  # of LAEO, and of rewards that are learned (oril, purl)
     labeller: labellers.Config = Field(default_factory=labellers.Config)  # of rewards: oril or purl
     batch_size: Annotated[Count, Field(ge=2)] = 256
+
+    @classmethod
+    def read(cls, data: Any, source: Source, prefix: Key = ()) -> Any:
+        """As of every recipe; a method from outside that it names is imported."""
+        named = data.get("algorithm") if isinstance(data, Mapping) else None
+        name = named.get("name") if isinstance(named, Mapping) else named
+        if cls is not FinetuneRecipe or not methods.is_outside(name):
+            return super().read(data, source, prefix)
+        try:
+            return _with(str(name)).read(data, source, prefix)
+        except CvlctlError as error:
+            at = source.where((*prefix, "algorithm"))
+            raise CvlctlError(
+                f"{at}: {error.what}" if error.what.startswith("algorithm ") else error.what, error.hint
+            ) from error
 
     def resolved(self) -> dict[str, Any]:
         plain = super().resolved()
@@ -181,12 +209,12 @@ class FinetuneRecipe(_TrainRecipe):
         config, method = self.algorithm.config, ALGORITHMS[self.algorithm.name]
         actions = getattr(config, "num_actions", 1)
         passes = getattr(method, "PASSES", 1) + actions * getattr(method, "PASSES_AN_ACTION", 0)
-        work: float = self.batch_size * passes * weights(*config.hidden)
+        work: float = self.batch_size * passes * weights(*getattr(config, "hidden", (256, 256)))
         if critic is not None:
             bank = getattr(config, "bank_size", 0) + getattr(config, "num_examples", 0)  # through psi
             learned = 0 if getattr(config, "mode", "auto") == "frozen" else 2
             work += (bank / 3 + (learned + actions) * self.batch_size) * _critic_weights(critic)
-        return update_of(len(self.seeds) * work, method.CALLS)
+        return update_of(len(self.seeds) * work, getattr(method, "CALLS", CALLS))
 
     def inputs(self) -> list[Path]:
         examples = self.success_examples
@@ -216,3 +244,17 @@ class FinetuneRecipe(_TrainRecipe):
         if self.init_from is not None and "critic" in self.algorithm.model_fields_set:
             raise ValueError("algorithm.critic contradicts init_from: a pretrained critic brings its own settings")
         return self
+
+
+@cache
+def _with(name: str) -> type[FinetuneRecipe]:
+    """Recipes whose algorithm is a method from outside."""
+    methods.load(name)
+    try:
+        own: Any = Annotated[_algorithm_model(name), BeforeValidator(_plain_name)]
+        return create_model("FinetuneRecipe", __base__=FinetuneRecipe, algorithm=(own, ...))
+    except (TypeError, NameError, PydanticUserError) as error:
+        raise CvlctlError(
+            f"algorithm {name}: its Config cannot be read from a recipe: {error}",
+            "give its fields plain types: numbers, text, tuples of them, Literal",
+        ) from error

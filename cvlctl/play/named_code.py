@@ -80,7 +80,7 @@ def load(task: str, code: str | None) -> Any:
     if code is None:
         what = f"{task} is code, and only what a recipe or the command line names is imported"
         raise CvlctlError(what, f"name it there, if you trust it: task={task}")
-    module = _file(code) if named.is_file else _module(named.place, code)
+    module = module_of(named, code)
     found: Any = module
     for name in named.name.split(".") if task.startswith("py/") else []:
         if not hasattr(found, name):
@@ -88,6 +88,11 @@ def load(task: str, code: str | None) -> Any:
             raise CvlctlError(f"{task}: {code} has no {name!r}", f"it has: {there or 'nothing that can be called'}")
         found = getattr(found, name)
     return found
+
+
+def module_of(named: Named, code: str) -> Any:
+    """The module that is named, imported from its origin."""
+    return _file(code) if named.is_file else _module(named.place, code)
 
 
 def digest(code: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from cvlctl.errors import CvlctlError
@@ -80,7 +80,11 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 Steps = Annotated[int, BeforeValidator(not_bool), Field(ge=1, le=10**12)]
 Threads = Literal["auto"] | Annotated[int, BeforeValidator(not_bool), Field(ge=1, le=1024)]
 Precision = Literal["auto", "float32", "medium", "bf16"]
-Compile = Annotated[Literal["auto", "true", "false"], BeforeValidator(_bool_as_text)]
+Compile = Annotated[
+    Literal["auto", "true", "false"],
+    BeforeValidator(_bool_as_text),
+    WithJsonSchema({"enum": ["auto", True, False, "true", "false"]}),
+]
 
 
 Others = Mapping[Path, Any]  # recipes of an experiment that write what one reads, by their `out`
@@ -91,6 +95,8 @@ class Strict(BaseModel):
     """What all models of recipes are: unknown keys are errors, and nothing changes once it is read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    described_by: ClassVar[tuple[type, ...]] = ()  # Configs whose fields it has: `schema` reads there what they mean
 
     @classmethod
     def read(cls, data: Any, source: Source, prefix: Key = ()) -> Any:
@@ -144,11 +150,11 @@ class Computed(Strict):
 
     few_threads: ClassVar[str | None] = None  # why auto is one thread; None: it is all CPUs
 
-    device: Device = "auto"
-    threads: Threads = "auto"
-    precision: Precision = "auto"
-    compile: Compile = "auto"
-    checkpoint_seconds: Rate = 30.0
+    device: Device = "auto"  # auto: cuda where there is one
+    threads: Threads = "auto"  # of the CPU; auto: as the plan says, with its reason
+    precision: Precision = "auto"  # of matmuls: docs/computing.md
+    compile: Compile = "auto"  # into one program; auto: where that takes less than running as it is
+    checkpoint_seconds: Rate = 30.0  # at most so many seconds of work are lost by a kill
 
     @property
     def num_threads(self) -> int:

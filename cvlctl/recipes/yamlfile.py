@@ -47,7 +47,7 @@ def read(path: Path) -> tuple[Source, dict[str, Any]]:
         at = str(path) if fault.line is None else f"{path}, line {fault.line}"
         raise CvlctlError(f"{at}: {_of(fault)}", fault.hint) from fault
     if not isinstance(data, dict):
-        raise CvlctlError(f"{path} is not a recipe: expected `key: value` lines", "see recipes/ for examples")
+        raise CvlctlError(f"{path} is not a recipe: expected `key: value` lines", "`cvlctl recipes ls` lists examples")
     return Source(path, lines), data
 
 

@@ -8,6 +8,7 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -27,13 +28,14 @@ def _known_task(task: str) -> str:
 
 
 Task = Annotated[str, AfterValidator(checked(_known_task))]
+_ONE_OR_SEVERAL = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 
 
 class Confidence(Strict):
     """Stratified bootstrap over runs."""
 
-    level: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)] = 0.95
-    resamples: Annotated[Count, Field(le=1_000_000)] = 2000
+    level: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)] = 0.95  # of the intervals
+    resamples: Annotated[Count, Field(le=1_000_000)] = 2000  # of the bootstrap
     seed: Seed = 0
 
 
@@ -44,10 +46,10 @@ class EvaluationGoals(SuccessExamples):
     is the environment's own, which knows nothing of these goals.
     """
 
-    rule: Literal["successes", "last"] = "last"
-    num: Count = 50
-    columns: tuple[Annotated[int, BeforeValidator(not_bool), Field(ge=0)], ...] | None = None
-    within: Rate | None = None
+    rule: Literal["successes", "last"] = "last"  # states marked as successful, or the last k of each episode
+    num: Count = 50  # how many goals
+    columns: tuple[Annotated[int, BeforeValidator(not_bool), Field(ge=0)], ...] | None = None  # None: the policy's own
+    within: Rate | None = None  # a distance; None: success is the environment's own
 
 
 class EvaluateRecipe(Strict):
@@ -57,18 +59,22 @@ class EvaluateRecipe(Strict):
 
     runs: Annotated[tuple[Pattern, ...], Field(min_length=1)]  # run directories
     # whose code may be imported, of those that the runs say; a single one is also where runs of no such task are played
-    task: tuple[Task, ...] = ()
+    task: Annotated[tuple[Task, ...], WithJsonSchema(_ONE_OR_SEVERAL)] = ()
     env: EnvRecipe | None = None  # of these tasks: how they are made, what of them is read; None: as the runs say
-    checkpoints: Literal["last", "all"] = "last"
+    checkpoints: Literal["last", "all"] = "last"  # all: learning curves, of runs with checkpoint_every_steps
     episodes: Annotated[Count, Field(le=1_000_000)] = 50  # of each policy; their numbers and rows are in memory
     seed: Seed = 0
     goals: EvaluationGoals | None = None  # None: the environment commands them, or there are none
     horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
-    workers: Literal["auto"] | Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = "auto"
+    workers: Literal["auto"] | Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = "auto"  # processes; 0: this one
     device: Device = "cpu"  # cuda: one process answers for all policies; auto: for large ones
     backend: Literal["gymnasium", "envpool"] = "gymnasium"  # envpool: `workers` are its threads; starts of its own
-    aggregate: tuple[Literal["iqm", "mean", "median", "optimality_gap"], ...] = ("iqm", "mean", "optimality_gap")
-    confidence: Confidence = Confidence()
+    aggregate: tuple[Literal["iqm", "mean", "median", "optimality_gap"], ...] = (
+        "iqm",
+        "mean",
+        "optimality_gap",
+    )  # over tasks
+    confidence: Confidence = Confidence()  # of the intervals
     baseline: Name | None = None  # of the pairwise differences; None: bc where it is there
     tuning: tuple[Name, ...] = ()  # patterns of names: each one's settings, tried online n at a time
     out: Out

@@ -74,15 +74,16 @@ Text = Annotated[str, BeforeValidator(_text), Field(min_length=1), AfterValidato
 class SlurmSettings(Strict):
     """`engine: slurm`: what is asked of it for each cell. What is not said is as the cluster has it."""
 
-    partition: Text | None = None
-    account: Text | None = None
-    qos: Text | None = None
+    partition: Text | None = None  # sbatch --partition
+    account: Text | None = None  # --account
+    qos: Text | None = None  # --qos
     time: Annotated[Text, AfterValidator(checked(_time))] | None = None  # of a job; a cell may take several
-    mem: Annotated[Text, AfterValidator(checked(_mem))] | None = None
+    mem: Annotated[Text, AfterValidator(checked(_mem))] | None = None  # of a cell: 8G, or megabytes
     cpus: Count | None = None  # None: as many as the cell has threads or workers
     gpus: Annotated[Text, AfterValidator(checked(_gpus))] | None = None  # a number, or kind:number
     parallel: Count | None = None  # cells of a stage at once
     setup: tuple[Annotated[str, AfterValidator(checked(_line))], ...] = ()  # lines of bash before the command
+    # other options of sbatch by their long names: {mail-type: FAIL}
     more: Annotated[dict[str, StrictBool | StrictInt | StrictFloat | StrictStr], AfterValidator(_more)] = {}
 
 
