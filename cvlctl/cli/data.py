@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cvlctl.cli.console import console, present
-from cvlctl.cli.options import Force, Format, Json, Label, Out, Quiet, Rule, Seed, Store, register, stores
+from cvlctl.cli.options import Bad, Force, Format, Json, Label, Out, Quiet, Rule, Seed, Store, register, stores
 from cvlctl.paths import expanded
 from cvlctl.terminal import print_text
 
@@ -260,7 +260,7 @@ def list_formats(as_json: Json = False) -> None:
 @register(app, "import", EXCHANGE, "cvlctl data import d4rl hopper.hdf5 --task gym/Hopper-v5 --out data/hopper.zarr")
 def import_(
     format: Format,
-    file: Annotated[Path, typer.Argument(help="The file, or a Minari dataset's folder.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="The file, or the folder of a dataset.", show_default=False)],
     out: Out,
     task: Annotated[str | None, typer.Option("--task", help="The task, where the file does not say it.")] = None,
     horizon: Annotated[
@@ -284,7 +284,9 @@ def import_(
     ] = None,
     key: Annotated[
         list[str] | None,
-        typer.Option("--key", help="For arrays: OURS=THEIRS, such as observations=obs; may be repeated."),
+        typer.Option(
+            "--key", help="For arrays, table and others: OURS=THEIRS, such as observations=obs; may be repeated."
+        ),
     ] = None,
     columns: Annotated[
         str | None, typer.Option("--columns", help="Names of the observations' columns, in order: x,y,battery.")
@@ -296,6 +298,9 @@ def import_(
     control_period: Annotated[
         float | None, typer.Option("--control-period", help="Seconds from one step to the next, such as 0.05.")
     ] = None,
+    drop_episodes_with: Annotated[
+        Bad | None, typer.Option("--drop-episodes-with", help="Leave episodes out that hold NaN or infinity: nan.")
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -306,6 +311,7 @@ def import_(
     options: dict[str, Any] = {"task": task, "horizon": horizon, "label": label, "clip_actions": clip_actions}
     options |= {"observation_keys": observation_key or (), "keys": key or (), "drop_columns": drop_column or ()}
     options |= {"columns": columns.split(",") if columns else (), "control_period": control_period, "force": force}
+    options |= {"drop_nan": drop_episodes_with is not None}
 
     def work() -> dict[str, Any]:
         bounds = exchange.bounds_of_words(action_bounds)

@@ -15,7 +15,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.paths import expanded
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-FORMATS = ("d4rl", "minari", "ogbench", "robomimic", "sb3", "npz", "arrays")
+FORMATS = ("d4rl", "minari", "ogbench", "robomimic", "sb3", "npz", "lerobot", "table", "arrays")
 
 
 def stores(incomplete: str) -> list[str]:
@@ -48,6 +48,12 @@ class Rule(StrEnum):
 
     successes = "successes"
     last = "last"
+
+
+class Bad(StrEnum):
+    """With what in them episodes are not imported."""
+
+    nan = "nan"
 
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, errors too.")]

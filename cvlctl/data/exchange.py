@@ -36,6 +36,7 @@ def import_file(
     columns: Sequence[str] = (),
     drop_columns: Sequence[str] = (),
     control_period: float | None = None,
+    drop_nan: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write a file's episodes to a new store; arguments are those of `formats.import_store`, `keys` as OURS=THEIRS.
@@ -60,13 +61,14 @@ def import_file(
         "import", format, path, out=out, task=task, horizon=horizon, label=label if label != "given" else None,
         clip_actions=clip_actions or None, observation_key=observation_keys, key=keys,
         columns=",".join(columns) or None, drop_column=drop_columns, control_period=control_period,
+        drop_episodes_with="nan" if drop_nan else None,
     )  # fmt: skip
     if action_bounds:
         command += f" --action-bounds {' '.join(map(_side, action_bounds))}"
     if done := formats.imported_already(format, path, Path(out), command, horizon=horizon, force=force, **options):
         return summary(done, "finished already")
     about: dict[str, Any] = {"task": task, "horizon": horizon, "label": label, "force": force, "command": command}
-    about |= {"columns": columns, "drop_columns": drop_columns, "control_period": control_period}
+    about |= {"columns": columns, "drop_columns": drop_columns, "control_period": control_period, "drop_nan": drop_nan}
     return summary(formats.import_store(format, path, out, **about, **options))
 
 

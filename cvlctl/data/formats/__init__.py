@@ -7,13 +7,14 @@ ever loads a pickle, nor needs the package of the project whose files it reads o
 from __future__ import annotations
 
 import difflib
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cvlctl.data import units
-from cvlctl.data.formats import arrays, d4rl, minari, npz, ogbench, robomimic, sb3
+from cvlctl.data.formats import arrays, csv_parquet, d4rl, lerobot, minari, npz, ogbench, robomimic, sb3
 from cvlctl.data.formats.dropping import Dropping
 from cvlctl.data.formats.fetching import fetch
 from cvlctl.data.formats.sources import Facts, Told
@@ -52,6 +53,8 @@ FORMATS: dict[str, Format] = {
     "robomimic": Format("robomimic's HDF5", robomimic.read, robomimic.facts),
     "sb3": Format("a Stable-Baselines3 replay buffer, saved as npz (docs/formats.md)", sb3.read, sb3.facts),
     "npz": Format("plain npz: arrays and episode_ends (docs/formats.md)", npz.read, npz.facts, npz.write),
+    "lerobot": Format("a LeRobot dataset's folder, v2.0 to v3.0", lerobot.read, lerobot.facts),
+    "table": Format("rows in CSV or parquet files, named by `keys`", csv_parquet.read, csv_parquet.facts),
     "arrays": Format("rows in an npz or HDF5 file of your own, named by `keys`", arrays.read, arrays.facts),
 }
 
@@ -72,6 +75,7 @@ def import_store(
     columns: Sequence[str] = (),
     drop_columns: Sequence[str] = (),
     control_period: float | None = None,
+    drop_nan: bool = False,
     force: bool = False,
     command: str = "",
     **options: Any,
@@ -87,6 +91,7 @@ def import_store(
         columns: names of the observations' columns, in their order; default: what the file says.
         drop_columns: names, or numbers from 0, of those to leave out.
         control_period: seconds from one step to the next; default: what the file says.
+        drop_nan: leave episodes out that hold NaN or infinity, and say which.
         force: replace a store that is at `out`, once the new one is complete.
         command: the command line, for the store's provenance.
         options: the reader's own: `options_of(format)`. Those that most take:
@@ -121,7 +126,7 @@ def import_store(
     if bounds is not None:
         provenance[KEY] = plain(bounds)
     read_units(str(path), facts.units, None)
-    told = Told(list(columns or facts.units.get("observation_columns", ())))
+    told = Told(list(columns or facts.units.get("observation_columns", ())), drop_nan=drop_nan)
     dropping = Dropping(path, drop_columns, told)
 
     def all_units() -> Units:
@@ -130,7 +135,7 @@ def import_store(
         return _units(facts, told, dropping, control_period)
 
     with Progress(f"import {path.name}", facts.transitions, "transitions") as progress:
-        episodes = _counted(map(dropping.of, chosen.read(path, told, **given)), path, progress)
+        episodes = _counted(map(dropping.of, chosen.read(path, told, **given)), path, progress, told)
         return write_all(
             out, episodes, all_units, task=task or facts.task, horizon=horizon or facts.horizon,
             provenance=provenance, label=label, attributes=_attributes(facts, options), force=force,
@@ -219,8 +224,11 @@ def _attributes(facts: Facts, options: dict[str, Any]) -> dict[str, Any]:
 def _source(format: str, path: Path, facts: Facts, given: dict[str, Any]) -> dict[str, Any]:
     """Which content is imported how, as JSON has it."""
     source: dict[str, Any] = {"format": format, "file": str(path), **facts.provenance}
-    data = facts.data or path
-    source |= {"bytes": data.stat().st_size, "sha256": sha256(data), "options": _plain(given)}
+    files = list(facts.data) or [path]
+    digests = [sha256(file) for file in files]
+    digest = digests[0] if len(files) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    source |= {"bytes": sum(file.stat().st_size for file in files), "sha256": digest}
+    source |= ({"files": len(files)} if len(files) > 1 else {}) | {"options": _plain(given)}
     return jsonable("provenance", source)
 
 
@@ -232,12 +240,14 @@ def _format(name: str) -> Format:
     return FORMATS[name]
 
 
-def _counted(episodes: Iterator[Episode], path: Path, progress: Progress) -> Iterator[Episode]:
+def _counted(episodes: Iterator[Episode], path: Path, progress: Progress, told: Told) -> Iterator[Episode]:
     done = 0
     for episode in episodes:
         yield episode
         done += len(episode)
         progress.update(done)
+    if not done and told.bad:
+        raise CvlctlError(f"{path}: all {len(told.bad)} episodes hold NaN or infinity", f"the first: {told.bad[0]}")
     if not done:
         raise CvlctlError(f"{path} holds no episodes", "a store holds at least one")
 

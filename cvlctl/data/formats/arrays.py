@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from cvlctl.data.formats import segments
 from cvlctl.data.formats.archives import open_arrays
 from cvlctl.data.formats.making import Maker
 from cvlctl.data.formats.rows import episodes_of_rows, judge
+from cvlctl.data.formats.segments import check_names
 from cvlctl.data.formats.sources import Facts, Told
-from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
 from cvlctl.units import Bounds
 
 NAMES = ("observations", "actions", "rewards", "successes", "terminals", "timeouts", "next_observations")
+ALL = (*NAMES, *segments.NAMES)
 
 
 def read(
@@ -30,18 +31,20 @@ def read(
 
     Args:
         keys: our name -> the file's: observations, actions, rewards, successes, terminals, timeouts,
-            next_observations. What is not named is looked for under our own name, and may lack but for the first two.
-        horizon: length of an episode that a time limit cut off, where neither timeouts nor next_observations tell.
+            next_observations, and where episodes lie, `segments.NAMES`. What is not named is looked for under our own
+            name, and may lack but for the first two.
+        horizon: length of an episode that a time limit cut off, where none of these tells.
     """
     keys = dict(keys or {})
-    for name in keys:
-        if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=1)
-            raise CvlctlError(f"keys: no array {name!r}", f"did you mean {near[0]}?" if near else ", ".join(NAMES))
+    check_names(keys, ALL)
     with open_arrays(Path(path)) as arrays:
         arrays.need(*(keys.get(name, name) for name in ("observations", "actions")), *keys.values())
-        named = {name: keys.get(name, name) for name in NAMES}
+        named = {name: keys.get(name, name) for name in ALL}
         columns = {name: arrays.column(key) for name, key in named.items() if key in arrays.names}
+        segmented = {name: columns.pop(name) for name in segments.NAMES if name in columns}
+        ends = segments.ends_of(arrays.path, segmented, len(columns["actions"]))
+        if ends is not None:
+            columns["ends"] = segments.last_rows(arrays.path, ends, len(columns["actions"]))
         maker = Maker(arrays.path, action_bounds, clip_actions, told=told)
         cuts = yield from episodes_of_rows(maker, columns, horizon=horizon)
         if unmapped := sorted(set(arrays.names) - set(named.values())):

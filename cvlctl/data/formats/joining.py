@@ -1,8 +1,8 @@
-"""Observations that lie in several arrays of an HDF5 group, side by side."""
+"""Observations that lie in several arrays, of an HDF5 group or by name, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,13 +51,19 @@ class Observations:
 
     def of(self, group: h5py.Group) -> np.ndarray:
         """(N, sum of sizes) of a group, in a type that holds all of them; (N, ...) of a single array."""
-        columns = {name: dataset_column(self._path, group, name) for name in self._settled(group)}
+        columns = {name: dataset_column(self._path, group, name) for name in self._of_group(group)}
         length = same_length(self._path, columns)
-        return _beside([column.rest() for column in columns.values()], length)
+        return beside([column.rest() for column in columns.values()], length)
 
     def last(self, group: h5py.Group) -> np.ndarray:
         """(1, ...): the same of a group's last row alone; (0, ...) where it has none."""
-        return _beside([np.asarray(dataset_in(self._path, group, name)[-1:]) for name in self._settled(group)], 1)
+        return beside([np.asarray(dataset_in(self._path, group, name)[-1:]) for name in self._of_group(group)], 1)
+
+    def of_arrays(self, where: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        """As `of`, of arrays by name."""
+        names = self.chosen(where, {name: values.shape for name, values in arrays.items()})
+        length = same_length(where, {name: arrays[name] for name in names})
+        return beside([arrays[name] for name in names], length)
 
     def columns(self) -> list[str]:
         """Names of the joined columns, such as "joints[2]"."""
@@ -66,10 +72,13 @@ class Observations:
             named += [f"{name}[{i}]" for i in range(shape[0])] if shape and shape != (1,) else [name]
         return named
 
-    def _settled(self, group: h5py.Group) -> list[str]:
-        """Names of the arrays to join."""
-        where = f"{self._path}: {group.name.strip('/')}"
-        there = {name: tuple(dataset.shape or ())[1:] for name, dataset in datasets(self._path, group).items()}
+    def _of_group(self, group: h5py.Group) -> list[str]:
+        shapes = {name: tuple(dataset.shape or ()) for name, dataset in datasets(self._path, group).items()}
+        return self.chosen(f"{self._path}: {group.name.strip('/')}", shapes)
+
+    def chosen(self, where: str, arrays: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Names of the arrays to join, of those that are there with their shapes, one row a step."""
+        there = {name: shape[1:] for name, shape in arrays.items()}
         shapes = {name: shape or (1,) for name, shape in there.items() if name in self._keys or len(shape) < 2}
         if self._widths:
             found = {name: shapes[name] for name in self._keys or shapes if name in shapes}
@@ -90,7 +99,8 @@ class Observations:
         return list(self._widths)
 
 
-def _beside(parts: list[np.ndarray], length: int) -> np.ndarray:
+def beside(parts: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Arrays of `length` rows side by side; one alone stays as it is, a number a row becomes a row of one."""
     if len(parts) == 1 and parts[0].ndim > 1:
         return parts[0]
     return np.concatenate([part.reshape(length, -1) for part in parts], axis=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,24 @@ class Maker:
         self._changes = self._merged = np.zeros(0, np.int64)
         self._allowed = 0.5  # share of the changes that may be lost unsaid: what hardly moves always loses some
 
-    def make(self, where: str, **parts: Any) -> Episode:
-        """An episode; what is wrong with it begins with `where`."""
+    def make(self, where: str, **parts: Any) -> Iterator[Episode]:
+        """An episode, or none where it is dropped; what is wrong with it begins with `where`."""
+        self.told.episodes += 1
+        if self.told.drop_nan and (name := _not_finite(parts)):
+            self.told.bad.append(f"{where.removeprefix(f'{self.path}: ')} ({name})")
+            return
         try:
             parts["actions"] = self._scaled(parts["actions"])
             self._compare(parts["observations"])
-            return Episode(**parts)
+            made = Episode(**parts)
         except CvlctlError as error:
             hint = error.hint
             if "outside [-1, 1]" in error.what:
                 hint = "say in which bounds they lie, --action-bounds LOW HIGH, or cut them off, --clip-actions"
+            elif "NaN" in error.what:
+                hint = "repair them, or leave such episodes out: --drop-episodes-with nan"
             raise CvlctlError(f"{where}: {error.what}", hint) from error
+        yield made
 
     def finish(self, names: Sequence[str] = ()) -> None:
         """After the last episode: say which columns of the observations lost what they told, if any did.
@@ -66,6 +73,12 @@ class Maker:
         Args:
             names: of the columns, where the file has any.
         """
+        if self.told.bad:
+            rest = f" and {len(self.told.bad) - 10} more" if len(self.told.bad) > 10 else ""
+            self.told.remarks.append(
+                f"{len(self.told.bad)} of {self.told.episodes} episodes were dropped for NaN or infinity: "
+                f"{', '.join(self.told.bad[:10])}{rest}"
+            )
         lost = np.flatnonzero(self._merged > self._allowed * self._changes).tolist()
         if not lost:
             return
@@ -109,3 +122,13 @@ class Maker:
         self._merged += merged
         if observations.dtype.kind in "iu":  # that count, and have no noise
             self._allowed = 0.0
+
+
+def _not_finite(parts: dict[str, Any]) -> str:
+    """Which of an episode's arrays holds what float32 has no number for; "" where none does."""
+    with np.errstate(over="ignore"):
+        for name in ("observations", "actions", "rewards"):
+            values = parts.get(name)
+            if values is not None and values.dtype.kind == "f" and not np.isfinite(values.astype(np.float32)).all():
+                return name
+    return ""

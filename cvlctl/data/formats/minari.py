@@ -90,7 +90,7 @@ def read(
             if ours and member(file_path, group, "infos/success") is not None:
                 solved = dataset_column(file_path, group, "infos/success").rest()[1:]
             maker.told.columns = maker.told.columns or joined.columns()
-            yield maker.make(
+            yield from maker.make(
                 where,
                 observations=observations, actions=arrays["actions"], rewards=arrays["rewards"] if rewarded else None,
                 successes=solved, terminated=bool(arrays["terminations"][-1:].any()), **about,
@@ -130,7 +130,7 @@ def facts(path: Path) -> Facts:
             kept["action_bounds"] = bounds
         where = str(folder / METADATA)
         if ours:
-            known = (str(ours["task"]), steps_of(ours["horizon"], where), kept, folder / DATA, bounds)
+            known = (str(ours["task"]), steps_of(ours["horizon"], where), kept, [folder / DATA], bounds)
             said = ours.get("environment")
             said = said if isinstance(said, dict) else None
             return Facts(steps, *known, said, str(ours.get("exported", "")), dict(ours.get("units", {})))
@@ -138,7 +138,7 @@ def facts(path: Path) -> Facts:
         task = f"gym/{env['id']}" if env.get("id") else str(metadata.get("dataset_id", ""))
         limit = env.get("max_episode_steps")
         horizon = steps_of(limit, where) if limit else None
-        return Facts(steps, task, horizon, kept, folder / DATA, bounds, _came_from(task, env, _keys(metadata)))
+        return Facts(steps, task, horizon, kept, [folder / DATA], bounds, _came_from(task, env, _keys(metadata)))
 
 
 def _env_spec(metadata: dict[str, Any]) -> dict[str, Any]:

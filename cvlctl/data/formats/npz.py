@@ -9,15 +9,17 @@ of *actions* so far, so that the observations of episode i start at `episode_end
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cvlctl.data.formats import segments
 from cvlctl.data.formats.archives import open_npz
 from cvlctl.data.formats.cutting import flags, flat
 from cvlctl.data.formats.making import Maker, continuous
+from cvlctl.data.formats.segments import check_names
 from cvlctl.data.formats.sources import Arrays, Column, Facts, Told, reading, same_length, steps_of
 from cvlctl.data.store import Store
 from cvlctl.data.units import bounds_of, export_digest, exported_units
@@ -26,6 +28,7 @@ from cvlctl.folders import replacing
 from cvlctl.types import Episode
 from cvlctl.units import KEY, Bounds, physical, plain
 
+STEPS = ("observations", "actions", "rewards", "successes")
 TABLE = ("terminated", "collected_at", "seeds")  # one value an episode
 EXPORTED = "cvlctl_exported"  # `units.export_digest`
 UNITS = "cvlctl_units"  # `units.exported_units`, as JSON
@@ -35,44 +38,74 @@ def read(
     path: str | Path,
     told: Told | None = None,
     *,
+    keys: Mapping[str, str] | None = None,
     action_bounds: Bounds | None = None,
     clip_actions: bool = False,
 ) -> Iterator[Episode]:
-    """The episodes of a plain npz file."""
+    """The episodes of a plain npz file.
+
+    Args:
+        keys: our name -> the file's, of the arrays above; and where episodes lie among the actions, in one of the ways
+            of `segments.NAMES`.
+    """
+    keys = dict(keys or {})
+    check_names(keys, (*STEPS, *TABLE, "tasks", *segments.NAMES))
     with open_npz(Path(path)) as arrays:
-        arrays.need("observations", "actions", "episode_ends")
-        ends = _integers(arrays.column("episode_ends"))
-        observations, actions = arrays.column("observations"), continuous(arrays.column("actions"))
-        steps: dict[str, Column] = {
-            name: arrays.column(name) for name in ("rewards", "successes") if name in arrays.names
-        }
-        total = same_length(arrays.path, {"actions": actions} | steps)
-        if len(ends) == 0 or ends[-1] != total or len(observations) != total + len(ends):
-            what = f"{total} actions and {len(observations)} observations, but {len(ends)} episodes"
-            raise CvlctlError(f"{arrays.path}: {what} of {ends[-1] if len(ends) else 0} actions in episode_ends",
-                              "each episode has one observation more than it has actions")  # fmt: skip
-        table = read_table(arrays, len(ends))
-        maker, start = Maker(arrays.path, action_bounds, clip_actions, said_bounds(arrays), told), 0
-        for number, end in enumerate(ends):
-            if end <= start:
-                raise CvlctlError(f"{arrays.path}: episode_ends: episode {number} has {end - start} actions")
-            count = end - start
-            parts = {name: column.take(count) for name, column in steps.items()}
-            yield maker.make(
-                f"{arrays.path}: episode {number}",
-                observations=observations.take(count + 1), actions=actions.take(count),
-                rewards=flat(parts["rewards"], "rewards") if "rewards" in parts else None,
-                successes=flags(parts["successes"], "successes") if "successes" in parts else None,
-                **({"collected_at": start} | table[number]),
-            )  # fmt: skip
-            start = end
-        maker.finish()
+        arrays.need(*keys.values())
+        arrays = renamed(arrays, keys)
+        arrays.need("observations", "actions")
+        said = [name for name in segments.NAMES if name in arrays.names]
+        if said not in ([], ["episode_ends"]) or "episode_ends" in keys:
+            columns = {name: arrays.column(name) for name in said}
+            found = segments.ends_of(arrays.path, columns, len(arrays.column("actions")))
+            ends = [] if found is None else found.tolist()
+        else:
+            arrays.need("episode_ends")
+            ends = _integers(arrays.column("episode_ends"))
+        yield from episodes_of(arrays, ends, told, action_bounds, clip_actions)
+
+
+def renamed(arrays: Arrays, keys: Mapping[str, str]) -> Arrays:
+    """The same arrays, some of them under our names."""
+    names = [*keys, *(name for name in arrays.names if name not in keys and name not in keys.values())]
+    column, text, value = (
+        lambda name, get=get: get(keys.get(name, name)) for get in (arrays.column, arrays.text, arrays.value)
+    )
+    return Arrays(arrays.path, names, column, text, value)
+
+
+def episodes_of(
+    arrays: Arrays, ends: list[int], told: Told | None, action_bounds: Bounds | None, clip_actions: bool
+) -> Iterator[Episode]:
+    """The episodes of arrays under the names of this layout; `ends` counts the actions up to each one's end."""
+    observations, actions = arrays.column("observations"), continuous(arrays.column("actions"))
+    steps: dict[str, Column] = {name: arrays.column(name) for name in ("rewards", "successes") if name in arrays.names}
+    total = same_length(arrays.path, {"actions": actions} | steps)
+    if len(ends) == 0 or ends[-1] != total or len(observations) != total + len(ends):
+        what = f"{total} actions and {len(observations)} observations, but {len(ends)} episodes"
+        raise CvlctlError(f"{arrays.path}: {what} of {ends[-1] if len(ends) else 0} actions in episode_ends",
+                          "each episode has one observation more than it has actions")  # fmt: skip
+    table = read_table(arrays, len(ends))
+    maker, start = Maker(arrays.path, action_bounds, clip_actions, said_bounds(arrays), told), 0
+    for number, end in enumerate(ends):
+        if end <= start:
+            raise CvlctlError(f"{arrays.path}: episode_ends: episode {number} has {end - start} actions")
+        count = end - start
+        parts = {name: column.take(count) for name, column in steps.items()}
+        yield from maker.make(
+            f"{arrays.path}: episode {number}",
+            observations=observations.take(count + 1), actions=actions.take(count),
+            rewards=flat(parts["rewards"], "rewards") if "rewards" in parts else None,
+            successes=flags(parts["successes"], "successes") if "successes" in parts else None,
+            **({"collected_at": start} | table[number]),
+        )  # fmt: skip
+        start = end
+    maker.finish()
 
 
 def facts(path: Path) -> Facts:
     """The task, the horizon and the number of transitions, as the file has them."""
     with open_npz(path) as arrays:
-        arrays.need("observations", "actions")
         return said_facts(arrays)
 
 
@@ -85,9 +118,8 @@ def said_facts(arrays: Arrays) -> Facts:
     limit = None if horizon is None else steps_of(horizon, str(arrays.path))
     exported = "".join(arrays.text(EXPORTED)) if EXPORTED in arrays.names else ""
     units, known = _object(arrays, UNITS), (task[0], limit)
-    return Facts(
-        len(arrays.column("actions")), *known, action_bounds=said_bounds(arrays), exported=exported, units=units
-    )
+    steps = len(arrays.column("actions")) if "actions" in arrays.names else 0
+    return Facts(steps, *known, action_bounds=said_bounds(arrays), exported=exported, units=units)
 
 
 def _object(arrays: Arrays, name: str) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def read(
                 raise CvlctlError(f"{where} has no transition: a single row between two terminals")
             about = table[number] if table and number < len(table) else {}
             parts = {name: rows[name][:-1] for name in names if name in ("rewards", "successes")}
-            yield maker.make(
+            yield from maker.make(
                 where,
                 observations=rows["observations"], actions=rows["actions"][:-1],
                 rewards=flat(parts["rewards"], "rewards") if "rewards" in parts else None,

@@ -59,7 +59,7 @@ def read(
                 after = None if here["next_obs"] is None else joined.last(here["next_obs"])
                 observations, count = with_final(observations, after, ended, len(arrays["actions"]))
             maker.told.columns = maker.told.columns or joined.columns()
-            yield maker.make(
+            yield from maker.make(
                 where,
                 observations=observations, actions=arrays["actions"][:count],
                 rewards=flat(arrays["rewards"], f"{where}/rewards")[:count],

@@ -25,6 +25,10 @@ from cvlctl.errors import CvlctlError
 from cvlctl.progress import say
 from cvlctl.types import Episode
 
+NO_ENDS = (
+    "--horizon: the number of steps after which the environment was reset; or, of the formats that take --key, "
+    "timeouts=NAME, episode_starts=NAME, episode_ends=NAME, episode_lengths=NAME or episode_index=NAME"
+)
 TOLERANCE = 1e-4  # relative: files keep observations in one precision and the next ones in another
 
 
@@ -53,18 +57,19 @@ def episodes_of_rows(
 
     Args:
         columns: observations, actions, and where the file has them rewards, successes, terminals, timeouts,
-            next_observations, and collected_at, seed, task (index into `tasks`), which are taken from the first row.
-        horizon: where there are no timeouts, the length at which the time limit cut the episodes off.
+            next_observations, ends (last rows as `segments` has them), and collected_at, seed, task (index into
+            `tasks`), which are taken from the first row.
+        horizon: where there are neither timeouts nor ends, the length at which the time limit cut the episodes off.
             Needed unless there are next_observations.
         stride, offset: row i was the collector's environment step i * stride + offset.
     """
     path, cuts = maker.path, Cuts()
     length = same_length(path, columns)
     continuous(columns["actions"])
-    if not {"timeouts", "next_observations"} & set(columns) and horizon is None:
+    if not {"timeouts", "next_observations", "ends"} & set(columns) and horizon is None:
         what = f"{path}: neither timeouts nor next_observations say where time limits cut episodes off"
-        raise CvlctlError(what, "give the horizon: the number of steps after which the environment was reset")
-    limit = cut_at(horizon) if horizon is not None and "timeouts" not in columns else None
+        raise CvlctlError(what, NO_ENDS)
+    limit = cut_at(horizon) if horizon is not None and not {"timeouts", "ends"} & set(columns) else None
     if "next_observations" in columns and columns["next_observations"].shape != columns["observations"].shape:
         shapes = f"{columns['next_observations'].shape}, observations {columns['observations'].shape}"
         raise CvlctlError(f"{path}: next_observations have shape {shapes}")
@@ -73,11 +78,12 @@ def episodes_of_rows(
         return flags(rows[name], columns[name].where) if name in rows else np.zeros(len(rows["actions"]), bool)
 
     def ends(rows: Rows, before: int) -> np.ndarray:
-        found = marked(rows, "terminals") | marked(rows, "timeouts")
+        found = marked(rows, "terminals") | marked(rows, "timeouts") | marked(rows, "ends")
         if "next_observations" in rows:
             found |= _gaps(path, rows, found)
         return limit(found, before) if limit else found
 
+    began = timed_out = False  # whether the first row alone is an episode that was cut off, and the last row's flag
     flagged = {"terminals": 0, "timeouts": 0, "both": 0}  # last rows of episodes
     for number, (first, rows) in enumerate(cut(columns, length, ends, ("next_observations",))):
         count = len(rows["actions"])
@@ -85,7 +91,9 @@ def episodes_of_rows(
         terminated, timed_out = (bool(marked(last, name)[0]) for name in ("terminals", "timeouts"))
         for name, value in zip(flagged, (terminated, timed_out, terminated and timed_out), strict=True):
             flagged[name] += value
-        if terminated or timed_out or (limit and count == horizon):
+        if first == 0:
+            began = timed_out and not terminated and count == 1
+        if terminated or timed_out or "ends" in rows or (limit and count == horizon):
             cuts += Cuts(marked=1)
         elif first + count < length:
             cuts += Cuts(unmarked=1, row=first + count - 1)
@@ -101,7 +109,7 @@ def episodes_of_rows(
             raise CvlctlError(
                 f"{columns['task'].where}, row {first}: task {task} is none of the {len(tasks)} that are named"
             )
-        yield maker.make(
+        yield from maker.make(
             f"{path}: episode {number} (rows {first}-{first + count - 1})",
             observations=observations,
             actions=rows["actions"][:steps],
@@ -111,6 +119,9 @@ def episodes_of_rows(
             task=tasks[task] if "task" in rows else "",
             **about,
         )
+    if began and not timed_out and "next_observations" not in columns:
+        what = f"{columns['timeouts'].where}: as timeouts it marks the first row, and not the last"
+        raise CvlctlError(what, "it looks like marks of first rows: --key episode_starts=NAME takes those")
     if flagged["both"] and len(set(flagged.values())) == 1:
         maker.told.remarks.append(
             f"terminals and timeouts are the same in the imported file: all {flagged['both']} ends count as "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class Facts(NamedTuple):
     task: str = ""
     horizon: int | None = None
     provenance: dict[str, Any] = {}
-    data: Path | None = None  # the file that holds the arrays, where the path is a folder
+    data: Sequence[Path] = ()  # the files that hold the arrays, where the path is a folder
     action_bounds: Bounds | None = None  # what its actions lie in; None: [-1, 1], or it does not say
     environment: dict[str, Any] | None = None  # that it came from, as the store's attribute of that name says it
     exported: str = ""  # `units.export_digest` of what we wrote it from
@@ -43,6 +43,9 @@ class Told:
     remarks: list[str] = field(default_factory=list)  # for people, and for the store: what seems amiss
     values: int = 0  # of actions that were held to [-1, 1]
     clipped: int = 0  # of those, how many were cut off
+    drop_nan: bool = False  # asked of the reader: leave episodes out that hold NaN or infinity
+    bad: list[str] = field(default_factory=list)  # which ones were
+    episodes: int = 0  # that came by, with those
 
 
 def steps_of(value: Any, where: str) -> int:
@@ -163,10 +166,10 @@ def kind_in_words(dtype: np.dtype) -> str:
     return kinds.get(dtype.kind, f"values of type {dtype}")
 
 
-def same_length(path: Path, columns: dict[str, Column]) -> int:
+def same_length(where: Path | str, columns: Mapping[str, Sized]) -> int:
     """The number of rows that all columns have."""
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         what = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise CvlctlError(f"{path}: the arrays differ in their number of rows: {what}")
+        raise CvlctlError(f"{where}: the arrays differ in their number of rows: {what}")
     return next(iter(lengths.values()))
