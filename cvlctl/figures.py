@@ -84,9 +84,19 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
     return {name: COLOURS[others.index(name) % len(COLOURS)] if name in others else "#777777" for name in names}
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Replace the PNG at `path`, whole and durably."""
+def drawn(figure: Figure, kind: str) -> memoryview:
+    """A figure as "png" or "svg": the same bytes whenever it is drawn."""
+    import matplotlib
+
     data = io.BytesIO()
-    figure.savefig(data, dpi=150, format="png")
-    write_atomically(Path(path), data.getbuffer())
-    return Path(path)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "cvlctl"}):
+        figure.savefig(data, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return data.getbuffer()
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Replace the PNG at `path`, whole and durably, and the same as SVG beside it."""
+    path = Path(path)
+    write_atomically(path.with_suffix(".svg"), drawn(figure, "svg"))
+    write_atomically(path, drawn(figure, "png"))
+    return path

@@ -2,7 +2,7 @@
 
 <out>/run.json              what it is, of which inputs, how it computes, and how far it is
 <out>/recipe.yaml           the resolved recipe
-<out>/metrics.jsonl         one line every `log_every_steps` updates; metrics.png once finished
+<out>/metrics.jsonl         one line every `log_every_steps` updates; metrics.png and .svg once finished
 <out>/checkpoints/          last.safetensors, and step-000005000.safetensors where asked for
 """
 
@@ -39,7 +39,7 @@ LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
 _DECIDED = ("device", "threads", "precision", "compile", "memory_gb")  # as it begins, where a recipe says "auto"
 _NO_MATTER = ("out", "loggers")  # what comes out is the same
 REPLACED = {"status": "replaced", "inputs": {}, "recipe": {}}  # a record like no run's: what it was of is going
-_FILES = ("run.json", "recipe.yaml", "metrics.jsonl", "metrics.png", LABELS_FILE)
+_FILES = ("run.json", "recipe.yaml", "metrics.jsonl", "metrics.png", "metrics.svg", LABELS_FILE)
 
 
 class Run:
@@ -136,7 +136,7 @@ class Run:
     def _clear(self) -> None:
         # first of all it becomes a run like no other: a kill in here leaves nothing that could be taken for ours
         write_json(self.out / "run.json", REPLACED)
-        for name in ("metrics.jsonl", "metrics.png", LABELS_FILE):
+        for name in ("metrics.jsonl", "metrics.png", "metrics.svg", LABELS_FILE):
             (self.out / name).unlink(missing_ok=True)
         for file in self._own_checkpoints():
             file.unlink(missing_ok=True)

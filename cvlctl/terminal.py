@@ -37,11 +37,12 @@ def console(**options: Any) -> Console:
     return _console_class()(**{"markup": False, **options})
 
 
-def print_table(console: Console, table: Table, key: int = 0) -> None:
+def print_table(console: Console, table: Table, key: int = 0, *, headings: bool = False) -> None:
     """A table, whole where there is room and into a pipe; else each of its rows as lines, so that no name is broken.
 
     Args:
         key: the column that tells rows apart.
+        headings: of lines too, before each value.
     """
     from rich.padding import Padding
     from rich.text import Text
@@ -53,7 +54,8 @@ def print_table(console: Console, table: Table, key: int = 0) -> None:
         return
     for row in zip(*(column.cells for column in table.columns), strict=True):
         texts = [cell if isinstance(cell, Text) else Text(str(cell)) for cell in row]
-        others = [text for number, text in enumerate(texts) if number != key and text.plain]
+        names = [Text(f"{column.header} " if headings else "") for column in table.columns]
+        others = [names[number] + text for number, text in enumerate(texts) if number != key and text.plain]
         console.print(texts[key], soft_wrap=True)
         console.print(Padding(Text(", ").join(others), (0, 0, 0, 4)))
     if table.caption:

@@ -32,6 +32,7 @@ class Form(StrEnum):
     csv = "csv"
     json = "json"
     markdown = "markdown"
+    latex = "latex"
 
 
 class Kind(StrEnum):
@@ -154,7 +155,9 @@ def finetune(
 def evaluate(
     recipe: Recipe,
     overrides: Overrides = None,
-    form: Annotated[Form, typer.Option("--format", help="rich, csv, markdown, or json (as --json).")] = Form.rich,
+    form: Annotated[
+        Form, typer.Option("--format", help="rich, csv, markdown, latex (booktabs), or json (as --json).")
+    ] = Form.rich,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
@@ -168,7 +171,7 @@ def evaluate(
     def show(result: dict[str, Any]) -> None:
         from cvlctl.score import evaluate as command
 
-        if form in (Form.csv, Form.markdown):
+        if form in (Form.csv, Form.markdown, Form.latex):
             print_text(command.as_text(result, form.value), end="")
         else:
             command.render(result, console())

@@ -64,12 +64,12 @@ def verify(store: Store, as_json: Json = False) -> None:
 @register(app, "plot", LOOK, "cvlctl data plot data/metaworld/drawer-close.zarr")
 def plot(
     store: Store,
-    out: Annotated[Path | None, typer.Option("--out", help="The PNG. Default: beside the store.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="A .png or .svg. Default: a PNG beside the store.")] = None,
     label: Label = "given",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Draw a store as a PNG: returns over collection, state coverage (two principal components), episode lengths."""
+    """Draw a store (PNG or SVG): returns over collection, state coverage (two components), episode lengths."""
     from cvlctl.data import plots
 
     present(

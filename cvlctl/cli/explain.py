@@ -33,8 +33,10 @@ def explain(
     q_map: Annotated[
         str | None, typer.Option("--map", metavar="X,Y", help="Draw Q over these columns of the observation instead.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="A PNG of it. Default of --map: in RUN/explain/.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the PNG.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="A .png or .svg. Default of --map: in RUN/explain/.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the picture.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

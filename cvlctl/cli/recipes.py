@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from cvlctl.cli.console import console, present
 from cvlctl.cli.options import Json, register
+from cvlctl.terminal import print_text
 
 COMMANDS = ("run", "build-dataset", "pretrain", "finetune", "evaluate")  # held to those of experiments by a test
 
@@ -51,7 +51,7 @@ def show(name: Name, as_json: Json = False) -> None:
     """Print a recipe that came with cvlctl."""
     from cvlctl.experiments import shelf
 
-    present(lambda: shelf.show(name), lambda result: print(result["text"], end=""), as_json)
+    present(lambda: shelf.show(name), lambda result: print_text(result["text"], end=""), as_json)
 
 
 @register(app, "cp", None, "cvlctl recipes cp quickstart .")
@@ -83,7 +83,7 @@ def schema(
     """
     from cvlctl.experiments import shelf
 
-    present(lambda: shelf.schema(command), lambda result: print(json.dumps(result, indent=1)), False)
+    present(lambda: shelf.schema(command), lambda result: None, True)
 
 
 @register(app, "validate", None, "cvlctl recipes validate recipes/quickstart.yaml")

@@ -18,6 +18,7 @@ from cvlctl.data.store import Store, open_store
 from cvlctl.data.units import units_of
 from cvlctl.data.verify import verify_store
 from cvlctl.errors import CvlctlError
+from cvlctl.terminal import print_table
 
 BINS = 10
 QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
@@ -120,7 +121,7 @@ def render_ls(result: list[dict[str, Any]], console: Console) -> None:
             _percent(row["success_fraction"]),
             f"{row['size_mb']:.1f}",
         )
-    console.print(table)
+    print_table(console, table, headings=True)
 
 
 def render_info(result: dict[str, Any], console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from cvlctl import files
 from cvlctl.data.derive import Part, bounds, column_rows
 from cvlctl.data.store import Column, Store, open_store
-from cvlctl.figures import caption
+from cvlctl.figures import caption, drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,9 +49,8 @@ def plot(path: Path, out: Path | None = None, *, label: str = "given", force: bo
         _returns(axes["returns"], store, label)
     explained = _coverage(axes["coverage"], store)
     _lengths(axes["lengths"], store)
-    data = io.BytesIO()
-    figure.savefig(data, dpi=150, format="png")
-    status = files.write_result(target, data.getbuffer(), force=force)
+    picture = drawn(figure, "svg" if target.suffix == ".svg" else "png")
+    status = files.write_result(target, picture, force=force)
     return {"status": status, "path": str(target), "panels": names, "explained_variance": explained}
 
 

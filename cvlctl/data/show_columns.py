@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+NAME = 16  # characters of a name that are kept in one line
 SHOWN = 60  # rows of a table; `--json` has all
 
 
@@ -29,7 +31,8 @@ def render_columns(columns: list[dict[str, Any]], actions: list[dict[str, Any]],
 
 
 def _table(title: str, found: list[dict[str, Any]], notes: list[str]) -> Table:
-    table = Table("", title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", overflow="fold", min_width=min(NAME, max((len(one["name"]) for one in found), default=0)))
     for name in ("min", "max", "mean", "std"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("")

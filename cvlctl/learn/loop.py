@@ -20,6 +20,7 @@ from cvlctl.data.samplers import BLOCK, Data, Draws, Indices, at, batches, draw,
 from cvlctl.data.stream import Stream, window_rows
 from cvlctl.data.units import column_names
 from cvlctl.errors import CvlctlError
+from cvlctl.files import read_json
 from cvlctl.interrupts import interruptible
 from cvlctl.learn.networks import NEVER_VARIED, State
 from cvlctl.learn.pictures import HELD_OUT, plot_metrics
@@ -60,7 +61,7 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
     check_installed(recipe.loggers)
     status = run.open(force=force)
     if status == "finished":
-        return {"status": "finished already", "out": str(run.out), "steps": recipe.steps, "algorithm": learner.name}
+        return finished_already(run, recipe.steps, learner.name)
     try:
         job = _resumed(run, recipe.steps) if status == "resume" else _begun(recipe, reading, learner.critic)
         configure(job.settings)
@@ -101,8 +102,14 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
     rate = round((recipe.steps - job.start) / max(seconds, 1e-9), 1)
     return {
         "status": "trained", "out": str(run.out), **about, "seconds": round(seconds, 1), "updates_per_second": rate,
-        "settings": job.settings.as_dict(),
+        "settings": job.settings.as_dict(), "metrics": logged[-1],
     }  # fmt: skip
+
+
+def finished_already(run: Run, steps: int, name: str) -> dict[str, Any]:
+    """What there is to say of a finished run, its last metrics among it."""
+    about = {"status": "finished already", "out": str(run.out), "steps": steps, "algorithm": name}
+    return {**about, "metrics": (read_json(run.out / "run.json") or {}).get("metrics")}
 
 
 def _warn(reading: Reading, low: Tensor, high: Tensor, *, streamed: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cvlctl.errors import CvlctlError
-from cvlctl.figures import COLOURS, can_draw, label_axes, make_panels
+from cvlctl.figures import COLOURS, can_draw, drawn, label_axes, make_panels
 from cvlctl.files import write_result
 from cvlctl.learn.attribution import Shares, by_group
 from cvlctl.score.grounds import Grounds
@@ -209,6 +208,4 @@ def _can_draw() -> None:
 
 
 def _write(figure: Figure, path: Path, force: bool) -> str:
-    data = io.BytesIO()
-    figure.savefig(data, dpi=150, format="png")
-    return write_result(path, data.getbuffer(), force=force)
+    return write_result(path, drawn(figure, "svg" if path.suffix == ".svg" else "png"), force=force)

@@ -33,8 +33,8 @@ from cvlctl.version import versions
 FORMAT = 1
 GOALS = "goals.npy"
 FILES = (
-    "evaluation.json", "rows.jsonl", GOALS, "table.csv", "table.md", "table.json", "scores.png", "curves.png",
-    "profiles.png",
+    "evaluation.json", "rows.jsonl", GOALS, "table.csv", "table.md", "table.json", "curves.csv",
+    *(f"{name}.{kind}" for name in ("scores", "curves", "profiles") for kind in ("png", "svg")),
 )  # fmt: skip
 _JOB = {"algorithm": str, "task": str, "seed": int, "step": int, "checkpoint": str, "sha256": str}
 _REPLACE = "choose another out, or --force to replace it"

@@ -26,7 +26,14 @@ NAMES = {
     "baseline": "against",
     "metric": "metric",
 }
-_COUNTS = {"seed": "seed", "tried": "tried", "tasks": "tasks", "runs": "seeds", "episodes": "episodes"}
+_COUNTS = {
+    "seed": "seed",
+    "updates": "updates",
+    "tried": "tried",
+    "tasks": "tasks",
+    "runs": "seeds",
+    "episodes": "episodes",
+}
 _SCORES = {"return_mean": "return", "success_mean": "success", "normalised_mean": "normalised"}
 _OFFLINE = {"offline_mean": "offline estimate", "discounted_mean": "discounted return"}
 _AGGREGATES = {"iqm": "IQM", "mean": "mean", "median": "median", "optimality_gap": "optimality gap"}

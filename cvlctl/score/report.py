@@ -20,6 +20,7 @@ from cvlctl.score.rows import with_failures
 from cvlctl.score.tables import (
     OfflineEstimate,
     aggregate_table,
+    curve_table,
     efficiency_table,
     offline_table,
     pairwise,
@@ -28,6 +29,7 @@ from cvlctl.score.tables import (
     score_table,
 )
 from cvlctl.score.tuning import tuning_table
+from cvlctl.score.typeset import to_latex
 from cvlctl.types import EpisodeResult
 from cvlctl.version import versions
 
@@ -38,7 +40,7 @@ SIMULATOR = ("mujoco", "metaworld", "gymnasium")  # physics, and with them score
 TABLES = {
     "table": "scores", "aggregate": "over all tasks", "pairwise": "against the baseline",
     "relative": "per cent over the baseline", "offline": "offline estimates", "tuning": "tuning budget",
-    "runs": "single runs",
+    "curves": "over training", "runs": "single runs",
 }  # fmt: skip
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -116,6 +118,7 @@ def tables_of(
         "comparison": comparison_table(rows, baseline=baseline, **confidence),
         "profiles": profile_table(rows, references=references, **confidence),
         "efficiency": efficiency_table(rows, references=references, **confidence),
+        "curves": curve_table(rows, **confidence),
         "runs": run_table(rows, references=references, **confidence),
         "offline": offline_table(rows, estimates, **confidence),
         "tuning": tuning_table(rows, recipe.tuning, estimates, **confidence),
@@ -132,6 +135,8 @@ def _write_tables(recipe: EvaluateRecipe, rows: list[EpisodeResult], tables: dic
     out, confidence = recipe.out, recipe.confidence.model_dump()
     write_atomically(out / "table.csv", to_csv(tables["table"]).encode())
     write_atomically(out / "table.md", as_text(tables, "markdown").encode())
+    if tables["curves"]:
+        write_atomically(out / "curves.csv", to_csv(tables["curves"]).encode())
     curves = plot_curves(rows, out / "curves.png", **confidence)
     profiles = plot_profiles(tables["profiles"], tables["efficiency"], out / "profiles.png")
     plots = [plot_scores(tables["table"], out / "scores.png"), curves, profiles]
@@ -139,9 +144,11 @@ def _write_tables(recipe: EvaluateRecipe, rows: list[EpisodeResult], tables: dic
 
 
 def as_text(result: dict[str, Any], form: str) -> str:
-    """The tables of a result: "markdown" has all of them, "csv" the score table alone."""
+    """The tables of a result: "markdown" and "latex" have all of them, "csv" the score table alone."""
     if form == "csv":
         return to_csv(result["table"])
+    if form == "latex":
+        return "\n".join(to_latex(result[name], title) for name, title in TABLES.items() if result.get(name))
     texts = [to_markdown(result[name], title) for name, title in TABLES.items() if result.get(name)]
     told = [f"* {sentence}\n" for sentence in sentences(result.get("comparison", []))]
     return "\n".join([*texts, *(["".join(told)] if told else [])])

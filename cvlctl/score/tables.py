@@ -221,6 +221,22 @@ def pairwise(rows: Rows, *, baseline: str = "bc", **confidence: Unpack[Confidenc
     return records
 
 
+def curve_table(rows: Rows, **confidence: Unpack[Confidence]) -> list[Record]:
+    """One record per (task, algorithm, step) of what was evaluated at several steps: task, algorithm, runs, updates,
+    return_mean, success_mean with their intervals (_low, _high); no success where the task has none."""
+    records: dict[tuple[str, str, int], Record] = {}
+    for metric in ("return", "success"):
+        for line in curve(rows, metric=metric, **confidence):
+            task, algorithm, runs = line["task"], line["algorithm"], line["runs"]
+            for i, step in enumerate(line["steps"] if len(line["steps"]) > 1 else ()):
+                about: Record = {"task": task, "algorithm": algorithm, "runs": runs, "updates": step}
+                record = records.setdefault((task, algorithm, step), about)
+                ends = {end: line[end.strip("_")] for end in ("_low", "_high")}
+                record[f"{metric}_mean"] = line["mean"][i]
+                record |= {f"{metric}_mean{end}": values and values[i] for end, values in ends.items()}
+    return [*records.values()]
+
+
 def curve(rows: Rows, *, metric: str = "return", **confidence: Unpack[Confidence]) -> list[Record]:
     """One record per (task, algorithm): task, algorithm, runs, and lists steps, mean, low, high (None for one run).
 

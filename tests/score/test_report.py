@@ -21,7 +21,16 @@ from cvlctl.score.comparisons import relative_table
 from cvlctl.score.pictures import plot_curves, plot_profiles, plot_scores
 from cvlctl.score.render import folded, to_csv, to_markdown, to_rich
 from cvlctl.score.rows import METRICS, Record
-from cvlctl.score.tables import aggregate_table, efficiency_table, pairwise, profile_table, run_table, score_table
+from cvlctl.score.tables import (
+    aggregate_table,
+    curve,
+    curve_table,
+    efficiency_table,
+    pairwise,
+    profile_table,
+    run_table,
+    score_table,
+)
 from cvlctl.score.tuning import tuning_table
 from cvlctl.types import EpisodeResult
 
@@ -211,6 +220,25 @@ def test_curves_show_every_algorithm(tmp_path: Path) -> None:
     assert not has_colour(pixels, "#009e73")
     wider = picture(plot_curves(rows(TASKS[:1], success=False), tmp_path / "one.png"))
     assert wider.shape[0] < pixels.shape[0]  # one panel against two by two
+
+
+def test_pictures_are_svg_too_and_the_same_each_time(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        plot_scores(score_table(rows()), tmp_path / f"{name}.png")
+    text = (tmp_path / "a.svg").read_text()
+    assert text == (tmp_path / "b.svg").read_text() and "</svg>" in text and ">cvl<" in text
+
+
+def test_the_table_of_curves_is_what_the_picture_shows() -> None:
+    table = curve_table(rows(TASKS[:1]), resamples=20)
+    assert [(record["algorithm"], record["updates"]) for record in table] == [
+        ("bc", 1000), ("bc", 2000), ("cvl", 1000), ("cvl", 2000),
+    ]  # fmt: skip
+    (line, *_) = curve(rows(TASKS[:1]), resamples=20)
+    assert [record["return_mean"] for record in table[:2]] == line["mean"]
+    assert [record["return_mean_low"] for record in table[:2]] == line["low"]
+    assert "success_mean" in table[0] and "success_mean" not in curve_table(rows(success=False), resamples=20)[0]
+    assert curve_table(rows(steps=(1000,)), resamples=20) == []
 
 
 def test_curves_of_a_single_step_are_not_drawn(tmp_path: Path) -> None:
