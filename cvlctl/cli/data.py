@@ -298,6 +298,7 @@ def import_(
     control_period: Annotated[
         float | None, typer.Option("--control-period", help="Seconds from one step to the next, such as 0.05.")
     ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Of rlds: which split. Default: train.")] = None,
     drop_episodes_with: Annotated[
         Bad | None, typer.Option("--drop-episodes-with", help="Leave episodes out that hold NaN or infinity: nan.")
     ] = None,
@@ -311,7 +312,7 @@ def import_(
     options: dict[str, Any] = {"task": task, "horizon": horizon, "label": label, "clip_actions": clip_actions}
     options |= {"observation_keys": observation_key or (), "keys": key or (), "drop_columns": drop_column or ()}
     options |= {"columns": columns.split(",") if columns else (), "control_period": control_period, "force": force}
-    options |= {"drop_nan": drop_episodes_with is not None}
+    options |= {"drop_nan": drop_episodes_with is not None, "split": split or ""}
 
     def work() -> dict[str, Any]:
         bounds = exchange.bounds_of_words(action_bounds)

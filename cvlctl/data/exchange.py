@@ -17,7 +17,7 @@ from cvlctl.units import Bounds
 
 FLAGS = {
     "horizon": "--horizon", "action_bounds": "--action-bounds", "clip_actions": "--clip-actions",
-    "observation_keys": "--observation-key", "keys": "--key",
+    "observation_keys": "--observation-key", "keys": "--key", "split": "--split",
 }  # fmt: skip
 
 
@@ -36,6 +36,7 @@ def import_file(
     columns: Sequence[str] = (),
     drop_columns: Sequence[str] = (),
     control_period: float | None = None,
+    split: str = "",
     drop_nan: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -44,7 +45,12 @@ def import_file(
     Returns:
         status ("written", or "finished already" by the very same command), path, episodes, transitions, labels, digest.
     """
-    named = {"action_bounds": action_bounds, "clip_actions": clip_actions, "observation_keys": list(observation_keys)}
+    named: dict[str, Any] = {
+        "split": split,
+        "action_bounds": action_bounds,
+        "clip_actions": clip_actions,
+        "observation_keys": list(observation_keys),
+    }
     options: dict[str, Any] = {key: value for key, value in named.items() if value}
     if keys:
         pairs = [pair.partition("=") for pair in keys]
@@ -61,7 +67,7 @@ def import_file(
         "import", format, path, out=out, task=task, horizon=horizon, label=label if label != "given" else None,
         clip_actions=clip_actions or None, observation_key=observation_keys, key=keys,
         columns=",".join(columns) or None, drop_column=drop_columns, control_period=control_period,
-        drop_episodes_with="nan" if drop_nan else None,
+        split=split or None, drop_episodes_with="nan" if drop_nan else None,
     )  # fmt: skip
     if action_bounds:
         command += f" --action-bounds {' '.join(map(_side, action_bounds))}"

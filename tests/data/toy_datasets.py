@@ -80,3 +80,78 @@ def lerobot_folder(folder: Path, version: str = "v2.1", changes: Arrays | None =
         sides = {side: getattr(actions, side)(axis=0).tolist() for side in ("min", "max")}
         (folder / "meta" / "stats.json").write_text(json.dumps({"action": sides}))
     return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------- RLDS
+
+
+def varint(value: int) -> bytes:
+    value, made = value % 2**64, b""
+    while value > 127:
+        made, value = made + bytes([value & 127 | 128]), value >> 7
+    return made + bytes([value])
+
+
+def message(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def encoded(features: Arrays) -> bytes:
+    """A tf.train.Example: floats, whole numbers, or lists of bytes."""
+    entries = b""
+    for name, values in features.items():
+        if isinstance(values, list):
+            feature = message(1, b"".join(message(1, one) for one in values))
+        elif values.dtype.kind == "f":
+            feature = message(2, message(1, values.astype("<f4").tobytes()))
+        else:
+            feature = message(3, message(1, b"".join(varint(int(one)) for one in values.ravel())))
+        entries += message(1, message(1, name.encode()) + message(2, feature))
+    return message(1, entries)
+
+
+def write_records(path: Path, contents: list[bytes]) -> Path:
+    import struct
+
+    from google_crc32c import value
+
+    def masked(part: bytes) -> bytes:
+        crc = value(part)
+        return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) % 2**32)
+
+    heads = [struct.pack("<Q", len(content)) for content in contents]
+    path.write_bytes(b"".join(h + masked(h) + c + masked(c) for h, c in zip(heads, contents, strict=True)))
+    return path
+
+
+def rlds_steps(length: int, **changes: Any) -> Arrays:
+    """An episode of so many steps, whose state counts them; the last one means nothing, as RLDS says."""
+    last, rows = np.arange(length) == length - 1, np.arange(length, dtype=np.float32)
+    steps = {
+        "observation/state": np.stack([rows, -rows], axis=1), "observation/image": [b"\xff\xd8jpeg"] * length,
+        "observation/goal": rows + 100, "action": np.where(last, 0, rows / 100)[:, None].astype(np.float32),
+        "reward": np.where(last, 0, rows), "is_first": rows == 0, "is_last": last, "is_terminal": last & (length > 3),
+        "language_instruction": [f"pick {length}".encode()] * length,
+    }  # fmt: skip
+    return {f"steps/{name}": values for name, values in (steps | changes).items() if values is not None}
+
+
+def tensor(*shape: int, dtype: str = "float32") -> Arrays:
+    return {"tensor": {"shape": {"dimensions": [str(size) for size in shape]}, "dtype": dtype, "encoding": "none"}}
+
+
+def rlds_folder(folder: Path, episodes: list[Arrays] | None = None, split: str = "train", **step: Any) -> Path:
+    """A dataset in two files; `step` changes what features.json says of a step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = [encoded(one) for one in (episodes or [rlds_steps(n) for n in (4, 3, 5)])]
+    for i, part in enumerate((contents[:2], contents[2:])):
+        write_records(folder / f"toy_set-{split}.tfrecord-0000{i}-of-00002", part)
+    observation = {"state": tensor(2), "image": {"image": {"encodingFormat": "jpeg"}}, "goal": tensor()}
+    flag = tensor(dtype="bool")
+    steps = {"observation": {"featuresDict": {"features": observation}}, "action": tensor(1), "reward": tensor(),
+             "is_first": flag, "is_last": flag, "is_terminal": flag, "language_instruction": {"text": {}}}  # fmt: skip
+    inner = {"featuresDict": {"features": {k: v for k, v in (steps | step).items() if v is not None}}}
+    features = {"featuresDict": {"features": {"steps": {"sequence": {"feature": inner}}}}}
+    (folder / "features.json").write_text(json.dumps(features))
+    (folder / "dataset_info.json").write_text(json.dumps({"name": "toy_set", "fileFormat": "tfrecord"}))
+    return folder

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cvlctl.data import units
-from cvlctl.data.formats import arrays, csv_parquet, d4rl, lerobot, minari, npz, ogbench, robomimic, sb3
+from cvlctl.data.formats import arrays, csv_parquet, d4rl, lerobot, minari, npz, ogbench, rlds, robomimic, sb3
 from cvlctl.data.formats.dropping import Dropping
 from cvlctl.data.formats.fetching import fetch
 from cvlctl.data.formats.sources import Facts, Told
@@ -54,6 +54,7 @@ FORMATS: dict[str, Format] = {
     "sb3": Format("a Stable-Baselines3 replay buffer, saved as npz (docs/formats.md)", sb3.read, sb3.facts),
     "npz": Format("plain npz: arrays and episode_ends (docs/formats.md)", npz.read, npz.facts, npz.write),
     "lerobot": Format("a LeRobot dataset's folder, v2.0 to v3.0", lerobot.read, lerobot.facts),
+    "rlds": Format("an RLDS dataset's folder (Open X), of TFRecord files", rlds.read, rlds.facts),
     "table": Format("rows in CSV or parquet files, named by `keys`", csv_parquet.read, csv_parquet.facts),
     "arrays": Format("rows in an npz or HDF5 file of your own, named by `keys`", arrays.read, arrays.facts),
 }
