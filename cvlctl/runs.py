@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from cvlctl.version import versions
 _CHECKPOINT = re.compile(r"(last|(step|episodes)-\d+)\.safetensors")  # others are somebody's own
 LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
 _DECIDED = ("device", "threads", "precision", "compile", "memory_gb")  # as it begins, where a recipe says "auto"
-_NO_MATTER = ("out", "loggers")  # what comes out is the same
+_NO_MATTER = ("out", "loggers", "label")  # what comes out is the same
 REPLACED = {"status": "replaced", "inputs": {}, "recipe": {}}  # a record like no run's: what it was of is going
 _FILES = ("run.json", "recipe.yaml", "metrics.jsonl", "metrics.png", "metrics.svg", LABELS_FILE)
 
@@ -70,7 +70,8 @@ class Run:
     def open(self, *, force: bool = False) -> str:
         """Take the directory. Returns "fresh", "resume" or "finished".
 
-        Another recipe than that of a run without any checkpoint yet just starts: there is nothing to lose.
+        Another recipe than that of a run without any checkpoint yet just starts: there is nothing to lose. A run goes
+        on where its recipe now says more steps, and takes another label.
 
         Args:
             force: start a run over that is there: what runs write is deleted, and nothing else.
@@ -83,8 +84,12 @@ class Run:
         before = self._before(force)
         sweep(self.out, *_FILES)
         sweep(self.checkpoints)
-        if before is not None and before["status"] == "finished":
-            return "finished"
+        if (
+            before is not None
+            and before["status"] == "finished"
+            and not (self._raised(before) or self._renamed(before))
+        ):
+            return "finished"  # also where nothing can be written
         self._lock = lock(self.out / ".lock")
         try:
             return self._taken(force)
@@ -102,30 +107,58 @@ class Run:
         if before is not None and (before["status"] == "finished" or self._own_checkpoints()):
             changed = self._difference(before)
             if changed:
-                what = f"{self.out} holds another run: {changed}"
-                raise CvlctlError(what, "choose another out, or --force to start it over")
+                hint = "choose another out, or --force to start it over"
+                if changed.startswith("steps was"):
+                    hint = f"a run goes on to more steps, never back to fewer: {hint}"
+                raise CvlctlError(f"{self.out} holds another run: {changed}", hint)
         return before
 
     def _taken(self, force: bool) -> str:
         """What `open` says, once the directory is ours alone: only now does it stay what it is."""
         before = self._before(force)
         if before is not None and before["status"] == "finished":
-            self.close()
-            return "finished"
+            if not self._raised(before):
+                if self._renamed(before):
+                    self._rename(before)
+                self.close()
+                return "finished"
+            if not self.last.exists():
+                what = f"{self.out}: its last checkpoint is gone: more steps have nothing to go on from"
+                raise CvlctlError(what, "--force starts the run over")
         if before is not None and self.last.exists():
+            if self._raised(before) or self._renamed(before):
+                self._keep_recipe(self.recipe)
+                self._write("started", {})
             return "resume"
         if (force and (self.out / "run.json").exists()) or (before is not None and self._difference(before)):
             self._clear()
         self._write("started", {})
-        write_atomically(self.out / "recipe.yaml", yaml.safe_dump(self.recipe, sort_keys=False).encode())
+        self._keep_recipe(self.recipe)
         (self.out / "metrics.jsonl").unlink(missing_ok=True)
         return "fresh"
 
+    def _raised(self, before: dict[str, Any]) -> bool:
+        return raised(before["recipe"], self.recipe)
+
+    def _renamed(self, before: dict[str, Any]) -> bool:
+        return bool(before["recipe"].get("label") != self.recipe.get("label"))
+
+    def _rename(self, before: dict[str, Any]) -> None:
+        """A finished run takes the label that its recipe has now: what it learned stays what it is."""
+        recipe = before["recipe"] | {"label": self.recipe.get("label")}
+        self._keep_recipe(recipe)
+        write_json(self.out / "run.json", before | {"algorithm": called(recipe), "recipe": recipe})
+
+    def _keep_recipe(self, recipe: dict[str, Any]) -> None:
+        write_atomically(self.out / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False).encode())
+
     def _difference(self, before: dict[str, Any]) -> str:
-        """How the run of a record differs from this one, in words. One moved or copied is still the same."""
+        """How the run of a record differs from this one, in words. One moved or copied, or that is to have more steps,
+        is still the same."""
         try:
             then = settled(self._refill(before["recipe"]), self.recipe)
-            before_it, now = ({k: v for k, v in r.items() if k not in _NO_MATTER} for r in (then, self.recipe))
+            skipped = (*_NO_MATTER, *(("steps",) if raised(then, self.recipe) else ()))
+            before_it, now = ({k: v for k, v in r.items() if k not in skipped} for r in (then, self.recipe))
             return _difference(before_it, now) or _difference(before["inputs"], self.inputs)
         except RecursionError:
             return "its recipe has no end"
@@ -159,11 +192,13 @@ class Run:
             with disk(path):
                 sync(path)
 
-    def cut_metrics(self, step: int) -> None:
-        """On resume: drop the lines logged after the checkpoint, which are about to be logged again."""
+    def cut_metrics(self, step: int, every: int = 1) -> None:
+        """On resume: drop the lines logged after the checkpoint, which are about to be logged again; and the last line
+        of a run that is to have more steps, where its step is no multiple of `every`."""
         path = self.out / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in read_metrics(self.out) if line["step"] <= step] if step else []
+            lines = read_metrics(self.out) if step else []
+            kept = [line for line in lines if line["step"] <= step and line["step"] % every == 0]
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def finish(self, **more: Any) -> None:
@@ -205,6 +240,19 @@ def settled(then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """A recorded recipe, with what `now` says of how to compute where either leaves it to be decided: either is true of
     what was decided."""
     return then | {key: now[key] for key in _DECIDED if key in now and "auto" in (then.get(key), now[key])}
+
+
+def raised(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether of two recipes the second says more steps: a run of the first goes on."""
+    steps = then.get("steps"), now.get("steps")
+    return all(type(one) is int for one in steps) and steps[0] < steps[1]  # type: ignore[operator]
+
+
+def called(recipe: Mapping[str, Any]) -> str | None:
+    """What the tables call a run of that recipe; None where the recipe does not say."""
+    algorithm = recipe.get("algorithm")
+    name = recipe.get("label") or (algorithm.get("name") if isinstance(algorithm, dict) else None)
+    return name if isinstance(name, str) else None
 
 
 def read_run(out: Path) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_rewards_that_another_recipe_learned_are_not_taken_for_ours(run: Run) ->
     run.close()
     assert run.open() == "fresh" and (run.out / LABELS_FILE).exists()  # the same recipe: they are what it would learn
     run.close()
-    other = Run(run.out, RECIPE | {"steps": 8}, {"store": "abc"})
+    other = Run(run.out, RECIPE | {"steps": 6}, {"store": "abc"})
     assert other.open() == "fresh" and not (run.out / LABELS_FILE).exists()
     (run.out / LABELS_FILE).write_bytes(b"learned")
     trained(other, 8)

@@ -193,6 +193,7 @@ def run(
     logs: Annotated[str | None, typer.Option("--logs", metavar="CELL", help="Print what a cell has said.")] = None,
     cancel: Annotated[bool, typer.Option("--cancel", help="Stop whoever runs it, as Ctrl-C does.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first cell that fails.")] = False,
+    unfinished: Unfinished = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -219,7 +220,9 @@ def run(
             return look.follow(loaded, only)
         if status:
             return look.look(loaded, only)
-        return run.run_experiment(loaded, force=force, dry_run=dry_run, only=only, fail_fast=fail_fast)
+        return run.run_experiment(
+            loaded, force=force, dry_run=dry_run, only=only, fail_fast=fail_fast, unfinished=unfinished
+        )
 
     def show(result: dict[str, Any]) -> None:
         from cvlctl.experiments import look, show

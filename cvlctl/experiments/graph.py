@@ -25,6 +25,7 @@ class Cell(NamedTuple):
     job: Job
     needs: tuple[str, ...]  # names of the cells whose results it reads, in the order of the file
     force: bool = False  # what there is of its result is replaced
+    unfinished: bool = False  # a run that its `init_from` names need not have come to its end
 
 
 def folder_of(out: Path, name: str) -> Path:

@@ -12,7 +12,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.experiments.graph import Cell, needed_by
 from cvlctl.experiments.recipe import Job
 from cvlctl.folders import partial_of
-from cvlctl.runs import read_run, settled
+from cvlctl.runs import raised, read_run, settled
 
 RECORDS = ("run.json", "zarr.json", "evaluation.json")  # the last thing that a command writes into its `out`
 
@@ -66,10 +66,12 @@ def state_of(job: Job) -> str:
     except CvlctlError:
         return "another recipe"
     recorded = settled(job.recipe.with_defaults(before["recipe"]), plain)
-    same = all(recorded.get(key) == value for key, value in plain.items() if key != "out")
-    if job.command != "evaluate" and not same:
+    other = {key for key, value in plain.items() if recorded.get(key) != value} - {"out", "loggers"}
+    goes_on = {"label", *(["steps"] if raised(recorded, plain) else [])}
+    if job.command != "evaluate" and other - goes_on:
         return "another recipe"
-    return "finished" if before["status"] == "finished" else "partial"
+    same = job.command == "evaluate" or not other
+    return "finished" if same and before["status"] == "finished" else "partial"
 
 
 def is_older(job: Job) -> bool:

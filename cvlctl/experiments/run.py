@@ -32,7 +32,13 @@ _GPUS = {"ray": on_ray.has_gpus, "slurm": on_slurm.has_gpus}  # asked for them c
 
 @interrupts.watched()
 def run_experiment(
-    experiment: ExperimentRecipe, *, force: bool = False, dry_run: bool = False, only: str = "", fail_fast: bool = False
+    experiment: ExperimentRecipe,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    only: str = "",
+    fail_fast: bool = False,
+    unfinished: bool = False,
 ) -> dict[str, Any]:
     """Run the cells of the experiment that are not finished, each when those that it needs are.
 
@@ -41,6 +47,7 @@ def run_experiment(
         dry_run: only tell what there is to do.
         only: "stage=train task=*window*": cells that match, and what they need; "": all.
         fail_fast: stop at the first failure; else it blocks those alone that wait for it.
+        unfinished: runs elsewhere that cells begin from (`init_from`) need not have come to their end.
 
     Returns:
         out, status ("planned", "done", "finished already" or "failed"), seconds, at_once (cells), cells (a dict a cell:
@@ -53,6 +60,9 @@ def run_experiment(
         KeyboardInterrupt: Ctrl-C or SIGTERM, once every cell has saved what it has.
     """
     cells = cells_of(experiment.out, experiment.jobs)
+    if unfinished:
+        begun = [getattr(cell.job.recipe, "init_from", None) is not None for cell in cells]
+        cells = [cell._replace(unfinished=told) for cell, told in zip(cells, begun, strict=True)]
     with nullcontext() if dry_run else drivers.noted(experiment.out, experiment.engine):
         return _run_cells(experiment, cells, only, force=force, dry_run=dry_run, fail_fast=fail_fast)
 

@@ -26,7 +26,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.files import write_result
 from cvlctl.play.policies import NumpyPolicy, in_units, policy_of
 from cvlctl.progress import say
-from cvlctl.runs import read_run
+from cvlctl.runs import called, read_run
 from cvlctl.units import Bounds
 from cvlctl.version import __version__
 
@@ -102,7 +102,8 @@ def _about(run: Path, found: Saved, policy: NumpyPolicy, seed: int, units: str, 
         width = policy.spec.observation_shape[0]
         about["command_columns"] = list(goals.command) or list(range(width, len(policy.mean)))  # of the input
     if run.is_dir():
-        about["data"] = read_run(run)["inputs"]
+        record = read_run(run)
+        about |= {"algorithm": called(record["recipe"]) or about["algorithm"], "data": record["inputs"]}
     return about
 
 

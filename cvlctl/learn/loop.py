@@ -63,7 +63,7 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
     if status == "finished":
         return finished_already(run, recipe.steps, learner.name)
     try:
-        job = _resumed(run, recipe.steps) if status == "resume" else _begun(recipe, reading, learner.critic)
+        job = _resumed(run, recipe) if status == "resume" else _begun(recipe, reading, learner.critic)
         configure(job.settings)
         with opened(reading, job.settings.window_rows, BLOCK * recipe.batch_size, job.settings.device) as source:
             if isinstance(source, Stream):
@@ -132,12 +132,12 @@ def _begun(recipe: Recipe, reading: Reading, critic: Any) -> Job:
     return Job(replace(settings, window_rows=rows), 0, None)
 
 
-def _resumed(run: Run, steps: int) -> Job:
+def _resumed(run: Run, recipe: Recipe) -> Job:
     state, metadata = checkpoints.load(run.last)
     start, settings = metadata.get("step"), saved_settings(run.last, metadata)
-    if type(start) is not int or not 0 <= start <= steps:
-        raise CvlctlError(f"{run.last}: its step is {start}, of {steps}", "--force starts the run over")
-    run.cut_metrics(start)
+    if type(start) is not int or not 0 <= start <= recipe.steps:
+        raise CvlctlError(f"{run.last}: its step is {start}, of {recipe.steps}", "--force starts the run over")
+    run.cut_metrics(start, recipe.log_every_steps if start < recipe.steps else 1)
     say(f"{run.out}: resuming at step {start}")
     return Job(settings, start, state)
 

@@ -16,6 +16,7 @@ from cvlctl.files import read_json
 from cvlctl.play import envs
 from cvlctl.play.settings import Settings
 from cvlctl.progress import say
+from cvlctl.runs import called
 from cvlctl.score.places import place_of
 from cvlctl.score.recipe import EvaluateRecipe
 from cvlctl.score.references import beside
@@ -76,23 +77,26 @@ def _of_run(run: Path, recipe: EvaluateRecipe, exact: bool) -> Iterator[Checkpoi
         say(f"{run}: no checkpoint yet, left out")
         return
     record = read_json(run / "run.json") or {}
-    final = _found(recipe, run, last, in_training=record.get("status", "finished") != "finished")
+    plain = record.get("recipe")
+    name = called(plain) if isinstance(plain, dict) else None  # it may have another label since
+    final = _found(recipe, run, last, name, in_training=record.get("status", "finished") != "finished")
     if final is None:
         if exact:
             raise CvlctlError(f"{run} holds no policy", "it is of a pretrained critic: finetune it to get a policy")
         return  # a glob may well meet the pretrained critics
-    plain = record.get("recipe")
     total = plain.get("steps") if isinstance(plain, dict) else None
     if isinstance(total, int) and final.step < total:
         say(f"{run}: not finished, evaluated at step {final.step} of {total}")
     if recipe.checkpoints == "all":
-        numbered = [_found(recipe, run, file) for file in sorted(folder.glob("step-*.safetensors"))]
+        numbered = [_found(recipe, run, file, name) for file in sorted(folder.glob("step-*.safetensors"))]
         yield from (checkpoint for checkpoint in numbered if checkpoint and checkpoint.step != final.step)
     yield final
 
 
-def _found(recipe: EvaluateRecipe, run: Path, file: Path, in_training: bool = False) -> Checkpoint | None:
-    """The checkpoint, or None where it holds no actor."""
+def _found(
+    recipe: EvaluateRecipe, run: Path, file: Path, name: str | None, in_training: bool = False
+) -> Checkpoint | None:
+    """The checkpoint, or None where it holds no actor. `name`: what tables call it; None: as it says itself."""
     saved = read(file)
     if not any(name.startswith("actor.") for name in saved.places):
         return None
@@ -106,7 +110,9 @@ def _found(recipe: EvaluateRecipe, run: Path, file: Path, in_training: bool = Fa
         raise CvlctlError(what, "it is damaged, or not of cvlctl: train it again, or leave its run out") from error
     place = place_of(recipe, run, saved.metadata)
     held = saved if in_training else None
-    return Checkpoint(run, file, algorithm, place.task, seeds, step, saved.sha256, held, place.settings, _stores(saved))
+    return Checkpoint(
+        run, file, name or algorithm, place.task, seeds, step, saved.sha256, held, place.settings, _stores(saved)
+    )
 
 
 def _stores(saved: Saved) -> tuple[Path, ...]:

@@ -137,6 +137,11 @@ def test_a_failure_stays_where_it_happens(
     assert states(run_experiment(experiment())) == dict.fromkeys(CELLS, "finished")
 
 
+def test_unfinished_is_for_cells_that_begin_from_a_run(experiment: Any, journal: Journal) -> None:
+    run_experiment(experiment(), only="cell=policy/a", unfinished=True)
+    assert {line["cell"]: line["argv"][2:] for line in journal()} == {"critic/a": [], "policy/a": ["--unfinished"]}
+
+
 def test_force_is_for_what_was_chosen_and_what_that_needs_goes_on(
     experiment: Any, acts: Acts, journal: Journal
 ) -> None:

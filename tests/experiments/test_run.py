@@ -114,11 +114,14 @@ def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pyt
     assert states(experiment) == ["finished"] * 6
 
     # one stage changed: it alone is another recipe, and says so before anything is lost; what reads it waits for it
-    changed = "stages.cloning.steps=5"
+    changed = "stages.cloning.steps=3"
     assert states(experiment, changed) == ["finished"] * 4 + ["another recipe", "finished"]
     failed = run(experiment, changed)
     assert [row["state"] for row in failed["cells"]] == ["finished"] * 4 + ["failed", "blocked"]
-    assert re.search(r"bc holds another run: steps was 4, now 5", failed["cells"][4]["error"])
+    assert re.search(r"bc holds another run: steps was 4, now 3", failed["cells"][4]["error"])
+    # more steps go on, another name is one: both are asked of the command; where it is shown is no matter
+    for more, state in (("steps=5", "partial"), ("label=x", "partial"), ("loggers=[trackio]", "finished")):
+        assert states(experiment, f"stages.cloning.{more}")[4] == state
     # a stage that was not finished: it and what reads it run
     (tmp_path / "e" / "finetune" / "gym" / "Pendulum-v1" / "bc" / "run.json").unlink()
     assert states(experiment)[4] == "to do"

@@ -352,10 +352,13 @@ def test_an_experiment_becomes_scripts(tmp_path: Path, monkeypatch: pytest.Monke
     recipes = {name: next((tmp_path / "e/cells" / name).glob("recipe-*.yaml")) for name in ("critic/b", "policy/b")}
     assert [load(file).device for file in recipes.values()] == ["cuda", "cpu"]
     assert lines[0][lines[0].index("cells=(") + 2].strip() == str(recipes["critic/b"])
-    some = run_experiment(load(path, (), "run"), dry_run=True, only="stage=policy", force=True)["arrays"]
+    some = run_experiment(load(path, (), "run"), dry_run=True, only="stage=policy", force=True, unfinished=True)[
+        "arrays"
+    ]
     assert [(one["stage"], "echo --force" in Path(one["file"]).read_text()) for one in some] == [
         ("critic", False), ("policy", True),  # what these need goes on
     ]  # fmt: skip
+    assert [" --unfinished" in Path(one["file"]).read_text() for one in some] == [False, True]
     with pytest.raises(CvlctlError, match="no sbatch on this machine"):
         run_experiment(load(path, (), "run"))
     with pytest.raises(CvlctlError, match="--fail-fast"):

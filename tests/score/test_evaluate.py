@@ -159,6 +159,20 @@ def test_only_what_is_missing_or_new_runs(tmp_path: Path, runs: Path, played: li
     assert [row.episode_return for row in second[:4]] != [row.episode_return for row in first[:4]]
 
 
+def test_a_label_that_was_given_since_is_what_tables_say(tmp_path: Path, runs: Path, played: list[Any]) -> None:
+    first = evaluate(recipe(tmp_path))
+    played.clear()
+    said = {
+        "bc": {"label": "cloned", "algorithm": {"name": "bc"}},
+        "cvl": {"label": None, "algorithm": {"name": "cvl"}},
+    }
+    for name, plain in said.items():
+        (runs / name / "run.json").write_text(json.dumps({"status": "finished", "inputs": {}, "recipe": plain}))
+    again = evaluate(recipe(tmp_path))
+    assert [record["algorithm"] for record in again["table"]] == ["cloned", "cvl"]
+    assert again["table"][0]["return_mean"] == first["table"][0]["return_mean"] and played == []
+
+
 @pytest.mark.parametrize("every", [1e9, 0.0])
 def test_an_interrupted_evaluation_goes_on(
     every: float, tmp_path: Path, runs: Path, played: list[Any], monkeypatch: pytest.MonkeyPatch

@@ -47,7 +47,9 @@ def _task(out: Path, cell: Cell) -> Task:
     settings = cell.job.engines["slurm"]
     recipe = Path(os.path.abspath(write_recipe(out, cell)))
     cpus = settings.cpus or cpus_of(cell, WORKERS)
-    return Task(cell.name, cell.job.stage, cell.job.command, recipe, cell.needs, cpus, settings, cell.force)
+    return Task(
+        cell.name, cell.job.stage, cell.job.command, recipe, cell.needs, cpus, settings, cell.force, cell.unfinished
+    )
 
 
 def states(out: Path) -> dict[str, slurm.State]:

@@ -98,6 +98,7 @@ class Task(NamedTuple):
     cpus: int
     settings: SlurmSettings
     force: bool = False  # what there is of its result is replaced; but not where SLURM requeues its job
+    unfinished: bool = False  # a run that its `init_from` names need not have come to its end
 
 
 class Array(NamedTuple):
@@ -129,7 +130,14 @@ def arrays(tasks: Sequence[Task], largest: int, first: int, mark: str) -> list[A
     """
     kinds: dict[tuple[str, ...], list[Task]] = {}
     for task in tasks:
-        kind = (task.stage, task.command, str(task.cpus), str(task.force), task.settings.model_dump_json())
+        kind = (
+            task.stage,
+            task.command,
+            str(task.cpus),
+            str(task.force),
+            str(task.unfinished),
+            task.settings.model_dump_json(),
+        )
         kinds.setdefault(kind, []).append(task)
     size = min(largest, MOST)
     parts = [tuple(kind[at : at + size]) for kind in kinds.values() for at in range(0, len(kind), size)]
@@ -248,6 +256,8 @@ def script(array: Array, folder: Path, here: Path, *, about: Sequence[str] = ())
         about: comments.
     """
     begin = f'{shlex.quote(sys.executable)} -P -m cvlctl {array.tasks[0].command} "$recipe"'
+    if array.tasks[0].unfinished:
+        begin += " --unfinished"
     if array.tasks[0].force:
         begin += ' $([ "${SLURM_RESTART_COUNT:-0}" != 0 ] || echo --force)'
     directives = [f"#SBATCH {_quoted(option)}" for option in options(array, folder, here)]

@@ -40,7 +40,8 @@ def write_recipe(out: Path, cell: Cell) -> Path:
 
 def arguments(cell: Cell, recipe: Path) -> list[str]:
     """Of `cvlctl`: its command line."""
-    return [cell.job.command, str(recipe), *(["--force"] if cell.force else [])]
+    options = {"--unfinished": cell.unfinished, "--force": cell.force}
+    return [cell.job.command, str(recipe), *(option for option, wanted in options.items() if wanted)]
 
 
 def begin(folder: Path, line: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
