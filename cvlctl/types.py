@@ -65,7 +65,7 @@ class Episode:
     Args:
         observations: (T+1, *observation_shape), float32; uint8 for pixels, which have two dimensions or more (a row of
             bytes is a row of numbers).
-        actions: (T, A) in [-1, 1].
+        actions: (T, A) floats in [-1, 1]; whole numbers and booleans are taken for those of a discrete task.
         rewards: (T,) or None; `rewards[t]` is received on arriving at `observations[t+1]`.
         successes: (T,) bool or None; likewise on arriving at `observations[t+1]`.
         terminated: True where the environment ended the episode; False where a time limit cut it off (truncation).
@@ -74,8 +74,8 @@ class Episode:
         seed: seed of the collector.
 
     Raises:
-        CvlctlError: on an empty episode, mismatched lengths, values that are not finite, actions outside [-1, 1], or a
-            task that is no text.
+        CvlctlError: on an empty episode, mismatched lengths, values that are not finite, actions outside [-1, 1] or
+            discrete, or a task that is no text.
     """
 
     observations: np.ndarray
@@ -93,6 +93,11 @@ class Episode:
         if observations.dtype != np.uint8 or observations.ndim == 2:
             observations = _floats("observations", observations)
         actions = _floats("actions", self.actions)
+        if (given := np.asarray(self.actions).dtype).kind in "biu":
+            raise CvlctlError(
+                f"an episode's actions are {given}: discrete actions are not supported",
+                "cvlctl learns continuous ones, (T, A); if these are such, give them as floats",
+            )
         if actions.ndim != 2 or len(actions) == 0:
             raise CvlctlError(
                 f"an episode's actions have shape {actions.shape}; expected (T, A) with T >= 1",

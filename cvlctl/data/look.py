@@ -40,8 +40,9 @@ def ls(root: Path) -> list[dict[str, Any]]:
 
 
 def info(path: Path) -> dict[str, Any]:
-    """All about one store: columns, actions, task, spec, units, counts, lengths, returns and their histogram for each
-    label, what seems amiss (`warnings`), size, provenance. Read chunk by chunk, but for labels.
+    """All about one store: columns, actions, task, environment (that it came from; None: it does not say), spec, units,
+    counts, lengths, returns and their histogram for each label, what seems amiss (`warnings`), size, provenance. Read
+    chunk by chunk, but for labels.
 
     Raises:
         CvlctlError: as `open_store` does.
@@ -59,6 +60,7 @@ def info(path: Path) -> dict[str, Any]:
         "steps_per_second": 1 / units.control_period if units.control_period else None,
         "task": store.task,
         "tasks": store.task_names,
+        "environment": store.attributes.get("environment"),
         "spec": {
             "observation_shape": list(store.spec.observation_shape),
             "action_dim": store.spec.action_dim,
@@ -211,6 +213,7 @@ def _of_data(result: dict[str, Any]) -> list[tuple[str, str]]:
     if result["steps_per_second"]:
         told.insert(2, ("steps a second", f"{result['steps_per_second']:.4g}"))
     known = {
+        "environment": _in_words(result["environment"]) if result["environment"] else "",
         "clipped_fraction": _percent(units.get("clipped_fraction")),
         "action_bounds": str(units.get("action_bounds", "")),
     }

@@ -190,9 +190,8 @@ def in_units(policy: NumpyPolicy, action_bounds: Bounds | None, path: str) -> Nu
     bounds = policy.units.action_bounds if action_bounds is None else action_bounds
     if bounds is None:
         what = f"{path}: the data of this run do not say what actions of -1 and 1 stand for"
-        raise CvlctlError(
-            what, "say it here, action_bounds=(low, high), or in the store, by write_store or cvlctl data import"
-        )
+        here = "action_bounds=(low, high) (cvlctl export: --action-bounds LOW HIGH, or --units normalised)"
+        raise CvlctlError(what, f"say it here, {here}; or in the store, by write_store or cvlctl data import")
     return NumpyPolicy(
         policy.layers, policy.mean, policy.std, policy.spec, policy.goals, policy.units, bounds, policy.data_range
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from toy_files import minari_episode, minari_folder, npz, robomimic_file, rows
 
-from cvlctl.data import formats
+from cvlctl.data import formats, look
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.transform import merge
 from cvlctl.errors import CvlctlError
@@ -50,10 +50,12 @@ def test_minari_says_id_and_kwargs(tmp_path: Path) -> None:
     store = imported("minari", folder)
     assert store.attributes[ENVIRONMENT] == {"task": "gym/PointMaze-v3", "kwargs": {"maze_map": [[1, 0]]}}
     assert store.task == "gym/PointMaze-v3" and store.spec.horizon == 50
+    told = dict(look.facts(look.info(store.path)))["environment"]
+    assert told == "task gym/PointMaze-v3, kwargs {'maze_map': [[1, 0]]}"
     again = formats.import_store("minari", folder, tmp_path / "own.zarr", task="mine")
     assert (again.task, again.attributes[ENVIRONMENT]["task"]) == ("mine", "gym/PointMaze-v3")
     without = imported("minari", minari_folder(tmp_path / "b", [minari_episode()]))
-    assert ENVIRONMENT not in without.attributes
+    assert ENVIRONMENT not in without.attributes and "environment" not in dict(look.facts(look.info(without.path)))
     assert formats.import_store("minari", folder, tmp_path / "c.zarr").digest() == store.digest()  # no part of it
 
 

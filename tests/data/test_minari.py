@@ -13,6 +13,7 @@ import pytest
 from toy_files import Arrays, episodes, minari_episode, minari_folder, read, same
 
 from cvlctl.data import formats
+from cvlctl.data.units import units_of
 from cvlctl.data.writer import write_store
 from cvlctl.errors import CvlctlError
 
@@ -93,6 +94,9 @@ def test_minari_opens_our_folder_and_we_open_its(tmp_path: Path, monkeypatch: py
     found = formats.import_store("minari", tmp_path / "root" / "their" / "toy-v0", tmp_path / "b.zarr")
     same(list(found.episodes()), made, "observations", "actions", "rewards", "terminated", "seed")
     assert found.task == "their/toy-v0"
+    assert units_of(found).action_bounds == [-1, 1]  # so says its action space
+    formats.export_store("minari", store, tmp_path / "silent-v0")
+    assert units_of(formats.import_store("minari", tmp_path / "silent-v0", tmp_path / "c.zarr")).action_bounds is None
 
 
 def test_minari_names_that_it_could_not_open_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

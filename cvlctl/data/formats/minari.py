@@ -126,7 +126,7 @@ def facts(path: Path) -> Facts:
         ours, steps = metadata.get("cvlctl"), int(metadata["total_steps"])
         kept = {name: metadata[name] for name in KEPT if name in metadata}
         bounds, _ = _bounds(metadata, folder / METADATA)
-        if bounds:
+        if bounds and bounds != (-1.0, 1.0):  # which stores of earlier versions do not record
             kept["action_bounds"] = bounds
         where = str(folder / METADATA)
         if ours:
@@ -194,13 +194,15 @@ def _space(metadata: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _bounds(metadata: dict[str, Any], where: Path) -> tuple[Bounds | None, list[int]]:
-    """What `units.finite` makes of the action space: bounds, and the dimensions without; None where there is none."""
+    """What `units.finite` makes of the action space: bounds (None: it has none), and the dimensions without."""
     space = _space(metadata, "action_space")
     if space.get("type", "Box") != "Box":
         what = f"{where}: actions of a {space['type']} space: discrete actions are not supported"
         raise CvlctlError(what, "only continuous actions (Box) are read")
     with reading(str(where)):
-        return finite(space.get("low", -1.0), space.get("high", 1.0))
+        bounds, unbounded = finite(space.get("low", -1.0), space.get("high", 1.0))
+        tells = space and not unbounded and "cvlctl" not in metadata  # ours write [-1, 1] where nobody knows them
+        return bounds or ((-1.0, 1.0) if tells else None), unbounded
 
 
 def _observations(path: Path, group: h5py.Group, joined: Observations, images: bool) -> np.ndarray:
