@@ -153,6 +153,11 @@ def limits(bounds: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]
     return low, high
 
 
+def wide(bounds: Bounds, action_dim: int) -> np.ndarray:
+    """`limits` of actions (..., A) as (2, A)."""
+    return np.stack([np.broadcast_to(side, action_dim) for side in limits(bounds, (action_dim,))])
+
+
 def _texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
 

@@ -76,6 +76,12 @@ class Rich(Reach):
         return super().step(action[:, 0])
 
 
+class Wide(Rich):
+    def __init__(self):
+        super().__init__()
+        self.action_space = Box(-4.0, 4.0, (2, 1), np.float32)
+
+
 class Open(Reach):
     """No bounds to its actions."""
 

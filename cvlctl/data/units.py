@@ -15,7 +15,7 @@ import numpy as np
 from cvlctl.data.store import Store, json_digest
 from cvlctl.errors import CvlctlError
 from cvlctl.progress import say
-from cvlctl.units import KEY, Bounds, Units, finite, limits, plain, read_units
+from cvlctl.units import KEY, Bounds, Units, finite, limits, plain, read_units, wide
 
 AGREED = (KEY, "observation_columns", "control_period")
 
@@ -74,7 +74,7 @@ def require_alike(found: Sequence[tuple[object, Units]], action_dim: int, way_ou
     bounds = [(path, units.action_bounds) for path, units in found if units.action_bounds is not None]
     for path, other in bounds[1:]:
         first_path, first = bounds[0]
-        if not np.allclose(_wide(other, action_dim), _wide(first, action_dim), rtol=1e-6):
+        if not np.allclose(wide(other, action_dim), wide(first, action_dim), rtol=1e-6):
             what = f"{path} has action bounds {plain(other)}, {first_path} has {plain(first)}"
             raise CvlctlError(f"{what}: 1 is not the same in both", way_out)
     if bounds and len(bounds) < len(found):
@@ -90,13 +90,8 @@ def require_alike(found: Sequence[tuple[object, Units]], action_dim: int, way_ou
 
 def widest(bounds: Sequence[Bounds | None], action_dim: int) -> Bounds:
     """Bounds that hold all others; what nobody knows counts as [-1, 1]."""
-    all_of_them = np.stack([_wide(one or (-1.0, 1.0), action_dim) for one in bounds])
+    all_of_them = np.stack([wide(one or (-1.0, 1.0), action_dim) for one in bounds])
     return all_of_them[:, 0].min(axis=0).tolist(), all_of_them[:, 1].max(axis=0).tolist()
-
-
-def _wide(bounds: Bounds, action_dim: int) -> np.ndarray:
-    """(2, A)."""
-    return np.stack([np.broadcast_to(side, action_dim) for side in limits(bounds, (action_dim,))])
 
 
 def column_names(units: Units, width: int) -> list[str]:

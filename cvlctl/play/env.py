@@ -24,6 +24,7 @@ class Env:
         raw: the simulator behind it.
         own: whether it is one of one's own, and no built-in task.
         columns: names of the observation's columns, () where they have none.
+        bounds_given: whether the recipe says what actions are scaled to, rather than the simulator.
         begin: what starts episode number n, and returns its first observation; to be replaced where another start is
             wanted (the parity check's).
     """
@@ -39,6 +40,7 @@ class Env:
         versions: dict[str, str],
         own: bool = False,
         columns: tuple[str, ...] = (),
+        bounds_given: bool = False,
     ) -> None:
         space = raw.action_space
         self.task = task
@@ -47,7 +49,7 @@ class Env:
         self.action_bounds = space.low, space.high
         self.raw = raw
         self.begin = begin
-        self.columns = columns
+        self.columns, self.bounds_given = columns, bounds_given
         self._has_success = has_success
         self.own = own  # the simulator may cut an episode off, and says of each step whether it knows of success
         self._versions = versions

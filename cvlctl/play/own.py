@@ -80,7 +80,10 @@ def make(task: str, seed: int, horizon: int | None, settings: Settings | None) -
         word = np.random.SeedSequence([seed, episode]).generate_state(1, np.uint32)[0]
         return raw.begin(episode, int(word >> 1))
 
-    return Env(task, seed, raw, begin, limit, False, raw.versions(), own=True, columns=raw.flat.columns)
+    return Env(
+        task, seed, raw, begin, limit, False, raw.versions(),
+        own=True, columns=raw.flat.columns, bounds_given=settings.action_bounds is not None,
+    )  # fmt: skip
 
 
 def probe(env: Env) -> None:

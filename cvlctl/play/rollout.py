@@ -7,6 +7,7 @@ so their rows agree up to the rounding of the matrix products.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from cvlctl.play.env import Act, Env
 from cvlctl.play.policies import NumpyPolicy
 from cvlctl.play.settings import Settings
 from cvlctl.types import Episode, EpisodeResult
+from cvlctl.units import plain, wide
 
 EVALUATION_SEED = 1_000_003  # environment seed = this + seed: apart from the seeds 0, 1, ... of collection and training
 
@@ -146,7 +148,7 @@ def roll(env: Env, act: Act, episode: int) -> tuple[list, list, list, list, bool
 
 
 def check_fit(checkpoint: Path, policy: NumpyPolicy, env: Env, has_goal: bool = False) -> None:
-    """Refuse a policy that sees or does something else than the environment has, or lacks a goal."""
+    """Refuse a policy that sees or does something else than the environment has, or in other units, or lacks a goal."""
     if policy.needs_goal and not has_goal:
         what = f"{checkpoint} sees the observation and a goal beside it, and no goal is given"
         raise CvlctlError(what, "evaluate it with goals: {from: STORE}, or train it with critic.command_columns")
@@ -155,6 +157,33 @@ def check_fit(checkpoint: Path, policy: NumpyPolicy, env: Env, has_goal: bool = 
         what = f"{checkpoint} sees {sees} and emits {does} actions"
         has = f"{env.task} has {env.spec.observation_shape} and {env.spec.action_dim}"
         raise CvlctlError(f"{what}; {has}", "use a policy on the task that it was trained for")
+    _check_scale(checkpoint, policy, env)
+    names, theirs = policy.units.observation_columns, env.columns
+    seen, shown = ([_plain(name) for name in some] for some in (names, theirs))
+    if sorted(seen) == sorted(shown) and seen != shown:
+        what = f"{checkpoint} sees {', '.join(names)}; {env.task} has them in another order: {', '.join(theirs)}"
+        raise CvlctlError(what, "choose the order of the data: env: {keys: [...]}")
+
+
+def _plain(name: str) -> list[str]:
+    """The same for joint_2 and joint[2]."""
+    return re.findall(r"[a-z0-9]+", name.lower())
+
+
+def _check_scale(checkpoint: Path, policy: NumpyPolicy, env: Env) -> None:
+    """Refuse a policy whose actions of -1 and 1 stand for others than the environment's, unless the recipe says so."""
+    said = policy.units.action_bounds
+    if said is None or env.bounds_given:
+        return
+    theirs, ours = (wide(one, policy.spec.action_dim) for one in (said, env.action_bounds))
+    if np.allclose(theirs, ours, rtol=1e-5):
+        return
+    what = (
+        f"{checkpoint}: actions of -1 and 1 are {plain(said)} in its data, and {plain(env.action_bounds)} in {env.task}"
+    )
+    within = (theirs[0] >= ours[0]).all() and (theirs[1] <= ours[1]).all() and env.own
+    here = f"play it in the units of its data, env: {{action_bounds: {plain(said)}}}; or " if within else ""
+    raise CvlctlError(what, f"{here}import the data with the environment's: --action-bounds LOW HIGH")
 
 
 def result_row(

@@ -125,7 +125,7 @@ def _earlier(recipe: EvaluateRecipe, wanted: _Wanted) -> dict[str, Any] | None:
         raise CvlctlError(f"{recipe.out}: the goals have changed since", "choose another out, or --force to replace it")
     now = wanted.record.get("environments", {})
     for task, then in (before or {}).get("environments", {}).items():
-        if then != now.get(task, then):
+        if then != now.get(task, then) and kept.has_rows(recipe.out, task):
             what = f"{recipe.out}: {task}, its code or its settings, has changed since"
             raise CvlctlError(what, "choose another out, or --force to replace it")
     return before

@@ -166,6 +166,12 @@ def _rows_by_checkpoint(
     }
 
 
+def has_rows(out: Path, task: str) -> bool:
+    """Whether an earlier evaluation saved an episode of the task."""
+    path = out / "rows.jsonl"
+    return path.is_file() and any(row.task == task for row in _sound_rows(path))
+
+
 def _sound_rows(path: Path) -> list[EpisodeResult]:
     """The rows in a file, less damaged lines: their episodes can be played again."""
     rows, broken = [], 0

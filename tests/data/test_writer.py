@@ -215,6 +215,14 @@ def test_what_users_hand_over_by_mistake(tmp_path: Path) -> None:
             write_store(tmp_path / "a.zarr", many(1), task=task)  # type: ignore[arg-type]
     with pytest.raises(CvlctlError, match="rewards hold NaN or infinity"):
         Episode(np.zeros((2, 3)), np.zeros((1, 2)), np.array([1e300]))
+    for kind in (
+        np.int64,
+        np.uint8,
+        bool,
+    ):  # as every reader of files has it: no number between two of them means anything
+        discrete = (Episode(np.zeros((3, 2)), np.zeros((2, 1), kind)) for _ in range(1))
+        with pytest.raises(CvlctlError, match="discrete actions are not supported"):
+            write_store(tmp_path / "a.zarr", discrete, task="toy")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,24 @@ def test_a_changed_environment_is_another_evaluation(tmp_path: Path, folder: Pat
             evaluated(tmp_path / "a", task=REACH, env=ENV)
     finally:
         toy_robots.write(folder)
+
+
+def test_a_policy_acts_in_the_units_and_on_the_columns_of_its_data(tmp_path: Path, monkeypatch: Any) -> None:
+    """Else the environment is commanded twice the force that the policy means, or sees one column for another."""
+    monkeypatch.chdir(tmp_path)
+    toy_robots.write(tmp_path)
+    trained("py/robots.py:Rich", horizon=20)
+    about = {"task": "py/robots.py:Rich", "horizon": 20}
+    once = evaluated(tmp_path / "one", **about)
+    with pytest.raises(CvlctlError, match=r"in another order: mode\[0\]"):
+        evaluated(tmp_path / "two", env={"keys": ["mode", "flags", "inner/a", "joint_9", "joint_10"]}, **about)
+    about["task"] = "py/robots.py:Wide"
+    with pytest.raises(CvlctlError, match=r"are \[-1.0, 1.0\] in its data, and \[-4.0, 4.0\]") as raised:
+        evaluated(tmp_path / "two", **about)
+    (said,) = re.findall(r"env: \{action_bounds: (.*?)\}", raised.value.hint)
+    assert not (tmp_path / "two" / "rows.jsonl").read_text()  # so that it may be done as the hint says
+    found = evaluated(tmp_path / "two", env={"action_bounds": json.loads(said)}, **about)
+    assert found["table"][0]["return_mean"] == once["table"][0]["return_mean"]
 
 
 def test_a_fault_in_a_worker_is_two_lines_and_code_2(folder: Path, tmp_path: Path) -> None:
