@@ -133,3 +133,18 @@ def test_bad_minari_datasets(tmp_path: Path, case: str) -> None:
     with pytest.raises(CvlctlError, match=f"bad/data/.*{message}"):
         formats.import_store("minari", folder, tmp_path / "out.zarr", task="toy")
     assert [p.name for p in tmp_path.iterdir()] == ["bad"]
+
+
+@pytest.mark.parametrize("name", ["success", "is_success"])
+def test_successes_of_infos(tmp_path: Path, name: str) -> None:
+    """With a value of the reset, or without one; elsewhere in infos nothing is looked for."""
+    with_reset = minari_episode(4, **{f"infos/{name}": np.array([1, 0, 0, 1, 1.0]), "infos/x": np.zeros(3)})
+    without = minari_episode(3, **{f"infos/{name}": np.array([False, True, False])})
+    store = formats.import_store("minari", minari_folder(tmp_path / "a", [with_reset, without]), tmp_path / "a.zarr")
+    solved = [episode.successes.tolist() for episode in store.episodes() if episode.successes is not None]
+    assert solved == [[False, False, True, True], [False, True, False]]
+    for wrong, told in ((np.zeros(2), "has 2 values for 4 steps"), (np.full(4, np.nan), "NaN"), (None, "is missing")):
+        bad = minari_episode(4, **({} if wrong is None else {f"infos/{name}": wrong}))
+        folder = minari_folder(tmp_path / told[:3], [with_reset, bad])
+        with pytest.raises(CvlctlError, match=rf"episode_1/infos/{name}: .*{told}"):
+            formats.import_store("minari", folder, tmp_path / "b.zarr")

@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cvlctl.data import units
-from cvlctl.data.formats import arrays, csv_parquet, d4rl, lerobot, minari, npz, ogbench, rlds, robomimic, sb3
+from cvlctl.data.formats import (
+    arrays,
+    csv_parquet,
+    d4rl,
+    hdf5_episodes,
+    lerobot,
+    minari,
+    npz,
+    ogbench,
+    rlds,
+    robomimic,
+    sb3,
+)
 from cvlctl.data.formats.dropping import Dropping
 from cvlctl.data.formats.fetching import fetch
 from cvlctl.data.formats.sources import Facts, Told
@@ -51,6 +63,9 @@ FORMATS: dict[str, Format] = {
     "minari": Format("a Minari dataset's folder (HDF5)", minari.read, minari.facts, minari.write),
     "ogbench": Format("OGBench's npz", ogbench.read, ogbench.facts, ogbench.write),
     "robomimic": Format("robomimic's HDF5", robomimic.read, robomimic.facts),
+    "hdf5": Format(
+        "HDF5, a group or a file an episode (ALOHA, ManiSkill, d3rlpy)", hdf5_episodes.read, hdf5_episodes.facts
+    ),
     "sb3": Format("a Stable-Baselines3 replay buffer, saved as npz (docs/formats.md)", sb3.read, sb3.facts),
     "npz": Format("plain npz: arrays and episode_ends (docs/formats.md)", npz.read, npz.facts, npz.write),
     "lerobot": Format("a LeRobot dataset's folder, v2.0 to v3.0", lerobot.read, lerobot.facts),

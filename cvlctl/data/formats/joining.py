@@ -32,17 +32,17 @@ class Observations:
     """
 
     def __init__(self, path: Path, keys: Sequence[str]) -> None:
-        self._path, self._keys = path, list(keys)
+        self._path, self.keys = path, list(keys)
         self._widths: dict[str, tuple[int, ...]] = {}
         self._several: bool | None = None
         self.left_out: list[str] = []  # arrays of the first group that are not joined
-        if twice := [key for key in self._keys if self._keys.count(key) > 1]:
+        if twice := [key for key in self.keys if self.keys.count(key) > 1]:
             raise CvlctlError(f"--observation-key {twice[0]} is given twice", "name each array once")
 
     def several(self, found: bool, where: str) -> bool:
         """`found`: whether observations are a group here; raises a CvlctlError where that is unlike the first time, or
         keys are given, and it is not one."""
-        if self._keys and not found:
+        if self.keys and not found:
             raise CvlctlError(f"{where}: is one array, not several to choose from", "leave out --observation-key")
         if found != (self._several if self._several is not None else found):
             raise CvlctlError(f"{where}: is {'several arrays' if found else 'one array'}, unlike the first")
@@ -79,16 +79,16 @@ class Observations:
     def chosen(self, where: str, arrays: Mapping[str, tuple[int, ...]]) -> list[str]:
         """Names of the arrays to join, of those that are there with their shapes, one row a step."""
         there = {name: shape[1:] for name, shape in arrays.items()}
-        shapes = {name: shape or (1,) for name, shape in there.items() if name in self._keys or len(shape) < 2}
+        shapes = {name: shape or (1,) for name, shape in there.items() if name in self.keys or len(shape) < 2}
         if self._widths:
-            found = {name: shapes[name] for name in self._keys or shapes if name in shapes}
+            found = {name: shapes[name] for name in self.keys or shapes if name in shapes}
             if found != self._widths:
                 raise CvlctlError(f"{where}: {_difference(found, self._widths)}", f"{CHOOSE} what all of them have")
             return list(self._widths)
-        for name in self._keys:
+        for name in self.keys:
             if name not in there:
                 raise CvlctlError(f"{where}: no observation {name!r}", f"it has: {', '.join(sorted(there)[:20])}")
-        chosen = self._keys or sorted(shapes, key=natural)
+        chosen = self.keys or sorted(shapes, key=natural)
         if not chosen:
             raise CvlctlError(f"{where}: nothing but images", f"{CHOOSE}: {', '.join(sorted(there)[:20])}")
         if len(chosen) > 1 and any(len(shapes[name]) > 1 for name in chosen):

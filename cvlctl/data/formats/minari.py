@@ -8,8 +8,9 @@ Observations in several arrays (a Dict space) are joined by `observation_keys`, 
 of Fetch as our own gym/Fetch... has them, the robot's state and then the goal.
 Actions are scaled from the bounds of the file's action space to [-1, 1], dimensions without finite ones taken as they
 are; written ones are in their environment's units. Image observations may be coded as JPEG.
-An episode counts as terminated where its last step's `terminations` says so. Written episodes carry their successes
-in `infos/success` (T+1 values, as Minari's infos have), their task and collected_at as attributes of their group.
+An episode counts as terminated where its last step's `terminations` says so. Successes are read from `infos/success` or
+`infos/is_success`. Written episodes carry theirs there (T+1 values, as of Minari), their task and `collected_at`
+as attributes of their group.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 DATA, METADATA = "main_data.hdf5", "metadata.json"
 ID = re.compile(r"(?:[-_\w][-_\w/]*[-_\w]+/)?[-_\w]+-v\d+")
+SUCCESSES = ("infos/success", "infos/is_success")
 GOAL_KEYS = ("observation", "desired_goal")
 KEPT = ("dataset_id", "minari_version", "algorithm_name", "author", "code_permalink", "description", "env_spec")
 
@@ -86,9 +88,9 @@ def read(
             arrays = _arrays(file_path, group, where)
             with reading(f"{where}/observations"):
                 observations = _observations(file_path, group, joined, images)
-            solved = None
-            if ours and member(file_path, group, "infos/success") is not None:
-                solved = dataset_column(file_path, group, "infos/success").rest()[1:]
+            if number == 0:
+                success = next((name for name in SUCCESSES if member(file_path, group, name) is not None), "")
+            solved = _solved(file_path, group, success, len(arrays["actions"])) if success else None
             maker.told.columns = maker.told.columns or joined.columns()
             yield from maker.make(
                 where,
@@ -116,6 +118,14 @@ def _arrays(path: Path, group: h5py.Group, where: str) -> dict[str, np.ndarray]:
         what = ", ".join(f"{name} {len(values)}" for name, values in arrays.items())
         raise CvlctlError(f"{where}: the arrays differ in their number of steps: {what}")
     return arrays | {"rewards": flat(arrays["rewards"], f"{where}/rewards")}
+
+
+def _solved(path: Path, group: h5py.Group, name: str, steps: int) -> np.ndarray:
+    """(T,) bool of what the infos say, (T+1,) with the one of the reset, or (T,)."""
+    column = dataset_column(path, group, name)
+    if len(column) not in (steps, steps + 1):
+        raise CvlctlError(f"{column.where}: has {len(column)} values for {steps} steps")
+    return flags(column.rest(), column.where)[-steps:]
 
 
 def facts(path: Path) -> Facts:

@@ -1,5 +1,8 @@
 """robomimic's HDF5: data/demo_0, data/demo_1, ..., each with actions, rewards, dones, obs/<key>, next_obs/<key>.
 
+Its relatives too: MimicGen's, LIBERO's (no next_obs; the instruction is the episodes' task) and IsaacLab's (no rewards,
+no dones; a demonstration whose `success` is set was ended by its last step, which succeeded).
+
 Observations are joined from `observation_keys`, default all that are not images, by name (`joining`). The final
 one comes from next_obs; `cutting.with_final` says what becomes of a demonstration without. An episode counts as
 terminated where its last `dones` says so; earlier ones (robomimic marks states of success) do not end it.
@@ -7,10 +10,14 @@ terminated where its last `dones` says so; earlier ones (robomimic marks states 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from cvlctl.data.formats.cutting import flags, flat, with_final
 from cvlctl.data.formats.hdf5 import attribute, dataset_column, hdf5_file, member
@@ -38,6 +45,7 @@ def read(
             if data is None:
                 raise CvlctlError(f"{path}: no group 'data', where robomimic keeps its demonstrations")
             names = sorted(data, key=_number)
+            task = _instruction(attribute(data, "problem_info", ragged=True))
         maker, joined = Maker(path, action_bounds, clip_actions, told=told), Observations(path, observation_keys)
         steps = 0
         for name in names:
@@ -48,11 +56,13 @@ def read(
                 if here["obs"] is None:
                     hint = "make observations from its states with robomimic's dataset_states_to_obs.py"
                     raise CvlctlError(f"{where}: no observations", hint)
-            columns = {key: dataset_column(path, demo, key) for key in ("actions", "rewards", "dones")}
+                there = [key for key in ("rewards", "dones") if member(path, demo, key) is not None]
+                said = attribute(demo, "success")
+            columns = {key: dataset_column(path, demo, key) for key in ("actions", *there)}
             continuous(columns["actions"])
             same_length(path, columns)
             arrays = {key: column.rest() for key, column in columns.items()}
-            ended = bool(flags(arrays["dones"], f"{where}/dones")[-1:].any())
+            ended = bool(flags(arrays["dones"], f"{where}/dones")[-1:].any()) if "dones" in arrays else bool(said)
             with reading(f"{where}/obs"):
                 observations = joined.of(here["obs"])
             with reading(f"{where}/next_obs"):
@@ -62,18 +72,32 @@ def read(
             yield from maker.make(
                 where,
                 observations=observations, actions=arrays["actions"][:count],
-                rewards=flat(arrays["rewards"], f"{where}/rewards")[:count],
-                terminated=ended,
-                collected_at=steps,
+                rewards=flat(arrays["rewards"], f"{where}/rewards")[:count] if "rewards" in arrays else None,
+                successes=None if said is None else _only_last(count, len(arrays["actions"])) & bool(said),
+                terminated=ended, collected_at=steps, task=task,
             )  # fmt: skip
             steps += len(arrays["actions"])
         maker.told.dropped = joined.left_out
         maker.finish(joined.columns())
 
 
+def _only_last(count: int, length: int) -> np.ndarray:
+    """(count,) bool of the first steps of `length`: whether each is the last."""
+    return np.arange(1, count + 1) == length
+
+
 def _number(name: str) -> tuple[int, str]:
     found = re.search(r"\d{1,9}$", name)
     return (int(found[0]) if found else -1, name)
+
+
+def _instruction(problem: Any) -> str:
+    """What LIBERO's `problem_info` says is to be done; "" where it is none."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        found = json.loads(problem or "{}")
+        text = found.get("language_instruction") if isinstance(found, dict) else None
+        return str(text[0] if isinstance(text, list) and text else text or "").strip('"')
+    return ""
 
 
 def facts(path: Path) -> Facts:
