@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from cvlctl.terminal import visible
@@ -36,6 +37,24 @@ class _Forgetful(io.FileIO):
         with contextlib.suppress(OSError):
             return super().write(data) or len(data)  # None where a terminal that does not block has no room
         return len(data)
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """What is printed meanwhile, by a library in C too, goes to stderr: stdout is for results."""
+    sys.stdout.flush()
+    results = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        with contextlib.suppress(OSError, AttributeError):
+            import ctypes
+
+            ctypes.CDLL(None).fflush(None)  # what C keeps for later would follow the result
+        os.dup2(results, 1)
+        os.close(results)
 
 
 def tell(line: str) -> None:

@@ -42,9 +42,27 @@ class Reach(gymnasium.Env):
                 reward = np.nan
             elif self.breaks == "old":
                 return seen, reward, False, {}
+            elif self.breaks == "text":
+                reward = "five"
+            elif self.breaks == "success":
+                return seen, reward, False, False, {"success": "yes"}
             elif self.breaks == "exit":
                 raise SystemExit(3)
         return seen, reward, False, self.time == 30, {self.says: distance < 1.0} if self.says else {}
+
+
+class Wandering(Reach):
+    """Goes elsewhere as it is made."""
+
+    def __init__(self):
+        super().__init__()
+        import os
+
+        os.chdir("/")
+
+
+class Spaceless(gymnasium.Env):
+    """Says nothing of what it sees and does."""
 
 
 class Unseeded(Reach):
@@ -103,6 +121,12 @@ class Counting(Reach):
 def counting(kind):
     spaces = {"discrete": Discrete(4), "several": MultiDiscrete([2, 2]), "binary": MultiBinary(2)}
     return Counting(spaces.get(kind) or Box(0, 3, (2,), np.int64))
+
+
+class Stuck(Reach):
+    def __init__(self):
+        super().__init__()
+        self.action_space = Box(np.array([-1.0, 3.0]), np.array([1.0, 3.0]), dtype=np.float32)
 
 
 class Camera(Reach):

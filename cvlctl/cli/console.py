@@ -32,7 +32,7 @@ def present(work: Callable[[], Any], show: Callable[[Any], None], as_json: bool,
     with contextlib.ExitStack() as stack:
         if quiet:
             stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
-        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stack.enter_context(streams.aside())
         result = work()
         interrupts.check()
     if as_json:

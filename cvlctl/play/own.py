@@ -32,6 +32,7 @@ from cvlctl.progress import say
 PACKAGES = ("gymnasium_robotics", "ogbench")  # that register their environments when they are imported
 SUCCESS = ("success", "is_success")
 NOTHING = Settings()
+MAKING = "cannot be made"
 PROBED = 3  # steps between the two resets of `probe`
 
 
@@ -113,11 +114,11 @@ class _Checked:
         from gymnasium.spaces import Box
 
         self._task, self._settings, self._at = task, settings, ""
-        with self._blamed("cannot be made"):
+        with self._blamed(MAKING), contextlib.chdir("."):  # our paths are relative to where we stand
             self.inside: Any = _made(task, settings)
-        space = self.inside.action_space
+            space, seen = self.inside.action_space, self.inside.observation_space
         low, high = bounds_of(task, space, settings.action_bounds)
-        self.flat = Flattener(task, self.inside.observation_space, settings.keys)
+        self.flat = Flattener(task, seen, settings.keys)
         self.action_space, self._shape, self._type = Box(low, high), space.shape, space.dtype
         self.observation_space = Box(-np.inf, np.inf, (self.flat.width,))
         self._success: Sequence[str] = (settings.success,) if settings.success else SUCCESS
@@ -134,9 +135,10 @@ class _Checked:
             result = self.inside.step(action.reshape(self._shape).astype(self._type))
             form = "observation, reward, terminated, truncated, info"
             observation, reward, terminated, truncated, info = _of_length(5, "step", form, result)
-            if not np.isfinite(reward):
-                raise Misfit(f"the reward is {reward}")
-            return self.flat(observation), float(reward), bool(terminated), bool(truncated), self._said(info)
+            paid = _number("the reward", reward)
+            if not np.isfinite(paid):
+                raise Misfit(f"the reward is {paid}")
+            return self.flat(observation), paid, bool(terminated), bool(truncated), self._said(info)
 
     def close(self) -> None:
         with self._blamed("close"):
@@ -156,7 +158,8 @@ class _Checked:
         """Success of a step: None where the environment says nothing of it, and no key was named."""
         for key in self._success:
             if key in info:
-                return {"success": bool(np.any(np.asarray(info[key]) > 0))}
+                several = np.asarray(info[key]).reshape(-1)
+                return {"success": any(_number(f"info[{key!r}]", one) > 0 for one in several)}
         return {"success": False if self._settings.success else None}
 
     @contextlib.contextmanager
@@ -169,6 +172,8 @@ class _Checked:
         except (Exception, SystemExit) as error:
             what = f"{self._task}: {where}: {_in_words(error)}{_line(error, self._settings.code)}"
             hint = named_code.lacking(error, self._settings.code) or "the fault is in the environment's own code"
+            if isinstance(error, TypeError) and "argument" in str(error) and where == MAKING:
+                hint = f"what it is called with stands in env: {{kwargs: {{...}}}}, here {self._settings.kwargs}"
             raise CvlctlError(what, hint) from error
 
 
@@ -218,6 +223,14 @@ def _limit(env: Any) -> int | None:
     return getattr(env.spec, "max_episode_steps", None)
 
 
+def _number(what: str, value: Any) -> float:
+    """A number, or an array of one."""
+    found = np.asarray(value)
+    if found.size != 1 or found.dtype.kind not in "fiub":
+        raise Misfit(f"{what} is {str(value)[:40]!r}, not a number")
+    return float(found.item())
+
+
 def _of_length(length: int, method: str, form: str, result: Any) -> Any:
     if not isinstance(result, tuple) or len(result) != length:
         given = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
@@ -226,7 +239,7 @@ def _of_length(length: int, method: str, form: str, result: Any) -> Any:
 
 
 def _in_words(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())  # where, `_line` says
     if isinstance(error, Misfit):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -94,6 +94,9 @@ def bounds_of(task: str, space: Any, given: Any) -> tuple[np.ndarray, np.ndarray
         if open_ended:
             what = f"{task}: actions have no finite bounds (dimensions {', '.join(map(str, open_ended))})"
             raise CvlctlError(what, "say between which they lie: env: {action_bounds: [-1, 1]}")
+        if stuck := np.flatnonzero(low >= high).tolist():
+            what = f"{task}: actions have no range (dimensions {', '.join(map(str, stuck))}: low is not below high)"
+            raise CvlctlError(what, "leave out of its action space what cannot be chosen")
         return low.astype(np.float32), high.astype(np.float32)
     try:
         sides = [np.broadcast_to(np.asarray(side, np.float64), low.shape) for side in given]

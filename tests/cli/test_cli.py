@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -57,6 +58,24 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     code = f"import sys, cvlctl.cli.app; sys.exit(', '.join(m for m in {HEAVY} if m in sys.modules))"
     assert subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True).stderr.strip() == ""
     assert cpu_seconds("-m", "cvlctl", "--help") < 2.5 * cpu_seconds("-c", "import typer, typer.rich_utils")
+
+
+def test_what_an_environment_prints_is_no_part_of_the_result(
+    recipe: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor what a simulator in C prints, at once or when its buffer is emptied."""
+
+    def chatty(*_: Any, **options: Any) -> dict[str, str]:
+        print("by print")
+        os.write(1, b"by the system\n")
+        ctypes.CDLL(None).printf(b"by C\n")
+        return {"status": "done", "out": "x"}
+
+    replace(monkeypatch, chatty)
+    assert call("build-dataset", recipe, "--json") == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {"status": "done", "out": "x"}
+    assert {"by print", "by the system", "by C"} <= set(err.splitlines())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,9 +260,20 @@ def test_run_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "e.yaml"
     path.write_text("out: x\nstages: {a: {command: evaluate, runs: [r], out: '${out}/a'}}\n")
     monkeypatch.setattr(run_command, "run_experiment", work)
-    options = ("--dry-run", "--force", "--json", "--only", "stage=a", "--fail-fast", "--engine", "local")
+    options = (
+        "--dry-run",
+        "--force",
+        "--json",
+        "--only",
+        "stage=a",
+        "--fail-fast",
+        "--unfinished",
+        "--engine",
+        "local",
+    )
     assert call("run", path, "out=y", "stages.a.episodes=2", *options) == 0
-    assert seen == [("y", 2, {"force": True, "dry_run": True, "only": "stage=a", "fail_fast": True})]
+    told = {"force": True, "dry_run": True, "only": "stage=a", "fail_fast": True, "unfinished": True}
+    assert seen == [("y", 2, told)]
     assert call("run", path, "out=y", "--engine", "slurmy") == 2
 
 

@@ -99,11 +99,22 @@ def test_a_module_in_a_folder_with_what_it_imports(tmp_path: Path, monkeypatch: 
         ("py/robots.py:__import__('os')", "does not name"), ("py/a b:Reach", "does not name"),
         ("py/robots.py:Rech", "has no 'Rech'"), ("py/robots.py:nothing", "gives a builtins.int, not a gymnasium.Env"),
         ("gym/json:Reach-v0", "gymnasium knows no 'Reach-v0'"),
+        ("py/robots.py:Spaceless", "cannot be made: AttributeError: .* no attribute .action_space"),
+        ("py/robots.py:Stuck", r"actions have no range \(dimensions 1: low is not below high\)"),
     ],
 )  # fmt: skip
 def test_what_does_not_give_an_environment(task: str, fault: str) -> None:
     with pytest.raises(CvlctlError, match=fault):
         made(task)
+
+
+def test_an_environment_that_goes_elsewhere_or_wants_arguments(robots: Path) -> None:
+    here = os.getcwd()
+    made("Wandering", 5)
+    assert os.getcwd() == here  # the paths of recipes are relative to it
+    with pytest.raises(CvlctlError, match="unexpected keyword argument 'siez'") as caught:
+        made("Reach", kwargs={"siez": 2})
+    assert caught.value.hint == 'what it is called with stands in env: {kwargs: {...}}, here {"siez": 2}'
 
 
 def test_nothing_is_imported_that_nobody_named(tmp_path: Path) -> None:
@@ -203,7 +214,8 @@ def test_episodes_end_where_the_environment_or_the_horizon_says() -> None:
         ("raise", r"IndexError: index 7 is out of bounds.* \(robots.py, line {line}\)"),
         ("nan", r"observation\[2\] is nan"), ("shape", r"shape \(2,\); its space says \(2, 2\)"),
         ("reward", "the reward is nan"), ("old", "step returned 4 values"),
-        ("exit", r"SystemExit: 3 \(robots.py, line"),
+        ("exit", r"SystemExit: 3 \(robots.py, line"), ("text", "the reward is 'five', not a number"),
+        ("success", r"info\['success'\] is 'yes', not a number"),
     ],
 )  # fmt: skip
 def test_a_fault_names_task_episode_step_and_line(breaks: str, fault: str) -> None:
