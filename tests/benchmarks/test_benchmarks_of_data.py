@@ -119,6 +119,7 @@ def test_maps_of_mountain_car_from_the_recipe_in_a_tiny_form(
     assert left.value.code == 2
 
 
+@pytest.mark.slow
 def test_streaming_and_memory_train_the_same_store(script: Script) -> None:
     found = script("streaming").benchmark(rows=100_000, share=0.3, updates=20, rounds=1)
     assert found["data_megabytes"] == 23 and found["allowed_megabytes"] == 7

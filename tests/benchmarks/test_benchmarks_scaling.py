@@ -130,6 +130,7 @@ def test_smaller_data_are_the_first_episodes_and_no_copy(script: Callable[[str],
     assert all(torch.equal(a, b) for a, b in zip(part.layout, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_child_s_own_and_grows_with_the_data(script: Callable[[str], Any]) -> None:
     if not Path("/proc/self/status").is_file():
         pytest.skip("VmHWM is Linux's")
@@ -143,6 +144,7 @@ def test_peak_memory_is_the_child_s_own_and_grows_with_the_data(script: Callable
     assert difference == pytest.approx(many - many_mb, abs=1)
 
 
+@pytest.mark.slow
 def test_scaling_script(
     script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -199,7 +199,8 @@ def test_a_streamed_run_goes_on_with_the_same_bits(
     save = checkpoints.save
 
     def save_then_die(path: Path, state: dict, metadata: dict) -> None:
-        save(path, state, metadata)
+        if metadata["step"] in (90, 300, 400):  # at every step it would take long
+            save(path, state, metadata)
         if metadata["step"] in (90, 300):
             raise KeyboardInterrupt
 
