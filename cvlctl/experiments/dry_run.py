@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cvlctl import rates
 from cvlctl.experiments.plan import rough, state_of
 from cvlctl.experiments.recipe import Job
 
@@ -17,6 +18,10 @@ def plan(recipe: Any, force: bool = False) -> Any:
     list of {path, found}), recipe (resolved). Of a build of several tasks a list of these. Nothing is written."""
     if hasattr(recipe, "recipes"):
         return [plan(one, force) for one in recipe.recipes]
+    if recipe.learning() is not None and rates.kept() is None:
+        from cvlctl.learn.settings import measured_rate
+
+        measured_rate()  # so that the estimate is one of this machine
     size, seconds = recipe.work()
     state = "to do" if force else state_of(Job(recipe.command, recipe.command, {}, recipe, {}))
     return {

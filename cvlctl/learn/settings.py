@@ -17,6 +17,7 @@ import torch
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.speed import measured
 from cvlctl.machine import num_cpus
+from cvlctl.rates import Rate
 from cvlctl.recipes.estimates import FASTEST, SLOWEST, Update, compiling_pays
 
 MEDIUM_UPDATE = Update(2e9, 300)  # where nobody says what an update is
@@ -111,8 +112,12 @@ def _compiling_pays(steps: int, update: Update, threads: int) -> bool:
     pays = compiling_pays(steps, update, FASTEST)
     if pays == compiling_pays(steps, update, SLOWEST):
         return pays
-    rate = measured("medium" if _medium_is_float32("cpu") else "highest")
-    return compiling_pays(steps, update, rate.by(threads))
+    return compiling_pays(steps, update, measured_rate().by(threads))
+
+
+def measured_rate() -> Rate:
+    """How fast this machine trains, by one thread: what is kept, else measured in less than a second, and kept."""
+    return measured("medium" if _medium_is_float32("cpu") else "highest")
 
 
 def saved_settings(path: Path, metadata: dict[str, Any]) -> Settings:
