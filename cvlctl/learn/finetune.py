@@ -56,7 +56,8 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False, unfinished: bool = 
     critic = getattr(config, "critic", None)
     environment = about.attributes.get("environment")
     learner = Learner(recipe.label or name, about.task, ALGORITHMS[name], config, critic, initial, environment)
-    return train(recipe, learner, reading, run, force=force)
+    with methods.blamed(name):
+        return train(recipe, learner, reading, run, force=force)
 
 
 def _inputs(recipe: FinetuneRecipe, stores: Sequence[Store]) -> dict[str, str]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
@@ -45,6 +48,21 @@ def load(name: str) -> ModuleType:
 def digests(name: str) -> dict[str, str]:
     """What a run notes of its method's code, so that it does not go on with another: nothing of a built-in one."""
     return {f"algorithm:{name}": named_code.digest(_OUTSIDE[name])} if name in _OUTSIDE else {}
+
+
+@contextmanager
+def blamed(name: str) -> Iterator[None]:
+    """An error that the code of a method from outside raises is one of the page, and not of ours."""
+    try:
+        yield
+    except CvlctlError:
+        raise
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == _OUTSIDE.get(name)]
+        if not frames:
+            raise
+        what = f"algorithm {name} failed in line {frames[-1].lineno}: {type(error).__name__}: {error}"
+        raise CvlctlError(what, f"mend {_OUTSIDE[name]}; docs/algorithms.md says what it is handed") from error
 
 
 def _entry(name: str) -> EntryPoint | None:

@@ -185,7 +185,9 @@ class FinetuneRecipe(_TrainRecipe):
         if cls is not FinetuneRecipe or not methods.is_outside(name):
             return super().read(data, source, prefix)
         try:
-            return _with(str(name)).read(data, source, prefix)
+            model = _with(str(name))
+            with methods.blamed(str(name)):
+                return model.read(data, source, prefix)
         except CvlctlError as error:
             at = source.where((*prefix, "algorithm"))
             raise CvlctlError(

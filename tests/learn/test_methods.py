@@ -117,6 +117,23 @@ def test_a_page_that_is_none(folder: Path, said: str) -> None:
     assert caught.value.what.startswith("run.yaml, line 1: algorithm awac.py") and caught.value.hint
 
 
+RAISES = {
+    "def step": "    return 1 / 0 #",
+    "def init": "    return {}['x'] #",
+    "def __post_init__": "        raise RuntimeError('no') #",
+}
+
+
+@pytest.mark.parametrize("begin", RAISES)
+def test_what_its_code_raises_is_said_with_its_line(folder: Path, begin: str) -> None:
+    lines = AWAC.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.lstrip().startswith(begin)) + 1
+    Path("awac.py").write_text("\n".join([*lines[:at], RAISES[begin], *lines[at:]]))
+    with pytest.raises(CvlctlError, match=rf"algorithm awac\.py failed in line {at + 1}: \w+Error: ") as caught:
+        finetune(load(written("awac.py")))
+    assert str(folder / "awac.py") in caught.value.hint
+
+
 def test_what_is_not_there_and_what_no_recipe_names(folder: Path) -> None:
     with pytest.raises(CvlctlError, match=r"algorithm none\.py: no file at none\.py"):
         load(written("none.py"))
