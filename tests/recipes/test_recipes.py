@@ -44,8 +44,8 @@ def test_a_shipped_recipe_is_valid_and_says_what_it_is_and_how_to_run_it(path: P
     relative = path.relative_to(SHIPPED[0].parents[2])
     kind = recipe.command
     assert f"#   cvlctl {kind} {relative}" in comment
-    assert len(comment[0]) > 40
-    assert comment[0].startswith("# ")
+    assert comment[0].startswith("# ") and len(comment[0]) > 40, "the first line says what the recipe is, in a sentence"
+    assert any(line.startswith("# yaml-language-server: $schema=") for line in comment), "editors find its schema by it"
 
 
 def test_shipped_recipes_are_there() -> None:
