@@ -66,8 +66,11 @@ def copy(name: str, to: Path, *, force: bool = False) -> Copied:
     text = source.read_text(encoding="utf-8")
     schemas = root() / "recipes" / SCHEMAS
     text = _MODELINE.sub(lambda line: line[1] + str(schemas / line[2].split("/")[-1]), text)
+    if target.exists() and not force and target.read_bytes() != text.encode():
+        raise CvlctlError(f"{target} exists", "name another file, or --force replaces it")
+    data = [made for made in (_copied(place, target.parent) for place in _stores(text)) if made]
     write_result(target, text.encode(), force=force)
-    return Copied(target, [made for made in (_copied(place, target.parent) for place in _stores(text)) if made])
+    return Copied(target, data)
 
 
 def _stores(text: str) -> list[str]:
@@ -80,5 +83,8 @@ def _copied(place: str, folder: Path) -> Path | None:
     if target.exists():
         return None
     with replacing(target, folder=True) as made:
-        shutil.copytree(source, made, dirs_exist_ok=True)
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            copied = made / file.relative_to(source)
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copied)
     return target
