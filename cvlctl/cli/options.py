@@ -15,7 +15,21 @@ from cvlctl.errors import CvlctlError
 from cvlctl.paths import expanded
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-FORMATS = ("d4rl", "minari", "ogbench", "robomimic", "hdf5", "sb3", "npz", "lerobot", "rlds", "table", "arrays")
+FORMATS = (
+    "d4rl",
+    "minari",
+    "ogbench",
+    "robomimic",
+    "hdf5",
+    "sb3",
+    "npz",
+    "lerobot",
+    "rlds",
+    "zarr",
+    "imitation",
+    "table",
+    "arrays",
+)
 
 
 def stores(incomplete: str) -> list[str]:

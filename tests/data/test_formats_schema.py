@@ -166,7 +166,7 @@ def file_of(format: str, path: Path, observations: np.ndarray, actions: np.ndarr
     return path
 
 
-ELSEWHERE = ("lerobot", "rlds", "hdf5", "table")  # have tests of their own for what is tested here
+ELSEWHERE = ("lerobot", "rlds", "hdf5", "zarr", "imitation", "table")  # have tests of their own for what is tested here
 ALL = [name for name in formats.FORMATS if name not in ELSEWHERE]
 
 

@@ -19,6 +19,7 @@ from cvlctl.data.formats import (
     csv_parquet,
     d4rl,
     hdf5_episodes,
+    imitation,
     lerobot,
     minari,
     npz,
@@ -26,6 +27,7 @@ from cvlctl.data.formats import (
     rlds,
     robomimic,
     sb3,
+    zarr_replay,
 )
 from cvlctl.data.formats.dropping import Dropping
 from cvlctl.data.formats.fetching import fetch
@@ -70,6 +72,8 @@ FORMATS: dict[str, Format] = {
     "npz": Format("plain npz: arrays and episode_ends (docs/formats.md)", npz.read, npz.facts, npz.write),
     "lerobot": Format("a LeRobot dataset's folder, v2.0 to v3.0", lerobot.read, lerobot.facts),
     "rlds": Format("an RLDS dataset's folder (Open X), of TFRecord files", rlds.read, rlds.facts),
+    "zarr": Format("a replay buffer of Diffusion Policy or UMI, Zarr v2", zarr_replay.read, zarr_replay.facts),
+    "imitation": Format("imitation's npz of trajectories", imitation.read, imitation.facts),
     "table": Format("rows in CSV or parquet files, named by `keys`", csv_parquet.read, csv_parquet.facts),
     "arrays": Format("rows in an npz or HDF5 file of your own, named by `keys`", arrays.read, arrays.facts),
 }

@@ -12,6 +12,7 @@ import numpy as np
 
 from cvlctl.data.formats import segments
 from cvlctl.data.formats.arrays import ALL
+from cvlctl.data.formats.joining import side_by_side
 from cvlctl.data.formats.making import Maker
 from cvlctl.data.formats.rows import Cuts, episodes_of_rows, judge
 from cvlctl.data.formats.segments import check_names
@@ -50,7 +51,7 @@ def read(
         with open_table(file) as table:
             groups = _groups(table, keys)
             columns = {name: table.column(found) for name, found in groups.items() if name not in segments.NAMES}
-            columns = {name: _rows_of_one(name, column) for name, column in columns.items()}
+            columns |= {name: side_by_side([columns[name]]) for name in SEVERAL if name in columns}
             ends = segments.ends_of(
                 file, {n: table.column(groups[n]) for n in segments.NAMES if n in groups}, table.length
             )
@@ -102,13 +103,6 @@ def _groups(table: Table, keys: Mapping[str, str]) -> dict[str, list[str]]:
             if len(found[name]) > 1 and name not in SEVERAL:
                 raise CvlctlError(f"--key {name}={keys[name]} names {len(found[name])} columns", "it is to be one")
     return found
-
-
-def _rows_of_one(name: str, column: Column) -> Column:
-    """A single number a step as a row of one, where rows are wanted."""
-    if name not in SEVERAL or len(column.shape) > 1:
-        return column
-    return Column(column.where, (len(column), 1), column.dtype, lambda _, count: column.take(count)[:, None])
 
 
 def _columns(names: list[str], column: Column) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cvlctl.data.formats.hdf5 import dataset_column, dataset_in, datasets
-from cvlctl.data.formats.sources import same_length
+from cvlctl.data.formats.sources import Column, same_length
 from cvlctl.errors import CvlctlError
 from cvlctl.play.spaces import natural
 
@@ -104,6 +104,20 @@ def beside(parts: Sequence[np.ndarray], length: int) -> np.ndarray:
     if len(parts) == 1 and parts[0].ndim > 1:
         return parts[0]
     return np.concatenate([part.reshape(length, -1) for part in parts], axis=1)
+
+
+def side_by_side(columns: Sequence[Column]) -> Column:
+    """(N, sum of widths) of columns of numbers or rows; one alone of rows stays as it is."""
+    if len(columns) == 1 and len(columns[0].shape) > 1:
+        return columns[0]
+    widths = [1 if len(column.shape) == 1 else column.shape[1] for column in columns]
+    same_length(columns[0].where, {column.where: column for column in columns})
+
+    def fetch(_: int, count: int) -> np.ndarray:
+        return beside([column.take(count) for column in columns], count)
+
+    kind = np.result_type(*(column.dtype for column in columns))
+    return Column(columns[0].where, (len(columns[0]), sum(widths)), kind, fetch)
 
 
 def _difference(found: dict[str, tuple[int, ...]], first: dict[str, tuple[int, ...]]) -> str:

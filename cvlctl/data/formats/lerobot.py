@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from cvlctl.data.formats import segments
-from cvlctl.data.formats.joining import Observations, beside
+from cvlctl.data.formats.joining import Observations, side_by_side
 from cvlctl.data.formats.making import Maker
 from cvlctl.data.formats.rows import episodes_of_rows
 from cvlctl.data.formats.sources import Column, Facts, Told, reading, regular
@@ -109,28 +109,13 @@ def _columns(table: Table, features: Mapping[str, Any], joined: Observations) ->
         width = 1 if len(part.shape) == 1 else part.shape[1]
         if (width,) != shapes[name][1:]:
             raise CvlctlError(f"{part.where}: has rows of {width}, in {INFO} it is {list(shapes[name][1:])}")
-    observations = _side_by_side(parts)
-    found = {"observations": observations, "actions": _vector(table.column(["action"]))}
+    observations = side_by_side(parts)
+    found = {"observations": observations, "actions": side_by_side([table.column(["action"])])}
     names = {"rewards": "next.reward", "successes": "next.success", "terminals": "next.done", "task": "task_index"}
     if not {"next.reward", "next.success"} & set(table.names):
         del names["terminals"]  # it marks ends alone
     found |= {ours: table.column([theirs]) for ours, theirs in names.items() if theirs in table.names}
     return found, _names(chosen, shapes, features)
-
-
-def _vector(column: Column) -> Column:
-    return column if len(column.shape) > 1 else _side_by_side([column])
-
-
-def _side_by_side(parts: Sequence[Column]) -> Column:
-    """(N, sum of widths)."""
-    widths = [1 if len(part.shape) == 1 else part.shape[1] for part in parts]
-    kind = np.result_type(*(part.dtype for part in parts))
-
-    def fetch(_: int, count: int) -> np.ndarray:
-        return beside([part.take(count).reshape(count, -1) for part in parts], count)
-
-    return Column(parts[0].where, (len(parts[0]), sum(widths)), kind, fetch)
 
 
 def _counted(file: Path, table: Table, ends: np.ndarray | None) -> np.ndarray:

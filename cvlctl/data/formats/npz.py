@@ -61,7 +61,7 @@ def read(
             ends = [] if found is None else found.tolist()
         else:
             arrays.need("episode_ends")
-            ends = _integers(arrays.column("episode_ends"))
+            ends = integers(arrays.column("episode_ends"))
         yield from episodes_of(arrays, ends, told, action_bounds, clip_actions)
 
 
@@ -148,7 +148,7 @@ def read_table(arrays: Arrays, episodes: int) -> list[dict[str, Any]]:
     for name in ours:
         if name not in arrays.names:
             continue
-        values: list[Any] = arrays.text(name) if name == "tasks" else _integers(arrays.column(name))
+        values: list[Any] = arrays.text(name) if name == "tasks" else integers(arrays.column(name))
         if len(values) != episodes:
             raise CvlctlError(f"{arrays.path}: {name}: has {len(values)} values for {episodes} episodes")
         for row, value in zip(rows, values, strict=True):
@@ -156,7 +156,8 @@ def read_table(arrays: Arrays, episodes: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _integers(column: Column) -> list[int]:
+def integers(column: Column) -> list[int]:
+    """The whole numbers of a column; anything else is a CvlctlError."""
     values = flat(column.rest(), column.where)
     if values.dtype.kind not in "iub":
         raise CvlctlError(f"{column.where}: holds {values.dtype}, not whole numbers")
