@@ -73,7 +73,7 @@ def read_units(where: str, found: Mapping[str, Any], spec: Spec | None) -> Units
             what = f"{where}: {key} is {str(value)[:80]}"
             if spec and key == "observation_columns" and _texts(value):
                 what = f"{where}: {len(value)} observation columns are named, of observations {spec.observation_shape}"
-            raise CvlctlError(what, "docs/store.md says what it may be: write the store again")
+            raise CvlctlError(what, "docs/store.md says what it may be")
     return Units(**told)
 
 
@@ -148,7 +148,8 @@ def limits(bounds: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]
         if low.ndim > 1 or high.ndim > 1:
             raise ValueError
     except (TypeError, ValueError) as error:
-        what = f"action_bounds {bounds} are no (low, high) for actions of shape {shape}"
+        fit = f" for actions of shape {shape}" if shape else ""
+        what = f"action_bounds {bounds} are no finite (low, high){fit}"
         raise CvlctlError(what, "give two numbers, or two lists of one number a dimension") from error
     return low, high
 

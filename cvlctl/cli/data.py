@@ -311,7 +311,11 @@ def import_(
 
     options: dict[str, Any] = {"task": task, "horizon": horizon, "label": label, "clip_actions": clip_actions}
     options |= {"observation_keys": observation_key or (), "keys": key or (), "drop_columns": drop_column or ()}
-    options |= {"columns": columns.split(",") if columns else (), "control_period": control_period, "force": force}
+    options |= {
+        "columns": [name.strip() for name in columns.split(",")] if columns else (),
+        "control_period": control_period,
+        "force": force,
+    }
     options |= {"drop_nan": drop_episodes_with is not None, "split": split or ""}
 
     def work() -> dict[str, Any]:

@@ -62,6 +62,8 @@ def merge(
     to = widest(bounds, stores[0].spec.action_dim) if rescale else None
     if to is not None:
         for path, found in zip(paths, bounds, strict=True):
+            if found is not None and plain(found) == plain(to):
+                continue
             say(f"{path}: actions of {plain(found) or '[-1, 1], since it does not say'} become those of {plain(to)}")
     parts = [whole(store) for store in stores]
     labels = copied_labels(parts)

@@ -60,6 +60,7 @@ def write_store(
         CvlctlError: the episodes are not alike, the units do not fit them, the store exists, or the disk refuses.
     """
     given = Units(action_bounds, tuple(observation_columns), control_period=control_period)
+    read_units(str(path), given.attributes(), None)
     about: dict[str, Any] = {
         "task": task, "horizon": horizon, "provenance": provenance, "label": label, "force": force,
     }  # fmt: skip

@@ -68,19 +68,26 @@ def test_units_are_attributes_outside_the_digest_and_go_into_derived_stores(tmp_
         ({"observation_columns": ["x"]}, "1 observation columns are named"),
         ({"action_bounds": ([-1, -1, -2], 1)}, "action_bounds"),
         ({"action_bounds": (2, 1)}, "action_bounds"),
+        ({"action_bounds": (-1, float("nan"))}, "no finite"),
         ({"control_period": -1.0}, "control_period is -1.0"),
+        ({"control_period": 0}, "control_period is 0"),
+        ({"control_period": float("nan")}, "control_period is nan"),
     ],
 )
 def test_units_that_cannot_be_are_refused(tmp_path: Path, about: dict[str, Any], message: str) -> None:
     with pytest.raises(CvlctlError, match=message):
         written(tmp_path / "a.zarr", **about)
-    assert not (tmp_path / "a.zarr").exists()
+    file = rows_file(tmp_path / "log.npz")
+    if "observation_columns" not in about:
+        with pytest.raises(CvlctlError, match=message):
+            formats.import_store("arrays", file, tmp_path / "a.zarr", task="robot", **about)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_import_takes_bounds_a_dimension_columns_and_a_period_from_the_command_line(tmp_path: Path) -> None:
     file, out = rows_file(tmp_path / "log.npz", torque=np.zeros(12)), tmp_path / "a.zarr"
     words = ["data", "import", "arrays", str(file), "--out", str(out), "--task", "robot"]
-    words += ["--action-bounds", "-2,-4", "2,4", "--columns", "x,speed,battery", "--drop-column", "battery"]
+    words += ["--action-bounds", "-2,-4", "2,4", "--columns", "x, speed,battery", "--drop-column", "battery"]
     words += ["--control-period", "0.05"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
@@ -106,6 +113,8 @@ def test_columns_that_cannot_be_dropped(tmp_path: Path, drop: list[str], message
         formats.import_store("arrays", file, tmp_path / "a.zarr", **about)
     with pytest.raises(CvlctlError, match="2 columns are named"):
         formats.import_store("arrays", file, tmp_path / "a.zarr", **about | {"columns": ["x", "y"]})
+    with pytest.raises(CvlctlError, match="column 1 has an empty name"):
+        formats.import_store("arrays", file, tmp_path / "a.zarr", **about | {"columns": ["x", "", "y"]})
 
 
 def test_what_clipping_cut_off_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

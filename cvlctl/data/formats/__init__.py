@@ -135,6 +135,7 @@ def import_store(
     put_right(Path(out))
     if Path(out).exists() and not force:  # said before the file is read
         raise CvlctlError(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
+    read_units("import", {KEY: options.get(KEY), "control_period": control_period}, None)  # before anything is read
     facts = chosen.facts(path)
     check_text(f"{path}: the task", facts.task)
     if not (task or facts.task):

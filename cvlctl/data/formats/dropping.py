@@ -50,6 +50,8 @@ class Dropping:
         if names and len(shape) == 1 and len(names) != shape[0]:
             what = f"{self._path}: {len(names)} columns are named, and observations have {shape[0]}"
             raise CvlctlError(what, "name all of them, in their order: --columns a,b,c")
+        if not all(names):
+            raise CvlctlError(f"{self._path}: column {names.index('')} has an empty name", "--columns x,y,battery")
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise CvlctlError(f"{self._path}: two columns are called {twice}", "give each a name of its own")
