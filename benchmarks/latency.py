@@ -28,7 +28,8 @@ def policy_of(observation: int, action: int, hidden: Sequence[int]) -> NumpyPoli
     rng, sizes = np.random.default_rng(0), [observation, *hidden, 2 * action]
     layers = [(rng.standard_normal(pair) / np.sqrt(pair[0]), np.zeros(pair[1])) for pair in pairwise(sizes)]
     spec = Spec((observation,), action, horizon=1_000)
-    return NumpyPolicy(layers, np.zeros(observation), np.ones(observation), spec)
+    seen = np.array([[-1.0] * observation, [1.0] * observation], np.float32)
+    return NumpyPolicy(layers, np.zeros(observation), np.ones(observation), spec, data_range=seen)
 
 
 def measured(answer: Callable[[np.ndarray], np.ndarray], observation: np.ndarray, calls: int) -> tuple[float, float]:
@@ -52,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, tuple[float, float
     args = options.parse_args(arguments)
     policy = policy_of(args.observation, args.action, args.hidden)
     about = {"observation_size": args.observation, "action_size": args.action}
-    ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {"load_policy (numpy)": policy}
+    ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "load_policy (numpy)": policy,
+        "its outside()": policy.outside,
+    }
     for name, (write, load, packages) in FORMATS.items():
         if all(find_spec(package) for package in packages):
             ways[name] = load(write(arrays_of(policy), about))

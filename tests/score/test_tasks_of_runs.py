@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,12 @@ from cvlctl.collect.build import build
 from cvlctl.collect.recipe import BuildRecipe
 from cvlctl.data.store import open_store
 from cvlctl.errors import CvlctlError
+from cvlctl.learn.export import export
 from cvlctl.learn.finetune import finetune
 from cvlctl.learn.recipe import FinetuneRecipe
 from cvlctl.play import envs
 from cvlctl.play.lockstep import run_lockstep
+from cvlctl.play.policies import load_policy
 from cvlctl.play.rollout import PolicyJob
 from cvlctl.score.evaluate import evaluate
 from cvlctl.score.recipe import EvaluateRecipe
@@ -182,6 +186,10 @@ def test_a_strangers_run_imports_and_writes_nothing(said: dict[str, Any], tmp_pa
     with pytest.raises(CvlctlError):
         evaluated(tmp_path / "scores", runs=["run"])
     assert sorted(tmp_path.rglob("*")) == before
+    for use in (partial(load_policy, seed=0), partial(export, out=Path("policy.npz"), format="npz")):
+        with suppress(CvlctlError):
+            use(Path("run/checkpoints/last.safetensors"))
+    assert set(tmp_path.rglob("*")) - set(before) <= {tmp_path / "policy.npz"}
     assert "trap" not in sys.modules
 
 
