@@ -15,11 +15,6 @@ from cvlctl.data.store import open_store
 from cvlctl.errors import CvlctlError
 from cvlctl.units import Bounds
 
-FLAGS = {
-    "horizon": "--horizon", "action_bounds": "--action-bounds", "clip_actions": "--clip-actions",
-    "observation_keys": "--observation-key", "keys": "--key", "split": "--split",
-}  # fmt: skip
-
 
 def import_file(
     format: str,
@@ -134,6 +129,6 @@ def render_ls(result: list[dict[str, Any]], console: Console) -> None:
     """Print the result of `ls` as a table."""
     table = Table("format", "what it is", "import", "export", "options of import")
     for row in result:
-        words = ", ".join(FLAGS[name] for name in row["options"])
+        words = ", ".join(formats.FLAGS[name] for name in row["options"])
         table.add_row(row["format"], row["about"], "yes", "yes" if row["export"] else "", words)
     console.print(table)

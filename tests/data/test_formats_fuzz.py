@@ -22,7 +22,7 @@ import pytest
 SECONDS_A_CASE = 20
 ADDRESS_SPACE = 4 * 2**30
 PEAK_MB = 250  # of the whole process; it starts with 60
-FORMATS = ("npz", "ogbench", "d4rl", "minari", "robomimic", "sb3", "arrays")
+FORMATS = ("npz", "ogbench", "d4rl", "minari", "robomimic", "sb3", "arrays", "rlds", "zarr", "lerobot", "table")
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
@@ -45,6 +45,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 def write_sound(format: str, folder: Path) -> tuple[Path, Path]:
     """A sound file of the format: what is read, and the file whose bytes are changed."""
     import numpy as np
+    from toy_datasets import lerobot_folder, rlds_folder, zarr_folder
     from toy_files import WRITTEN, episodes, hdf5, robomimic_file, rows, sb3_arrays
 
     from cvlctl.data import formats
@@ -52,6 +53,18 @@ def write_sound(format: str, folder: Path) -> tuple[Path, Path]:
 
     if format == "robomimic":
         path = robomimic_file(folder / "a.hdf5", 4)
+    elif format == "rlds":
+        path = rlds_folder(folder / "a")
+        return path, path / "toy_set-train.tfrecord-00000-of-00002"
+    elif format == "zarr":
+        path = zarr_folder(folder / "a.zarr")
+        return path, path / "data" / "state" / "0.0"
+    elif format == "lerobot":
+        path = lerobot_folder(folder / "a", "v3.0")
+        return path, path / "data" / "chunk-000" / "file-000.parquet"
+    elif format == "table":
+        path = folder / "a.csv"
+        path.write_text("observations,actions,episode_index\n" + "1.5,-0.25,0\n" * 20 + "-2,0.5,1\n" * 20)
     elif format == "arrays":
         path = hdf5(folder / "a.hdf5", rows())
     elif format == "sb3":
@@ -113,6 +126,8 @@ def check(format: str, first: int, count: int) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_few_damaged_files(format: str) -> None:
+    if format == "lerobot":
+        pytest.importorskip("pyarrow", reason="pip install 'cvlctl[lerobot]'")
     check(format, 0, 50)
 
 

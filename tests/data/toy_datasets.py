@@ -155,3 +155,19 @@ def rlds_folder(folder: Path, episodes: list[Arrays] | None = None, split: str =
     (folder / "features.json").write_text(json.dumps(features))
     (folder / "dataset_info.json").write_text(json.dumps({"name": "toy_set", "fileFormat": "tfrecord"}))
     return folder
+
+
+def zarr_folder(path: Path) -> Path:
+    """A replay buffer of Diffusion Policy, written by zarr, whose chunks are worth packing."""
+    import numcodecs
+    import zarr
+
+    rows = np.arange(90, dtype=np.float32)
+    arrays = {"data/action": rows[:, None] / 90, "data/state": np.stack([rows, -rows], axis=1),
+              "meta/episode_ends": np.array([40, 50, 90])}  # fmt: skip
+    group = zarr.open_group(path, mode="w", zarr_format=2)
+    for name, values in arrays.items():
+        chunks, packed = (min(60, len(values)), *values.shape[1:]), numcodecs.Blosc("zstd")
+        made = group.create_array(name, shape=values.shape, dtype=values.dtype, chunks=chunks, compressors=packed)
+        made[...] = values
+    return path

@@ -31,6 +31,7 @@ from cvlctl.data.formats import (
 )
 from cvlctl.data.formats.dropping import Dropping
 from cvlctl.data.formats.fetching import fetch
+from cvlctl.data.formats.kinds import refuse_another
 from cvlctl.data.formats.sources import Facts, Told
 from cvlctl.data.provenance import jsonable
 from cvlctl.data.store import DATA, Store, open_store
@@ -43,7 +44,8 @@ from cvlctl.types import Episode, check_text
 from cvlctl.units import KEY, Units, plain, read_units
 
 __all__ = [
-    "FORMATS", "Format", "export_store", "exported_already", "fetch", "import_store", "imported_already", "options_of",
+    "FLAGS", "FORMATS", "Format", "export_store", "exported_already", "fetch", "import_store", "imported_already",
+    "options_of",
 ]  # fmt: skip
 
 
@@ -77,6 +79,12 @@ FORMATS: dict[str, Format] = {
     "table": Format("rows in CSV or parquet files, named by `keys`", csv_parquet.read, csv_parquet.facts),
     "arrays": Format("rows in an npz or HDF5 file of your own, named by `keys`", arrays.read, arrays.facts),
 }
+
+
+FLAGS = {  # what the command line calls the options of readers
+    "horizon": "--horizon", "action_bounds": "--action-bounds", "clip_actions": "--clip-actions",
+    "observation_keys": "--observation-key", "keys": "--key", "split": "--split",
+}  # fmt: skip
 
 
 def options_of(format: str) -> list[str]:
@@ -127,11 +135,14 @@ def import_store(
     for name in options:
         if name not in legal:
             near = difflib.get_close_matches(name, legal, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes: {', '.join(legal)}"
-            raise CvlctlError(f"the format {format} has no option {name!r}", hint)
+            takes = ", ".join(f"{FLAGS[one]} ({one})" for one in legal)
+            hint = f"did you mean {near[0]}?" if near and name not in FLAGS else f"it takes: {takes}"
+            option = f"{FLAGS[name]} ({name})" if name in FLAGS else f"option {name!r}"
+            raise CvlctlError(f"the format {format} has no {option}", hint)
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
         raise CvlctlError(f"nothing at {path}", f"did you mean {path.parent / near[0]}?" if near else "check the path")
+    refuse_another(format, path)
     put_right(Path(out))
     if Path(out).exists() and not force:  # said before the file is read
         raise CvlctlError(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
@@ -139,7 +150,7 @@ def import_store(
     facts = chosen.facts(path)
     check_text(f"{path}: the task", facts.task)
     if not (task or facts.task):
-        raise CvlctlError(f"{path} does not say which task it is of", "give the name of the task")
+        raise CvlctlError(f"{path} does not say which task it is of", "--task NAME, such as --task gym/Hopper-v5")
     given = options | ({"horizon": horizon} if "horizon" in legal else {})
     source = _source(format, path, facts, given)
     provenance = {"source": source} | ({"command": command} if command else {})

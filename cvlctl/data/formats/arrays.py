@@ -9,7 +9,7 @@ from cvlctl.data.formats import segments
 from cvlctl.data.formats.archives import open_arrays
 from cvlctl.data.formats.making import Maker
 from cvlctl.data.formats.rows import episodes_of_rows, judge
-from cvlctl.data.formats.segments import check_names
+from cvlctl.data.formats.segments import check_names, need_keys
 from cvlctl.data.formats.sources import Facts, Told
 from cvlctl.types import Episode
 from cvlctl.units import Bounds
@@ -38,7 +38,7 @@ def read(
     keys = dict(keys or {})
     check_names(keys, ALL)
     with open_arrays(Path(path)) as arrays:
-        arrays.need(*(keys.get(name, name) for name in ("observations", "actions")), *keys.values())
+        need_keys(arrays, keys, "observations", "actions")
         named = {name: keys.get(name, name) for name in ALL}
         columns = {name: arrays.column(key) for name, key in named.items() if key in arrays.names}
         segmented = {name: columns.pop(name) for name in segments.NAMES if name in columns}

@@ -19,7 +19,7 @@ from cvlctl.data.formats import segments
 from cvlctl.data.formats.archives import open_npz
 from cvlctl.data.formats.cutting import flags, flat
 from cvlctl.data.formats.making import Maker, continuous
-from cvlctl.data.formats.segments import check_names
+from cvlctl.data.formats.segments import check_names, need_keys
 from cvlctl.data.formats.sources import Arrays, Column, Facts, Told, reading, same_length, steps_of
 from cvlctl.data.store import Store
 from cvlctl.data.units import bounds_of, export_digest, exported_units
@@ -51,9 +51,8 @@ def read(
     keys = dict(keys or {})
     check_names(keys, (*STEPS, *TABLE, "tasks", *segments.NAMES))
     with open_npz(Path(path)) as arrays:
-        arrays.need(*keys.values())
+        need_keys(arrays, keys, "observations", "actions")
         arrays = renamed(arrays, keys)
-        arrays.need("observations", "actions")
         said = [name for name in segments.NAMES if name in arrays.names]
         if said not in ([], ["episode_ends"]) or "episode_ends" in keys:
             columns = {name: arrays.column(name) for name in said}

@@ -143,7 +143,7 @@ def judge(path: Path, cuts: Cuts, *, timeouts: bool, seams: int = 1) -> None:
     where = f"the first after row {cuts.row}, whose next observation is not the one in the row after it"
     if cuts.unmarked > max(cuts.marked, seams) and (cuts.marked or timeouts):
         what = f"{path}: no flag marks {cuts.unmarked} ends of episodes, beside {cuts.marked} that are marked: {where}"
-        mend = "mark these rows in timeouts" if timeouts else "give the horizon, or mark these rows in timeouts,"
+        mend = "mark these rows in timeouts" if timeouts else "give --horizon, or mark these rows in timeouts,"
         raise CvlctlError(what, f"{mend} if the environment was reset there; else leave next_observations out")
     if cuts.unmarked:
         say(f"{path}: {cuts.unmarked} of its episodes end where no flag marks it: {where}")

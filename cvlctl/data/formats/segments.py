@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cvlctl.data.formats.cutting import BATCH_ROWS, flat
-from cvlctl.data.formats.sources import Column
+from cvlctl.data.formats.sources import Arrays, Column
 from cvlctl.errors import CvlctlError
 
 # numbers of first rows, or a flag a row; such flags; numbers after last rows; numbers of rows; a number a row that
@@ -43,6 +43,17 @@ def check_names(keys: Mapping[str, str], legal: Sequence[str]) -> None:
             near = difflib.get_close_matches(name, legal, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(legal)}"
             raise CvlctlError(f"--key {name}={keys[name]}: no array {name!r}", hint)
+
+
+def need_keys(arrays: Arrays, keys: Mapping[str, str], *required: str) -> None:
+    """Raise a CvlctlError where the file has not all arrays that `keys` names, or that are required."""
+    for ours in (*required, *keys):
+        if (theirs := keys.get(ours, ours)) not in arrays.names:
+            near = difflib.get_close_matches(theirs, arrays.names, n=1)
+            there = ", ".join(arrays.names[:20]) or "nothing"
+            asked = f"did you mean {near[0]}? " if near else ""
+            hint = f"{asked}--key {ours}=NAME says which array it is: the file has {there}"
+            raise CvlctlError(f"{arrays.path}: no array {theirs!r}", hint)
 
 
 def last_rows(path: Path, ends: np.ndarray, total: int) -> Column:
