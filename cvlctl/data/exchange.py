@@ -129,6 +129,7 @@ def render_ls(result: list[dict[str, Any]], console: Console) -> None:
     """Print the result of `ls` as a table."""
     table = Table("format", "what it is", "import", "export", "options of import")
     for row in result:
-        words = ", ".join(formats.FLAGS[name] for name in row["options"])
+        words = "\n".join(formats.FLAGS[name] for name in row["options"])
         table.add_row(row["format"], row["about"], "yes", "yes" if row["export"] else "", words)
+    table.columns[-1].no_wrap = True  # an option is typed as it stands
     console.print(table)

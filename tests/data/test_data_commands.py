@@ -315,6 +315,10 @@ def test_formats_are_listed_and_completed() -> None:
     assert [row["format"] for row in rows] == list(formats.FORMATS)
     text = printed(exchange.render_ls, rows)
     assert all(name in text for name in formats.FORMATS) and "--action-bounds" in text
+    narrow = Console(file=io.StringIO(), width=60)
+    exchange.render_ls(rows, narrow)
+    told = narrow.file.getvalue()  # type: ignore[attr-defined]
+    assert all(flag in told for row in rows for flag in map(formats.FLAGS.get, row["options"]))
     assert options.formats("mi") == ["minari"]
 
 
