@@ -201,6 +201,11 @@ class OccupancyBatch(NamedTuple):
     bank_reward: Tensor  # (E, M)
     time: Tensor  # (E, B) int64: steps since the episode began
     bank_time: Tensor  # (E, M) int64: the same of the transitions whose futures the bank holds
+    next_action: (
+        Tensor  # (E, B, A), logged at the next observation, which is then `future_observation`; 0 where none is
+    )
+    ended: Tensor  # (E, B) bool: the next observation is terminal
+    cut: Tensor  # (E, B) bool: the episode was cut off there, and no action follows
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,21 @@ def marginal(
     return arrival, absorbed
 
 
+def marginal_of_next(
+    episode_ends: np.ndarray, terminated: np.ndarray, labelled: np.ndarray, gamma: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same of next observations alone, the law that a critic of `td_info_nce` stands on; at a terminal state the
+    share gamma of the mass has been absorbed there before."""
+    ends = np.asarray(episode_ends, dtype=np.int64)
+    arrival, absorbed = np.zeros(int(ends[-1])), np.zeros(int(ends[-1]))
+    arrival[np.repeat(labelled, np.diff(ends, prepend=0))] = 1.0
+    arrival[np.append(0, ends[:-1])] = 0.0  # nobody arrives at an episode's first observation
+    arrival /= max(arrival.sum(), 1.0)
+    last = ends[labelled & terminated] - 1
+    arrival[last], absorbed[last] = (1 - gamma) * arrival[last], gamma * arrival[last]
+    return arrival, absorbed
+
+
 def generator(seed: int, stream: str, block: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on (seed, stream, block) and on nothing else: no state to save, resume is exact.
 
@@ -139,6 +154,7 @@ class Draws(NamedTuple):
     gamma: float = 0.0
     transitions: bool = False  # (s, a, r, s') of the labelled episodes: a TransitionBatch
     futures: bool = False  # one future for each transition
+    next_states: bool = False  # futures are next observations, with the action after; the bank is of their law
     bank: int = 0  # futures drawn from the marginal p(s+) of the labelled episodes, with their rewards
     examples: int = 0  # success examples in the bank instead; all of them where there are fewer
     times: bool = False  # how far into their episodes the transitions lie
@@ -154,6 +170,8 @@ class Indices(NamedTuple):
     bank_row: Tensor
     bank_absorbed: Tensor
     bank_source: Tensor  # the transition's row whose future it is
+    cut: Tensor  # (n, E, B) the episode was cut off after the transition; as `ends`, (n, E, 0) where not asked for
+    bank_ends: Tensor  # (n, E, M) the bank's state is terminal; (n, E, 0) likewise
 
 
 def draw(
@@ -165,6 +183,7 @@ def draw(
         Indices with leading axes (num_steps, E), and noise by name, each (num_steps, E, *shape).
     """
     device, where = data.observation.device, data.layout
+    gamma = 0.0 if draws.next_states else draws.gamma  # of futures: at 0 they are the next observations
     columns: list[list[Tensor]] = []
     for seed in seeds:
         g = generator(seed, "batch", block, device)
@@ -174,12 +193,14 @@ def draw(
             transition = data.labelled[transition]
         row = where.row[transition]
         ends = torch.zeros((num_steps, 0), dtype=torch.bool, device=device)
-        if draws.transitions:
-            ends = where.terminated[transition] & (row + 1 == where.last[transition])
+        cut, bank_ends = ends, ends
+        if draws.transitions or draws.next_states:
+            at_end = row + 1 == where.last[transition]
+            ends, cut = where.terminated[transition] & at_end, ~where.terminated[transition] & at_end
         future_row = row[:, :0]
         if draws.futures:
             u = torch.rand(transition.shape, generator=g, device=device, dtype=torch.float64)
-            future_row = future(where, transition, u, draws.gamma).row
+            future_row = future(where, transition, u, gamma).row
         g = generator(seed, "bank", block, device)
         bank_row = torch.zeros((num_steps, 0), dtype=torch.int64, device=device)
         absorbed = torch.zeros((num_steps, 0), dtype=torch.bool, device=device)
@@ -188,7 +209,9 @@ def draw(
             pick = torch.randint(len(data.labelled), (num_steps, draws.bank), generator=g, device=device)
             u = torch.rand(pick.shape, generator=g, device=device, dtype=torch.float64)
             pick = data.labelled[pick]
-            source, (bank_row, _, absorbed) = where.row[pick], future(where, pick, u, draws.gamma)
+            source, (bank_row, _, absorbed) = where.row[pick], future(where, pick, u, gamma)
+            if draws.next_states:
+                bank_ends = where.terminated[pick] & (bank_row == where.last[pick])
         elif draws.examples:
             count = len(data.examples)
             if count > draws.examples:
@@ -196,7 +219,7 @@ def draw(
             else:
                 bank_row = torch.arange(count, device=device).expand(num_steps, count)
             absorbed = torch.zeros_like(bank_row, dtype=torch.bool)
-        columns.append([row, ends, future_row, bank_row, absorbed, source])
+        columns.append([row, ends, future_row, bank_row, absorbed, source, cut, bank_ends])
     indices = Indices(*(torch.stack(parts, dim=1) for parts in zip(*columns, strict=True)))
     noise = {}
     for name, shape in draws.noise:
@@ -243,6 +266,8 @@ def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | Trans
         if draws.bank
         else indices.bank_row.new_ones(indices.bank_row.shape, dtype=torch.float32)
     )
+    if draws.next_states and draws.bank:  # a share gamma of the mass at a terminal state has been there before
+        bank_reward = torch.where(indices.bank_ends, (1 - draws.gamma) * bank_reward, bank_reward)
     return OccupancyBatch(
         observation,
         action,
@@ -251,6 +276,9 @@ def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | Trans
         bank_reward=torch.where(indices.bank_absorbed, 0.0, bank_reward),
         time=_times(data, indices.row) if draws.times else indices.row[:, :0],
         bank_time=_times(data, indices.bank_source) if draws.times else indices.row[:, :0],
+        next_action=_rows(data.action, indices.future_row if draws.next_states else indices.row[:, :0]),
+        ended=indices.ends,
+        cut=indices.cut,
     )
 
 
@@ -300,8 +328,8 @@ def never_varied(observation: Tensor) -> Tensor:
     return high - low <= 1e-6 * torch.maximum(low.abs(), high.abs())
 
 
-def reward_statistics(data: Data, gamma: float) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (1 or E, 1) of the reward at futures from the marginal p(s+), by 65,536 draws.
+def reward_statistics(data: Data, gamma: float, next_states: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (1 or E, 1) of the reward at states of a bank, by 65,536 draws.
 
     The deviation is 1 where all rewards drawn are alike: there is no unit to measure them in.
     """
@@ -309,8 +337,11 @@ def reward_statistics(data: Data, gamma: float) -> tuple[Tensor, Tensor]:
     device = data.observation.device
     pick = data.labelled[torch.randint(len(data.labelled), (65_536,), generator=g, device=device)]
     u = torch.rand(pick.shape, generator=g, device=device, dtype=torch.float64)
-    drawn = future(data.layout, pick, u, gamma)
+    drawn = future(data.layout, pick, u, 0.0 if next_states else gamma)
     reward = torch.where(drawn.absorbed, 0.0, data.arrival_reward[:, drawn.row]).double()
+    if next_states:
+        ends = data.layout.terminated[pick] & (drawn.row == data.layout.last[pick])
+        reward = torch.where(ends, (1 - gamma) * reward, reward)
     mean, std = reward.mean(dim=1, keepdim=True), reward.std(dim=1, keepdim=True)
     return mean.float(), torch.where(_varies(std, mean.abs()), std, 1.0).float()
 

@@ -125,8 +125,13 @@ class Store:
         table = zip(*(self._array(name).tolist() for name in META), strict=True)
         yield from split((self.observations(), self.actions(), rewards, successes), table, self.task_names)
 
-    def futures(self, num: int, gamma: float, seed: int, label: str = "given") -> tuple[np.ndarray, np.ndarray]:
+    def futures(
+        self, num: int, gamma: float, seed: int, label: str = "given", *, next_states: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Draw `num` future states from the sampler's marginal: a uniform transition, then its discounted future.
+
+        `next_states` draws next observations instead, which critics of `loss: td_info_nce` stand on: the reward on
+        arriving at a terminal one counts 1 - gamma, the share of the mass there that has just arrived.
 
         Returns:
             observations (num, *observation_shape), and rewards (num,) float32 received on arriving there. Beyond a
@@ -147,8 +152,11 @@ class Store:
         generator = samplers.generator(seed, "futures", 0)
         transition = torch.randint(len(where.row), (num,), generator=generator)
         u = torch.rand(num, dtype=torch.float64, generator=generator)
-        drawn = samplers.future(where, transition, u, gamma)
+        drawn = samplers.future(where, transition, u, 0.0 if next_states else gamma)
         received = np.where(drawn.absorbed.numpy(), np.float32(0), rewards[drawn.reward_row.numpy()])
+        if next_states:
+            ends = where.terminated[transition] & (drawn.row == where.last[transition])
+            received = np.where(ends.numpy(), np.float32(1 - gamma) * received, received)
         return self.observations()[drawn.row.numpy()], received
 
     def digest(self) -> str:

@@ -32,6 +32,11 @@ class Critic:
         """The discount that its futures were drawn with."""
         return self.config.gamma
 
+    @property
+    def by_next(self) -> bool:
+        """Whether its p(s+) is the law of next states (`loss: td_info_nce`): `Store.futures(..., next_states=True)`."""
+        return occupancy.by_next(self.config)
+
     def log_ratio(self, observations: np.ndarray, actions: np.ndarray, futures: np.ndarray) -> np.ndarray:
         """f(s, a, s+) = log p(s+ | s, a) / p(s+).
 
@@ -53,7 +58,8 @@ class Critic:
         normaliser: str = "self",
         weights: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Q of the policy that collected the data, discounted rewards from the next step on (CVL Eq. 2 and 11).
+        """Q of the policy that collected the data (of that which `td_info_nce` learned about): discounted rewards from
+        the next step on (CVL Eq. 2 and 11).
 
         Args:
             observations: (N, O); actions: (N, A).

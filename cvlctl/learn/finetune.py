@@ -23,7 +23,7 @@ from cvlctl.learn.critics import critics_of
 from cvlctl.learn.labellers import LABELLERS
 from cvlctl.learn.loop import Learner, train
 from cvlctl.learn.networks import State
-from cvlctl.learn.recipe import FinetuneRecipe
+from cvlctl.learn.recipe import FinetuneRecipe, check_critic
 from cvlctl.learn.starting import members, read_start, require_scale
 from cvlctl.play.policies import policy_of, policy_part
 from cvlctl.runs import LABELS_FILE, Run
@@ -104,6 +104,10 @@ def _begun_from(
         if not hasattr(config, "mode"):
             return config, _policy(found, recipe, spec), found
         before = critics_of(found, recipe.init_from)
+        try:
+            check_critic(before.config, name, config)
+        except ValueError as error:
+            raise CvlctlError(f"{recipe.init_from}: {error}", "name another run, or another algorithm") from error
     except CvlctlError as error:
         raise CvlctlError(f"init_from: {error.what.removeprefix('init_from: ')}", error.hint) from error
     initial = members(recipe.init_from, recipe.seeds, before.state, before.seeds, before.spec, spec)

@@ -124,14 +124,16 @@ def normaliser_of(seeds: Sequence[int], observation: Tensor) -> State:
     return normaliser_init(seeds, mean.cpu(), std.cpu(), never_varied(observation).cpu())
 
 
-def actor_init(seeds: Sequence[int], observation_dim: int, action_dim: int, hidden: Sequence[int]) -> State:
+def actor_init(
+    seeds: Sequence[int], observation_dim: int, action_dim: int, hidden: Sequence[int], name: str = "actor"
+) -> State:
     """Tanh-Gaussian actor; its last layer gives mean and log standard deviation before the tanh."""
-    return mlp_init("actor", seeds, [observation_dim, *hidden, 2 * action_dim])
+    return mlp_init(name, seeds, [observation_dim, *hidden, 2 * action_dim])
 
 
-def actor(params: State, observation: Tensor) -> tuple[Tensor, Tensor]:
+def actor(params: State, observation: Tensor, name: str = "actor") -> tuple[Tensor, Tensor]:
     """Mean and log std (E, B, A) before the tanh, from *normalised* observations (E, B, O)."""
-    mean, log_std = mlp(params, "actor", observation).chunk(2, dim=-1)
+    mean, log_std = mlp(params, name, observation).chunk(2, dim=-1)
     return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
 

@@ -151,6 +151,15 @@ def _algorithm_model(name: str) -> type[AlgorithmUse]:
     return model
 
 
+def check_critic(critic: occupancy.Config, name: str, config: Any) -> None:
+    """Raise a ValueError where a method cannot work with a critic of this loss."""
+    iterated = getattr(config, "improvement", "") == "iterated"
+    if iterated and not occupancy.by_next(critic):
+        raise ValueError(f"improvement: iterated needs a critic of loss: td_info_nce, and this one's is {critic.loss}")
+    if occupancy.by_next(critic) and not hasattr(config, "improvement"):
+        raise ValueError(f"algorithm {name} draws whole futures, which loss: td_info_nce knows none of")
+
+
 def _plain_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -236,6 +245,9 @@ class FinetuneRecipe(_TrainRecipe):
             raise ValueError(f"rewards: {learned[0]} is learned for all stores alike: give it to each of them")
         if learned and self.success_examples is None:
             raise ValueError(f"rewards: {learned[0]} is learned from success examples: add success_examples")
+        own = getattr(config, "critic", None)
+        if self.init_from is None and own is not None:
+            check_critic(own, name, config)
         mode = getattr(config, "mode", "auto")
         if mode in ("continue", "frozen") and self.init_from is None:
             raise ValueError(f"algorithm.mode: {mode} needs init_from, a pretrained run")

@@ -13,7 +13,7 @@ from cvlctl import checkpoints
 from cvlctl.data.examples import array_digest, found_examples
 from cvlctl.data.load import best_numbers, held_out, open_stores
 from cvlctl.data.recipe import StoreUse, SuccessExamples
-from cvlctl.data.samplers import marginal
+from cvlctl.data.samplers import marginal, marginal_of_next
 from cvlctl.data.store import Column, Store, json_digest
 from cvlctl.data.stream import arrival_reward
 from cvlctl.errors import CvlctlError
@@ -160,7 +160,7 @@ def _of_stores(subject: _Subject, label: str | None) -> Found:
     counts, held = _counting(subject, stores, uses)
     if held:
         notes.append(f"validation: the {held} episodes that were held out of training are left out here too")
-    parts = [_law(store, which, subject.critic.gamma) for store, which in zip(stores, counts, strict=True)]
+    parts = [_law(store, which, subject.critic) for store, which in zip(stores, counts, strict=True)]
     total = sum(count for _, _, count in parts)
     arrival, absorbed = (np.concatenate([part[i] * (part[2] / total) for part in parts]) for i in (0, 1))
     episodes = _episodes(stores, arrival + absorbed)
@@ -258,9 +258,11 @@ def _read(store: Store, use: StoreUse) -> np.ndarray:
     return np.isin(np.arange(store.num_episodes), best)
 
 
-def _law(store: Store, counts: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """`samplers.marginal` of the episodes that count, and how many transitions these have."""
-    return *marginal(store.episode_ends(), store.terminated(), counts, gamma), int(store.lengths()[counts].sum())
+def _law(store: Store, counts: np.ndarray, critic: Critic) -> tuple[np.ndarray, np.ndarray, int]:
+    """The critic's law of states in the episodes that count, and how many transitions these have."""
+    law = marginal_of_next if critic.by_next else marginal
+    found = law(store.episode_ends(), store.terminated(), counts, critic.gamma)
+    return *found, int(store.lengths()[counts].sum())
 
 
 def _observations(stores: Sequence[Store]) -> Iterator[np.ndarray]:

@@ -96,7 +96,7 @@ def test_gather_by_hand() -> None:
     d = data()
     indices = samplers.Indices(
         torch.tensor([[0, 1]]), torch.zeros(1, 0, dtype=torch.bool), torch.tensor([[4, 5]]), torch.tensor([[7, 8]]),
-        torch.tensor([[False, True]]), torch.tensor([[6, 7]]),
+        torch.tensor([[False, True]]), torch.tensor([[6, 7]]), *[torch.zeros(1, 0, dtype=torch.bool)] * 2,
     )  # fmt: skip
     batch = samplers.gather(d, indices, samplers.Draws(2, futures=True, bank=2))
     assert batch.observation.tolist() == [[[0.0], [1.0]]]

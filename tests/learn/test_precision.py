@@ -55,7 +55,7 @@ def step(precision: str) -> tuple[networks.State, dict[str, Any]]:
     g = torch.Generator().manual_seed(0)
     o, a, f = (torch.randn(2, 32, width, generator=g) for width in (5, 2, 5))
     none = torch.zeros(2, 0, dtype=torch.int64)
-    batch = OccupancyBatch(o, a, f, torch.zeros(2, 0, 5), torch.zeros(2, 0), none, none)
+    batch = OccupancyBatch(o, a, f, torch.zeros(2, 0, 5), torch.zeros(2, 0), *[none] * 5)
     config = occupancy.Config(hidden=(32,), latent_dim=8)
     names = networks.critic_init([0, 1], 5, 2, config.hidden, config.latent_dim, layer_norm=False)
     state = {name: value.clone() for name, value in names.items()} | adam_init(names, "critic", list(names))

@@ -22,7 +22,19 @@ CRITIC = "{hidden: [32, 32], latent_dim: 8, gamma: 0.9}"
 TD = [name for name in ALGORITHMS if name not in ("cvl", "laeo", "bc", "goal_conditioned", "fqe")]  # fqe: test_fqe.py
 
 
-ALL = ["occupancy", "cvl", "cvl-fourier", "laeo", "bc", "goal_conditioned", "goal_conditioned-command", *TD]
+ALL = [
+    "occupancy",
+    "occupancy-td",
+    "cvl-iterated",
+    "laeo-td",
+    "cvl",
+    "cvl-fourier",
+    "laeo",
+    "bc",
+    "goal_conditioned",
+    "goal_conditioned-command",
+    *TD,
+]
 
 
 def load(kind: str, store: Path, out: Path, text: str, *overrides: str) -> Any:
@@ -32,24 +44,29 @@ def load(kind: str, store: Path, out: Path, text: str, *overrides: str) -> Any:
 
 
 def recipe_of(name: str, store: Path, out: Path, *overrides: str) -> Any:
-    if name == "occupancy":
-        return load("pretrain", store, out, f"steps: 100, critic: {CRITIC}", *overrides)
+    by_next = f"{CRITIC[:-1]}, loss: td_info_nce"
+    if name.startswith("occupancy"):
+        critic = f"{by_next}}}" if name == "occupancy-td" else CRITIC
+        return load("pretrain", store, out, f"steps: 100, critic: {critic}", *overrides)
     algorithm = {name: f"{{name: {name}, hidden: [32]}}" for name in TD} | {
         "bc": "{name: bc, hidden: [32]}",
         "goal_conditioned": f"{{name: goal_conditioned, hidden: [32], critic: {CRITIC}}}",
         "goal_conditioned-command": "{name: goal_conditioned, hidden: [32], "
         f"critic: {CRITIC[:-1]}, future_columns: [0, 1], command_columns: [2, 3]}}}}",
+        "laeo-td": f"{{name: laeo, hidden: [32], critic: {by_next}}}}}",
+        "cvl-iterated": "{name: cvl, hidden: [32], bank_size: 64, improvement: iterated, "
+        f"critic: {by_next}, twin: true}}}}",
         "laeo": f"{{name: laeo, hidden: [32], critic: {CRITIC}}}",
         "cvl": f"{{name: cvl, hidden: [32], bank_size: 64, num_actions: 2, critic: {CRITIC}}}",
         "cvl-fourier": "{name: cvl, readout: fourier, num_features: 64, xi_ema_rate: 0.5, hidden: [32], "
         f"critic: {CRITIC}}}",
     }
-    examples = f", success_examples: {{from: '{store}'}}" if name == "laeo" else ""
+    examples = f", success_examples: {{from: '{store}'}}" if name.startswith("laeo") else ""
     return load("finetune", store, out, f"steps: 100, algorithm: {algorithm[name]}{examples}", *overrides)
 
 
 def run(name: str, store: Path, out: Path, *overrides: str) -> dict[str, Any]:
-    return (pretrain if name == "occupancy" else finetune)(recipe_of(name, store, out, *overrides))
+    return (pretrain if name.startswith("occupancy") else finetune)(recipe_of(name, store, out, *overrides))
 
 
 def state_of(out: Path) -> dict[str, torch.Tensor]:

@@ -106,7 +106,10 @@ def test_completion_of_keys_and_values(tmp_path: Path) -> None:
     assert completion.keys("finetune", None, "algorithm.bank") == ["algorithm.bank_size="]
     assert completion.keys("finetune", recipe, "algorithm.crit") == ["algorithm.critic."]
     assert completion.keys("finetune", recipe, "algorithm.readout=p") == ["algorithm.readout=posterior"]
-    assert completion.keys("pretrain", recipe, "critic.loss=") == ["critic.loss=binary_nce", "critic.loss=info_nce"]
+    assert completion.keys("pretrain", recipe, "critic.penalty=") == [
+        "critic.penalty=log_mean",
+        "critic.penalty=log_sum",
+    ]
     recipe.write_text("stages: {a: {command: pretrain}, b: {command: finetune, algorithm: bc}}\n")
     assert completion.keys("run", recipe, "stages.") == ["stages.a.", "stages.b."]
     assert completion.keys("run", recipe, "stages.a.critic.lo") == ["stages.a.critic.loss="]

@@ -28,6 +28,8 @@ class Config:
 
     critic: occupancy.Config = field(default_factory=occupancy.Config)  # from scratch only; else the pretrained run's
     mode: Literal["auto", "scratch", "continue", "frozen"] = "auto"  # auto: continue with init_from, else scratch
+    # iterated: Q is of the policy that is being made, not of the data's; needs a critic of td_info_nce
+    improvement: Literal["one_step", "iterated"] = "one_step"
     readout: Literal["exact", "fourier", "coreset"] = "exact"  # Eq. 11, Eq. 12, k-means centres of many banks
     normaliser: Literal["self", "none"] = "self"  # none is the paper's
     bank_size: Whole = 1024  # futures with rewards drawn for each step's readout
@@ -46,6 +48,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)
+        occupancy.check_improvement(self.improvement, self.mode)
         if min(self.bank_size, self.num_features, self.num_actions) < 1:
             raise ValueError("bank_size, num_features and num_actions must be positive")
         if self.boltzmann_temperature < 0 or self.bc_coefficient < 0 or self.learning_rate <= 0:
@@ -63,11 +66,15 @@ class Config:
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
-    noise = (("action", (config.num_actions, batch_size, spec.action_dim)),)
+    noise: tuple[tuple[str, tuple[int, ...]], ...] = (("action", (config.num_actions, batch_size, spec.action_dim)),)
     train_critic = config.mode != "frozen"
+    if config.improvement == "iterated":
+        noise = (*noise, ("next_action", (batch_size, spec.action_dim)))
+    elif train_critic:
+        noise = (*noise, *occupancy.behaviour_noise(config.critic, spec, batch_size))
     return Draws(
-        batch_size, config.critic.gamma, futures=train_critic, bank=config.bank_size, times=config.time_bins > 0,
-        noise=noise,
+        batch_size, **occupancy.law(config.critic), futures=train_critic, bank=config.bank_size,
+        times=config.time_bins > 0, noise=noise,
     )  # fmt: skip
 
 
@@ -75,7 +82,7 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     """The critic's state, the actor's, the reward's statistics, and the Fourier readout's frequencies."""
     state = occupancy.init(config.critic, spec, seeds, data)
     state |= actors.init(config.hidden, spec, seeds)
-    mean, std = reward_statistics(data, config.critic.gamma)
+    mean, std = reward_statistics(data, **occupancy.law(config.critic))
     state["reward_mean"], state["reward_std"] = (x.cpu().expand(len(seeds), 1).clone() for x in (mean, std))
     if config.readout == "fourier":
         averaged = config.xi_ema_rate < 1 or config.time_bins > 0
@@ -105,7 +112,11 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     """Algorithm 1, lines 4-12: update the critic (unless frozen), read out Q, update the actor (Eq. 13-15)."""
     metrics: Metrics = {}
     if config.mode != "frozen":
-        state, metrics = occupancy.step(config.critic, state, batch, noise)
+        given = batch
+        if config.improvement == "iterated":
+            following = networks.normalise(state, batch.future_observation)
+            given = occupancy.of_policy(batch, actors.sampled(state, following, noise["next_action"]))
+        state, metrics = occupancy.step(config.critic, state, given, noise)
     psi, rewards = bank(config, state, batch)
     read = readouts.exact(psi, rewards, config.normaliser)
     if config.readout == "coreset":

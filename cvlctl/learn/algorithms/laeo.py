@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cvlctl.data.samplers import Data, Draws
+from cvlctl.learn import networks
 from cvlctl.learn.algorithms import actors, occupancy
 from cvlctl.learn.losses import occupancy_q
 from cvlctl.learn.networks import State
@@ -35,6 +36,8 @@ class Config:
 
     critic: occupancy.Config = field(default_factory=occupancy.binary_nce)  # from scratch; else the pretrained run's
     mode: Literal["auto", "scratch", "continue", "frozen"] = "auto"  # auto: continue with init_from, else scratch
+    # iterated: Q is of the policy that is being made, not of the data's; needs a critic of td_info_nce
+    improvement: Literal["one_step", "iterated"] = "one_step"
     readout: Literal["posterior", "ratio"] = "posterior"  # Q / (1 + Q), or Q itself, the paper's (Eq. 7 to 9)
     num_examples: Whole = 200  # success examples in each step's average; all of them where there are fewer
     num_actions: Whole = 1  # policy samples a state
@@ -44,6 +47,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)
+        occupancy.check_improvement(self.improvement, self.mode)
         if self.num_examples < 1 or self.num_actions < 1:
             raise ValueError("num_examples and num_actions must be positive")
         if not 0 <= self.bc_coefficient <= 1 or self.learning_rate <= 0:
@@ -51,9 +55,15 @@ class Config:
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
-    noise = (("action", (config.num_actions, batch_size, spec.action_dim)),)
+    noise: tuple[tuple[str, tuple[int, ...]], ...] = (("action", (config.num_actions, batch_size, spec.action_dim)),)
     train_critic = config.mode != "frozen"
-    return Draws(batch_size, config.critic.gamma, futures=train_critic, examples=config.num_examples, noise=noise)
+    if config.improvement == "iterated":
+        noise = (*noise, ("next_action", (batch_size, spec.action_dim)))
+    elif train_critic:
+        noise = (*noise, *occupancy.behaviour_noise(config.critic, spec, batch_size))
+    return Draws(
+        batch_size, **occupancy.law(config.critic), futures=train_critic, examples=config.num_examples, noise=noise
+    )
 
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
@@ -64,7 +74,11 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     """Update the critic (Eq. 5, unless frozen), then the actor on Q(s,a) = mean over examples of e^f (Eq. 7, 9)."""
     metrics: Metrics = {}
     if config.mode != "frozen":
-        state, metrics = occupancy.step(config.critic, state, batch, noise)
+        given = batch
+        if config.improvement == "iterated":
+            following = networks.normalise(state, batch.future_observation)
+            given = occupancy.of_policy(batch, actors.sampled(state, following, noise["next_action"]))
+        state, metrics = occupancy.step(config.critic, state, given, noise)
     psi = occupancy.bank_psi(config.critic, state, batch.bank_observation)
 
     def q(observation: Tensor, action: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The occupancy critic f(s, a, s+) = phi(s, a) . psi(s+): CVL Eq. 6, 9, 10; LAEO Eq. 5. Learned without rewards.
 
 At its optimum f = log p(s+ | s, a) / p(s+), where p(s+ | s, a) is the discounted state occupancy of the policy that
-collected the data. psi sees the final observation for the absorbing state, with no flag: arriving at a terminal state
-and staying there have the same ratio (their probabilities differ by the constant gamma / (1 - gamma), both given (s, a)
-and in the marginal).
+collected the data; under `loss: td_info_nce`, which learns from single transitions, that of any policy whose actions
+are put at the next states, and p(s+) is then the law of these. psi sees the final observation for the absorbing state,
+with no flag: arriving at a terminal state and staying there have the same ratio (their probabilities differ by the
+constant gamma / (1 - gamma), both given (s, a) and in the marginal).
 
 psi may see some columns of a future alone (`future_columns`: a goal, say where the object lies); f is then the log
 ratio of those columns' occupancy. Where the observation itself states a commanded goal (`command_columns`), neither phi
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from cvlctl.data.samplers import Data, Draws, never_varied, observation_statistics
 from cvlctl.errors import CvlctlError
 from cvlctl.learn import networks
-from cvlctl.learn.losses import contrastive
+from cvlctl.learn.losses import contrastive, policy
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, value_and_grad
 from cvlctl.types import Flag, Number, OccupancyBatch, Spec, Whole, check_widths
@@ -37,9 +38,9 @@ class Config:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    loss: Literal["info_nce", "binary_nce"] = "info_nce"  # CVL Eq. 9, LAEO Eq. 5
+    loss: Literal["info_nce", "binary_nce", "td_info_nce"] = "info_nce"  # CVL Eq. 9, LAEO Eq. 5, CDPC Eq. 10
     gamma: Number = 0.99  # discount
-    partition_coefficient: Number = 0.01  # [lambda_Partition], info_nce only
+    partition_coefficient: Number = 0.01  # [lambda_Partition], not of binary_nce
     penalty: Literal["log_mean", "log_sum"] = "log_mean"  # what Eq. 10 squares; log_sum is the paper's
     features: Literal["free", "unit"] = "free"  # norms of phi and psi
     temperature: Number = 1.0  # of unit features
@@ -49,6 +50,7 @@ class Config:
     learning_rate: Number = 3e-4
     twin: Flag = False  # two critics side by side; readouts take the smaller Q
     ema_rate: Number = 0.0  # [beta] of psi; above 0, readouts use the averaged psi
+    target_rate: Number = 0.01  # by which the targets of td_info_nce follow, an update
     future_columns: tuple[Whole, ...] | None = None  # of an observation, that make a future (a goal); None: all
     command_columns: tuple[Whole, ...] = ()  # in which the observation states a goal for future_columns, one for one
 
@@ -60,6 +62,8 @@ class Config:
             raise ValueError("temperature, learning_rate and latent_dim must be positive")
         if not 0 <= self.ema_rate <= 1 or self.partition_coefficient < 0:
             raise ValueError("ema_rate must lie in [0, 1] and partition_coefficient at or above 0")
+        if not 0 < self.target_rate <= 1:
+            raise ValueError("target_rate must lie in (0, 1]")
         if self.features == "free" and self.temperature != 1.0:
             raise ValueError("temperature belongs to features: unit")
         for name, columns in (("future_columns", self.future_columns), ("command_columns", self.command_columns)):
@@ -80,8 +84,35 @@ def binary_nce() -> Config:
     return Config(loss="binary_nce")
 
 
+def by_next(config: Config) -> bool:
+    """Whether it learns from single transitions, and stands on the law of next states."""
+    return config.loss == "td_info_nce"
+
+
+def check_improvement(improvement: str, mode: str) -> None:
+    """Raise a ValueError where a method cannot learn the occupancy of its own policy."""
+    if improvement == "iterated" and mode == "frozen":
+        raise ValueError("improvement: iterated goes on learning the critic: mode must not be frozen")
+
+
+def of_policy(batch: OccupancyBatch, action: Tensor) -> OccupancyBatch:
+    """The batch with these actions (E, B, A) at its next observations: none of them is unknown."""
+    return batch._replace(next_action=action, cut=torch.zeros_like(batch.cut))
+
+
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
-    return Draws(batch_size, gamma=config.gamma, futures=True)
+    return Draws(batch_size, **law(config), futures=True, noise=behaviour_noise(config, spec, batch_size))
+
+
+def behaviour_noise(config: Config, spec: Spec, batch_size: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """What a step needs that learns the occupancy of the data's own policy: where an episode was cut off no action is
+    logged, and one is drawn from a policy that is cloned from the data alongside."""
+    return (("behaviour", (batch_size, spec.action_dim)),) if by_next(config) else ()
+
+
+def law(config: Config) -> dict[str, Any]:
+    """What of `Draws` says which futures a critic stands on."""
+    return {"gamma": config.gamma, "next_states": by_next(config)}
 
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
@@ -100,6 +131,10 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     state |= adam_init(state, "critic", names)
     if config.ema_rate > 0:
         state |= {f"ema/{name}": state[name].clone() for name in names if name.startswith("psi.")}
+    if by_next(config):
+        state |= {f"target/{name}": state[name].clone() for name in names}
+        cloned = networks.actor_init(seeds, observation_dim, spec.action_dim, config.hidden, "behaviour")
+        state |= cloned | adam_init(cloned, "behaviour", list(cloned))
     mean, std = observation_statistics(data.observation)
     constant = never_varied(data.observation)
     for command, column in zip(config.command_columns, columns or (), strict=False):
@@ -155,20 +190,29 @@ def bank_psi(config: Config, state: State, observation: Tensor) -> Tensor:
 
 
 def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, Tensor]) -> tuple[State, Metrics]:
-    """One update of phi and psi."""
+    """One update of phi and psi. Under `td_info_nce` they learn the occupancy of the policy of `batch.next_action`: of
+    the one that collected the data where these are the logged ones."""
     observation = networks.normalise(state, batch.observation)
     future_observation = networks.normalise(state, batch.future_observation)
+    cloning: Metrics = {}
+    if "behaviour" in noise:
+        batch, cloning = _cloned(config, state, batch, observation, future_observation, noise["behaviour"])
+    target = _target(config, state, future_observation, batch.next_action) if by_next(config) else None
+    each_twin = (lambda flags: flags.unsqueeze(1)) if config.twin else (lambda flags: flags)
 
     def loss(params: State) -> tuple[Tensor, Metrics]:
         logits = phi(config, params, observation, batch.action) @ psi(config, params, future_observation).mT
         num_futures = logits.shape[-1]
         partition = contrastive.log_partition(logits)
-        if config.loss == "info_nce":
+        if config.loss == "binary_nce":
+            total = nce = contrastive.binary_nce(logits)
+        else:
             nce = contrastive.info_nce(logits, partition)
+            if target is not None:
+                flags = each_twin(batch.ended), each_twin(batch.cut)
+                nce = contrastive.td_info_nce(logits, partition, target, config.gamma, *flags)
             penalty = contrastive.partition_penalty(partition, num_futures, config.penalty)
             total = nce + config.partition_coefficient * penalty
-        else:
-            total = nce = contrastive.binary_nce(logits)
         positive = logits.diagonal(dim1=-2, dim2=-1)
         metrics = {
             "critic/nce": nce.mean(dim=-1),
@@ -184,4 +228,33 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     adam_update(state, "critic", grads, config.learning_rate)
     if config.ema_rate > 0:
         ema_update(state, "ema", [name for name in names if name.startswith("psi.")], config.ema_rate)
-    return state, metrics
+    if target is not None:
+        ema_update(state, "target", names, config.target_rate)
+    return state, metrics | cloning
+
+
+def _cloned(
+    config: Config, state: State, batch: OccupancyBatch, observation: Tensor, following: Tensor, noise: Tensor
+) -> tuple[OccupancyBatch, Metrics]:
+    """The batch with an action wherever none is logged, of the policy that is cloned here by one update."""
+
+    def loss(params: State) -> tuple[Tensor, Metrics]:
+        mean, log_std = networks.actor(params, observation, "behaviour")
+        error = policy.behaviour_cloning(policy.log_prob_tanh(mean, log_std, batch.action)).mean(dim=-1)
+        return error.sum(), {"behaviour/bc": error}
+
+    names = [name for name in state if name.startswith("behaviour.")]
+    grads, metrics = value_and_grad(loss, state, names)
+    adam_update(state, "behaviour", grads, config.learning_rate)
+    with torch.no_grad():
+        drawn, _ = policy.sample_tanh(*networks.actor(state, following, "behaviour"), noise)
+    return of_policy(batch, torch.where(batch.cut.unsqueeze(-1), drawn, batch.next_action)), metrics
+
+
+def _target(config: Config, state: State, following: Tensor, action: Tensor) -> Tensor:
+    """f of the averaged weights at next states (*normalised*) and actions there, over all of these states; of twins the
+    smaller, for both. No gradient."""
+    averaged = {name.removeprefix("target/"): value for name, value in state.items() if name.startswith("target/")}
+    with torch.no_grad():
+        f = phi(config, averaged, following, action) @ psi(config, averaged, following).mT
+        return f.amin(dim=1, keepdim=True) if config.twin else f

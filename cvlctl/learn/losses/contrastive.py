@@ -28,6 +28,26 @@ def partition_penalty(partition: Tensor, num_futures: int, form: str = "log_mean
     return (partition - math.log(num_futures) if form == "log_mean" else partition).square()
 
 
+def td_info_nce(logits: Tensor, partition: Tensor, target: Tensor, gamma: float, ended: Tensor, cut: Tensor) -> Tensor:
+    """l_i = (1 - gamma) (log sum_j e^f_ij - f_ii) - gamma sum_{j != i} w_ij log softmax_{j != i}(f_i)_j, with
+    w_i = softmax_{j != i} of the target f(s'_i, a'_i, s'_j): Contrastive Difference Predictive Coding (arXiv
+    2310.20141). At the optimum f = log p^pi(s+|s,a)/p(s') + c(s,a) for a' of pi, and p(s') the law of the next states.
+
+    Column j is the next state of row j: the positive of its own row, and a random state to all others.
+
+    Args:
+        target: (..., B, B) without gradient.
+        ended: (..., B) bool: s' is terminal, and itself the target of both terms.
+        cut: (..., B) bool: no a' is known; the row counts for nothing.
+    """
+    own = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    first = info_nce(logits, partition)
+    weight = torch.softmax(target.masked_fill(own, -torch.inf), dim=-1)
+    others = torch.log_softmax(logits.masked_fill(own, -torch.inf), dim=-1).masked_fill(own, 0.0)
+    second = torch.where(ended, first, -(weight * others).sum(dim=-1))
+    return torch.where(cut, 0.0, (1 - gamma) * first + gamma * second)
+
+
 def binary_nce(logits: Tensor) -> Tensor:
     """l_i = softplus(-f_ii) + mean_{j != i} softplus(f_ij) (LAEO Eq. 5). At the optimum f = log p(s+|s,a)/p(s+).
 

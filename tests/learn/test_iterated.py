@@ -1,0 +1,267 @@
+"""Beyond one step: critics of `td_info_nce` know the occupancy of any policy, and methods that iterate reach the
+optimum. Against exact answers, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import tabular
+import torch
+from tabular import MDP, Array
+from test_learning import greedy, learn
+
+import cvlctl
+from cvlctl.data import samplers
+from cvlctl.learn import networks
+from cvlctl.learn.algorithms import ALGORITHMS, occupancy
+from cvlctl.learn.losses import contrastive
+from cvlctl.types import Spec
+
+# --- the loss
+
+
+def test_the_loss_by_hand() -> None:
+    logits = torch.tensor([[[1.0, 0.0, -1.0], [0.5, 2.0, 0.0], [0.0, 1.0, 1.0]]])
+    target = torch.tensor([[[9.0, 0.0, np.log(3.0)], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]])
+    flags = torch.tensor([[False, True, False]]), torch.tensor([[False, False, True]])
+    loss = contrastive.td_info_nce(logits, contrastive.log_partition(logits), target, 0.75, *flags)
+    first = np.log(np.exp([1.0, 0.0, -1.0]).sum()) - 1.0
+    others = -(0.25 * np.log(1 / (1 + np.exp(-1.0))) + 0.75 * np.log(np.exp(-1.0) / (1 + np.exp(-1.0))))
+    ended = np.log(np.exp([0.5, 2.0, 0.0]).sum()) - 2.0
+    np.testing.assert_allclose(loss[0].numpy(), [0.25 * first + 0.75 * others, ended, 0.0], rtol=1e-5)
+
+
+def test_no_gradient_where_f_is_the_log_ratio() -> None:
+    """Of an MDP of one pair: the next state is one of 3 by p, and stays under the policy; all is the marginal's law."""
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    f = torch.zeros(3, dtype=torch.float64, requires_grad=True)  # of each state; the log ratio is 0
+    g = torch.Generator().manual_seed(0)
+    column = torch.multinomial(p, 400 * 64, replacement=True, generator=g).view(400, 64)
+    logits = f[column].unsqueeze(1).expand(400, 64, 64)
+    none = torch.zeros(400, 64, dtype=torch.bool)
+    loss = contrastive.td_info_nce(
+        logits, contrastive.log_partition(logits), torch.zeros(400, 64, 64, dtype=torch.float64), 0.9, none, none
+    )
+    loss.mean().backward()
+    assert f.grad is not None and f.grad.abs().max() < 2e-3
+
+
+# --- what is drawn
+
+
+def test_next_states_by_hand_and_the_law_of_the_bank() -> None:
+    rows = np.arange(9, dtype=np.float32)[:, None]
+    episodes = [
+        cvlctl.Episode(rows[:4], rows[:3] / 10, [1.0, 2.0, 3.0], terminated=True),
+        cvlctl.Episode(rows[4:9], rows[4:8] / 10, [5.0, 6.0, 7.0, 8.0]),
+    ]
+    data = tabular.data_of(episodes)
+    draws = samplers.Draws(4000, gamma=0.75, futures=True, next_states=True, bank=4000)
+    indices, _ = samplers.draw(data, draws, [0], 0, 1)
+    batch = samplers.gather(data, samplers.Indices(*(x[0] for x in indices)), draws)
+    row = batch.observation[0, :, 0].long()
+    assert torch.equal(batch.future_observation[0, :, 0].long(), row + 1)
+    assert torch.equal(batch.ended[0], row == 2) and torch.equal(batch.cut[0], row == 7)
+    follows = ~(batch.ended[0] | batch.cut[0])
+    assert torch.equal(batch.next_action[0, follows], data.action[row[follows] + 1])
+    state, paid = batch.bank_observation[0, :, 0].long(), batch.bank_reward[0]
+    share = torch.bincount(state, minlength=9) / len(state)
+    wanted = torch.tensor([0.0, 1, 1, 1, 0, 1, 1, 1, 1]) / 7
+    assert (share - wanted).abs().max() < 0.02 and share[[0, 4]].max() == 0
+    assert paid[state == 3].unique().tolist() == [0.25 * 3.0] and paid[state == 8].unique().tolist() == [8.0]
+    ends, terminated, labelled = np.array([4, 9]), np.array([True, False]), np.array([True, True])
+    arrival, absorbed = samplers.marginal_of_next(ends, terminated, labelled, 0.75)
+    np.testing.assert_allclose(arrival, wanted.numpy() * np.array([1, 1, 1, 0.25, 1, 1, 1, 1, 1]), rtol=1e-6)
+    np.testing.assert_allclose(absorbed, [0, 0, 0, 0.75 / 7, 0, 0, 0, 0, 0])
+    mean, _ = samplers.reward_statistics(data, 0.75, next_states=True)
+    assert float(mean) == pytest.approx((1 + 2 + 0.75 + 5 + 6 + 7 + 8) / 7, rel=0.02)
+
+
+# --- occupancies of policies that nobody followed
+
+
+def policies(mdp: MDP) -> dict[str, Array]:
+    """Greedy for the reward, greedy for minus it, and between them one of Boltzmann."""
+    best, worst = mdp.optimal_q(), replace(mdp, reward=-mdp.reward).optimal_q()
+    soft = np.exp((best - best.max(-1, keepdims=True)) / (0.5 * best.std()))
+    one = np.eye(mdp.policy.shape[1])
+    return {"best": one[best.argmax(-1)], "worst": one[worst.argmax(-1)], "soft": soft / soft.sum(-1, keepdims=True)}
+
+
+class Answer(NamedTuple):
+    """Of a learned occupancy: how far off it is (total variation over the data's pairs), and Q's correlation with the
+    exact one; and both of the collector's exact occupancy."""
+
+    off: float
+    correlation: float
+    collector_off: float
+    collector_correlation: float
+
+
+def answer(mdp: MDP, policy: Array | None, loss: str = "td_info_nce", *, shuffled: bool = False) -> Answer:
+    episodes = mdp.episodes(1000, 60, seed=0)
+    data = tabular.data_of(_single(episodes) if shuffled else episodes)
+    small: dict[str, Any] = {"hidden": (128, 128), "latent_dim": 32, "learning_rate": 1e-3, "target_rate": 0.02}
+    config, spec = occupancy.Config(loss=loss, gamma=mdp.gamma, **small), Spec((8,), mdp.actions.shape[1], 60)
+    draws, state = occupancy.draws(config, spec, 256), occupancy.init(config, spec, [0], data)
+    states, actions = torch.from_numpy(mdp.states), torch.from_numpy(mdp.actions)
+    g = torch.Generator().manual_seed(0)
+    for _, (indices, noise) in samplers.batches(data, draws, [0], 0, 3000):
+        batch = samplers.gather(data, indices, draws)
+        if policy is not None:
+            at = torch.cdist(batch.future_observation[0], states).argmin(-1)
+            chosen = torch.multinomial(torch.from_numpy(policy)[at], 1, generator=g)[:, 0]
+            batch, noise = occupancy.of_policy(batch, actions[chosen].unsqueeze(0)), {}
+        state, _ = occupancy.step(config, state, batch, noise)
+    num_states, num_actions = mdp.policy.shape
+    pairs = (
+        torch.from_numpy(np.repeat(mdp.states, num_actions, 0)).unsqueeze(0),
+        torch.from_numpy(np.tile(mdp.actions, (num_states, 1))).unsqueeze(0),
+    )
+    with torch.no_grad():
+        phi = occupancy.phi(config, state, networks.normalise(state, pairs[0]), pairs[1])
+        f = (phi @ occupancy.psi(config, state, networks.normalise(state, states.unsqueeze(0))).mT)[0]
+    row = tabular.state_of(mdp, data.observation.numpy())
+    ends, ended = np.cumsum([len(e) + 1 for e in episodes]), np.array([e.terminated for e in episodes])
+    law = samplers.marginal_of_next if loss == "td_info_nce" else samplers.marginal
+    mass = sum(law(ends, ended, np.ones(len(ends), bool), mdp.gamma)) if not shuffled else None
+    if mass is None:
+        mass = np.isin(np.arange(len(row)), data.layout.row.numpy() + 1) / len(data.layout.row)
+    learned = np.exp(f.numpy().reshape(*mdp.policy.shape, -1)) * np.bincount(row, weights=mass, minlength=num_states)
+    learned /= learned.sum(-1, keepdims=True)
+    exact = mdp if policy is None else replace(mdp, policy=policy)
+    visits = np.bincount(row[data.layout.row.numpy()], minlength=num_states) / len(data.layout.row)
+    weight = visits[:, None] * mdp.policy
+
+    def off(found: Array) -> float:
+        return float((weight * 0.5 * abs(found - exact.occupancy()).sum(-1)).sum())
+
+    def correlation(q: Array) -> float:
+        x, y = (v - (weight * v).sum() for v in (q, exact.q()))
+        return float((weight * x * y).sum() / np.sqrt((weight * x * x).sum() * (weight * y * y).sum()))
+
+    pays = np.where(mdp.terminal, (1 - mdp.gamma) * mdp.reward, mdp.reward)
+    return Answer(off(learned), correlation(learned @ pays), off(mdp.occupancy()), correlation(mdp.q()))
+
+
+def _single(episodes: list[cvlctl.Episode]) -> list[cvlctl.Episode]:
+    """Each transition as an episode of its own, in any order."""
+    pieces = [
+        cvlctl.Episode(e.observations[t : t + 2], e.actions[t : t + 1], e.rewards[t : t + 1],
+                       terminated=e.terminated and t == len(e) - 1)
+        for e in episodes for t in range(len(e))
+    ]  # fmt: skip
+    return [pieces[i] for i in np.random.default_rng(0).permutation(len(pieces))]
+
+
+MDPS = [tabular.grid_dense, tabular.ring, tabular.cliff, tabular.grid_sparse]
+QUICK = (tabular.ring, "worst")
+OTHERS = [
+    pytest.param(*pair, marks=[] if pair == QUICK else pytest.mark.slow)
+    for pair in ((make, name) for make in MDPS for name in ("best", "worst", "soft"))
+]
+
+
+@pytest.mark.parametrize(("make", "name"), OTHERS)
+def test_the_occupancy_of_another_policy(
+    make: Callable[[], MDP], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mdp = make()
+    found = answer(mdp, policies(mdp)[name])
+    with capsys.disabled():
+        line = f"{mdp.name}, {name}: off by {found.off:.3f}, the collector's by {found.collector_off:.3f}; correlation "
+        line += f"of Q {found.correlation:.3f}, of the collector's {found.collector_correlation:.3f}"
+        print(f"\n  {line}", end="")
+    assert found.collector_off >= 0.2, "the policy does what the collector did: it proves nothing"
+    assert found.off <= 0.06 and found.off <= 0.2 * found.collector_off
+    assert found.correlation >= 0.97 and found.correlation > found.collector_correlation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", MDPS)
+def test_of_the_data_s_own_policy_it_is_as_good_as_info_nce(make: Callable[[], MDP], capsys: Any) -> None:
+    by_td, by_futures = (answer(make(), None, loss) for loss in ("td_info_nce", "info_nce"))
+    with capsys.disabled():
+        print(f"\n  {make().name}: off by {by_td.off:.3f}, info_nce by {by_futures.off:.3f}", end="")
+    assert by_td.off <= by_futures.off + 0.02
+
+
+@pytest.mark.slow
+def test_single_transitions_in_any_order_are_enough() -> None:
+    mdp = tabular.ring()
+    whole, pieces = (answer(mdp, policies(mdp)["worst"], shuffled=shuffled) for shuffled in (False, True))
+    assert pieces.off <= whole.off + 0.02 and pieces.correlation >= 0.97
+
+
+# --- methods that iterate
+
+
+class Task(NamedTuple):
+    mdp: MDP
+    data: samplers.Data
+
+
+def crossroads() -> Task:
+    mdp = tabular.crossroads()
+    return Task(mdp, tabular.data_of(mdp.episodes(300, 40, seed=0, spread=True), mdp.states[[mdp.reward.argmax()]]))
+
+
+def corridor() -> Task:
+    """Seven places in a row, the last one pays. Episodes are cut off at the fourth when they come from the left, and
+    behind it when they come from the right: none goes from the first half to the prize, and no action is logged where
+    the halves meet."""
+    index = np.arange(7)
+    transition = np.zeros((7, 2, 7))
+    transition[index, 0, np.maximum(index - 1, 0)] = transition[index, 1, np.minimum(index + 1, 6)] = 1.0
+    reward = np.where(index == 6, 1.0, 0.0).astype(np.float32)
+    states = np.random.default_rng(6).normal(size=(7, 8)).astype(np.float32)
+    actions = np.array([[-1.0], [1.0]], np.float32)
+    mdp = MDP("corridor", transition, np.full((7, 2), 0.5), reward, np.zeros(7, bool), states, actions, 0.8)
+    rng, episodes = np.random.default_rng(0), []
+    for i in range(600):
+        left = i % 2 == 0
+        at, moves = [int(rng.integers(0, 3) if left else rng.integers(3, 7))], []
+        while len(moves) < 12 and ((at[-1] < 3) if left else (at[-1] > 2)):
+            moves.append(rng.uniform(-1, 1))
+            at.append(int(np.clip(at[-1] + (1 if moves[-1] > 0 else -1), 0, 6)))
+        episodes.append(cvlctl.Episode(states[at], np.array(moves)[:, None], reward[at[1:]], reward[at[1:]] > 0))
+    return Task(mdp, tabular.data_of(episodes, states[[6]]))
+
+
+def learned(task: Task, name: str, loss: str, improvement: str, steps: int) -> Array:
+    """The policy (S, A)."""
+    default = ALGORITHMS[name].Config()
+    critic = replace(
+        default.critic, loss=loss, hidden=(64, 64), latent_dim=16, learning_rate=1e-3, gamma=task.mdp.gamma,
+        target_rate=0.02,
+    )  # fmt: skip
+    more = {"bank_size": 256} if name == "cvl" else {}
+    config = replace(default, critic=critic, hidden=(64, 64), learning_rate=1e-3, bc_coefficient=0.05, **more,
+                     improvement=improvement)  # fmt: skip
+    state = learn(name, config, task.data, steps)
+    goals = np.repeat(task.mdp.states[[task.mdp.reward.argmax()]], len(task.mdp.states), axis=0)
+    return task.mdp.greedy(greedy(name, config, state, task.mdp.states, goals))
+
+
+def test_iterating_looks_past_the_collector_s_mistakes_at_the_crossroads() -> None:
+    task = crossroads()
+    once, iterated = (learned(task, "cvl", "td_info_nce", way, 800)[:2].tolist() for way in ("one_step", "iterated"))
+    assert once == [[1.0, 0.0], [0.0, 1.0]] and iterated == [[0.0, 1.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["cvl", pytest.param("laeo", marks=pytest.mark.slow)])
+def test_stitching(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the first places to the prize, which no episode shows: whole futures do not lead there."""
+    task = corridor()
+    best = task.mdp.value(np.eye(2)[task.mdp.optimal_q().argmax(-1)])[:3].mean()
+    default = ALGORITHMS[name].Config().critic.loss
+    ways = {"whole futures": (default, "one_step"), "the data's policy": ("td_info_nce", "one_step"),
+            "iterated": ("td_info_nce", "iterated")}  # fmt: skip
+    share = {way: float(task.mdp.value(learned(task, name, *how, 1000))[:3].mean() / best) for way, how in ways.items()}
+    with capsys.disabled():
+        print(f"\n  corridor, {name}: {', '.join(f'{way} {x:.2f}' for way, x in share.items())} of the optimum", end="")
+    assert share["iterated"] >= 0.95 and share["the data's policy"] >= 0.95 and share["whole futures"] < 0.5
