@@ -102,15 +102,19 @@ class Answer(NamedTuple):
     collector_correlation: float
 
 
-def answer(mdp: MDP, policy: Array | None, loss: str = "td_info_nce", *, shuffled: bool = False) -> Answer:
+def answer(
+    mdp: MDP, policy: Array | None, loss: str = "td_info_nce", *, quick: bool = False, shuffled: bool = False
+) -> Answer:
+    steps, batch_size = (2000, 256) if quick else (6000, 512)
     episodes = mdp.episodes(1000, 60, seed=0)
     data = tabular.data_of(_single(episodes) if shuffled else episodes)
-    small: dict[str, Any] = {"hidden": (128, 128), "latent_dim": 32, "learning_rate": 1e-3, "target_rate": 0.02}
+    small: dict[str, Any] = {"hidden": (128, 128), "latent_dim": 32, "target_rate": 0.02}
+    small["learning_rate"] = 1e-3 if quick else 5e-4
     config, spec = occupancy.Config(loss=loss, gamma=mdp.gamma, **small), Spec((8,), mdp.actions.shape[1], 60)
-    draws, state = occupancy.draws(config, spec, 256), occupancy.init(config, spec, [0], data)
+    draws, state = occupancy.draws(config, spec, batch_size), occupancy.init(config, spec, [0], data)
     states, actions = torch.from_numpy(mdp.states), torch.from_numpy(mdp.actions)
     g = torch.Generator().manual_seed(0)
-    for _, (indices, noise) in samplers.batches(data, draws, [0], 0, 3000):
+    for _, (indices, noise) in samplers.batches(data, draws, [0], 0, steps):
         batch = samplers.gather(data, indices, draws)
         if policy is not None:
             at = torch.cdist(batch.future_observation[0], states).argmin(-1)
@@ -171,7 +175,7 @@ def test_the_occupancy_of_another_policy(
     make: Callable[[], MDP], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mdp = make()
-    found = answer(mdp, policies(mdp)[name])
+    found = answer(mdp, policies(mdp)[name], quick=(make, name) == QUICK)
     with capsys.disabled():
         line = f"{mdp.name}, {name}: off by {found.off:.3f}, the collector's by {found.collector_off:.3f}; correlation "
         line += f"of Q {found.correlation:.3f}, of the collector's {found.collector_correlation:.3f}"
@@ -249,7 +253,7 @@ def learned(task: Task, name: str, loss: str, improvement: str, steps: int) -> A
 
 def test_iterating_looks_past_the_collector_s_mistakes_at_the_crossroads() -> None:
     task = crossroads()
-    once, iterated = (learned(task, "cvl", "td_info_nce", way, 800)[:2].tolist() for way in ("one_step", "iterated"))
+    once, iterated = (learned(task, "cvl", "td_info_nce", way, 500)[:2].tolist() for way in ("one_step", "iterated"))
     assert once == [[1.0, 0.0], [0.0, 1.0]] and iterated == [[0.0, 1.0], [0.0, 1.0]]
 
 
@@ -261,7 +265,7 @@ def test_stitching(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     default = ALGORITHMS[name].Config().critic.loss
     ways = {"whole futures": (default, "one_step"), "the data's policy": ("td_info_nce", "one_step"),
             "iterated": ("td_info_nce", "iterated")}  # fmt: skip
-    share = {way: float(task.mdp.value(learned(task, name, *how, 1000))[:3].mean() / best) for way, how in ways.items()}
+    share = {way: float(task.mdp.value(learned(task, name, *how, 600))[:3].mean() / best) for way, how in ways.items()}
     with capsys.disabled():
         print(f"\n  corridor, {name}: {', '.join(f'{way} {x:.2f}' for way, x in share.items())} of the optimum", end="")
     assert share["iterated"] >= 0.95 and share["the data's policy"] >= 0.95 and share["whole futures"] < 0.5
