@@ -103,6 +103,9 @@ def probe(env: Env) -> None:
             "any number of workers, nor in the next run; draw its starts from self.np_random, after "
             "super().reset(seed=seed)"
         )
+    if env.raw.wanted and not env.raw.tells:
+        there = ", ".join(map(str, env.raw.info)) or "nothing"
+        say(f"{env.task}: info has no {env.raw.wanted!r} in its first steps (it has {there}): such count as no success")
     if env.raw.flat.left_out:
         say(f"{env.task}: images are left out of the observations: {', '.join(env.raw.flat.left_out)}")
 
@@ -121,6 +124,9 @@ class _Checked:
         self.flat = Flattener(task, seen, settings.keys)
         self.action_space, self._shape, self._type = Box(low, high), space.shape, space.dtype
         self.observation_space = Box(-np.inf, np.inf, (self.flat.width,))
+        self.info: dict[str, Any] = {}  # of the latest step
+        self.tells = False  # of success, in any step so far
+        self.wanted = settings.success
         self._success: Sequence[str] = (settings.success,) if settings.success else SUCCESS
 
     def begin(self, episode: int, seed: int) -> np.ndarray:
@@ -156,11 +162,15 @@ class _Checked:
 
     def _said(self, info: dict[str, Any]) -> dict[str, Any]:
         """Success of a step: None where the environment says nothing of it, and no key was named."""
+        if not isinstance(info, dict):
+            raise Misfit(f"info is a {type(info).__name__}, not a dict")
+        self.info = info
         for key in self._success:
             if key in info:
+                self.tells = True
                 several = np.asarray(info[key]).reshape(-1)
                 return {"success": any(_number(f"info[{key!r}]", one) > 0 for one in several)}
-        return {"success": False if self._settings.success else None}
+        return {"success": False if self.wanted else None}
 
     @contextlib.contextmanager
     def _blamed(self, where: str) -> Iterator[None]:

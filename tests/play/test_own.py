@@ -234,6 +234,8 @@ def test_episodes_are_functions_of_their_number_and_an_ignored_seed_is_said(caps
     assert capsys.readouterr().err == ""
     own.probe(made("Unseeded"))
     assert "ignores its seed" in capsys.readouterr().err
+    own.probe(made("Reach", success="is_succes"))
+    assert "info has no 'is_succes' in its first steps (it has is_success)" in capsys.readouterr().err
     own.probe(made("Rich"))
     assert "images are left out of the observations: camera" in capsys.readouterr().err
 
