@@ -115,6 +115,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "ragged": ({"action": [[0.5, 0.5], [0.5], *[[0.5, 0.5]] * 10]}, "action.*row 1: the list has another"),
     "nothing in a list": ({"action": [[]] * 12}, "action: holds values of type .*, not numbers"),
     "missing": ({"action": [[0.5], None, *[[0.5]] * 10]}, "000.parquet: action"),
+    "no index": ({"episode_index": [0, None, *[0] * 10]}, "episode_index: values are missing among rows 0-2"),
     "NaN": ({"observation.velocity": np.full((12, 1), np.nan, np.float32)}, "episode 0.*NaN"),
     "width": ({"observation.state": np.zeros((12, 3), np.float32)}, "has rows of 3, in meta/info.json"),
     "a task of no number": ({"task_index": np.full(12, 7)}, "task 7 is none of the 2"),

@@ -157,8 +157,10 @@ def _listed(type: pyarrow.DataType) -> bool:
 
 def _values(where: str, array: pyarrow.Array, row: int) -> np.ndarray:
     """(n,), or (n, width) of lists, all of which are to be of one length; what is missing among floats is NaN."""
+    import pyarrow as pa
+
     if not _listed(array.type):
-        if array.null_count and array.type.bit_width != 64 and not str(array.type).startswith(("float", "double")):
+        if array.null_count and not pa.types.is_floating(array.type):
             raise CvlctlError(f"{where}: values are missing among rows {row}-{row + len(array) - 1}")
         return np.asarray(array.to_numpy(zero_copy_only=False))
     lengths = array.value_lengths().to_numpy(zero_copy_only=False)
