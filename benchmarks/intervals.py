@@ -1,6 +1,6 @@
 """Intervals of aggregate scores beside rliable (Agarwal et al. 2021) on the same matrices: seconds of one table.
 
-    python benchmarks/statistics.py [--runs 10] [--tasks 10] [--resamples 300] [--rounds 3] [--json statistics.json]
+    python benchmarks/intervals.py [--runs 10] [--tasks 10] [--resamples 300] [--rounds 3] [--json intervals.json]
 
 Extra `stats`. Both give the same point values, which is checked, and percentile intervals of as many resamples.
 """

@@ -127,7 +127,7 @@ def test_wandb_offline(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_trackio_on_this_disk(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which it reads as it is imported
     pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     run("bc", store, tmp_path / "bc", *SEEDS, "loggers=[trackio]")
     assert any(file.suffix == ".db" for file in (tmp_path / "trackio").rglob("*"))
