@@ -52,6 +52,8 @@ def print_table(console: Console, table: Table, key: int = 0, *, headings: bool 
         table.width = natural
         console.print(table, crop=False)
         return
+    if table.title:
+        console.print(table.title, soft_wrap=True)
     for row in zip(*(column.cells for column in table.columns), strict=True):
         texts = [cell if isinstance(cell, Text) else Text(str(cell)) for cell in row]
         names = [Text(f"{column.header} " if headings else "") for column in table.columns]

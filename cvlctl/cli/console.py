@@ -44,7 +44,11 @@ def present(work: Callable[[], Any], show: Callable[[Any], None], as_json: bool,
 
 def _as_json(result: Any) -> str:
     try:
-        return json.dumps(result, indent=1, default=str)
+        try:
+            return json.dumps(result, indent=1, default=str, allow_nan=False)
+        except ValueError:  # what a run that diverged has logged is NaN, which is no JSON: null
+            plain = json.loads(json.dumps(result, default=str), parse_constant=lambda _: None)
+            return json.dumps(plain, indent=1)
     except RecursionError as error:  # provenance is whatever its writers made of it
         raise CvlctlError("the result is nested too deep to be printed as JSON", "leave --json out") from error
 

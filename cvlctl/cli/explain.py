@@ -59,7 +59,7 @@ def explain(
         present(drawn, lambda result: print_text(result["path"]), as_json, quiet)
         return
     chosen = None if steps is None else _whole_numbers("--steps", steps)
-    count: Any = "all" if top == "all" else _whole_numbers("--top", top)[0]
+    count = _top(top)
 
     def work() -> Any:
         from cvlctl.score import explain
@@ -72,6 +72,14 @@ def explain(
         explained.render(result, console())
 
     present(work, show, as_json, quiet)
+
+
+def _top(text: str) -> Any:
+    """ "all" or a number."""
+    try:
+        return text if text == "all" else int(text)
+    except ValueError:
+        raise CvlctlError(f"--top {text} is no whole number", "such as --top 3, or --top all") from None
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:

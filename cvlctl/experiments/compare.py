@@ -22,6 +22,7 @@ from cvlctl.runs import read_run
 from cvlctl.score.comparisons import sentences
 from cvlctl.score.report import tables_of
 from cvlctl.score.rows import Record, final_runs
+from cvlctl.terminal import print_table
 from cvlctl.types import EpisodeResult
 
 if TYPE_CHECKING:
@@ -222,7 +223,10 @@ def render(result: dict[str, Any], console: Console) -> None:
         values = (Text(in_short(value)) for value in row["values"])
         table.add_row(row["of"] if row["of"] != before else "", Text(row["key"]), *values)
         before = row["of"]
-    console.print(table if result["differences"] else "nothing differs but where they lie")
+    if result["differences"]:
+        print_table(console, table, key=1, headings=True)
+    else:
+        console.print("nothing differs but where they lie")
     for scored in result["scores"]:
         console.print(to_rich(scored["table"], "scores"))
         if scored["pairwise"]:

@@ -19,6 +19,7 @@ from cvlctl.figures import short_names
 from cvlctl.files import lock, read_json
 from cvlctl.runs import read_metrics, read_run
 from cvlctl.score import kept
+from cvlctl.terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -189,7 +190,7 @@ def render_ls(result: Sequence[dict[str, Any]], console: Console) -> None:
     short = short_names(list(dict.fromkeys(str(row["task"]) for row in result)))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=Text(total), caption_justify="left")
     for heading in ("run", "command", "algorithm", "task"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "command")
+        table.add_column(heading, overflow="fold")
     for heading in ("seeds", "status", "MB"):
         table.add_column(heading, justify="left" if heading == "status" else "right", no_wrap=True)
     for row in result:
@@ -201,7 +202,7 @@ def render_ls(result: Sequence[dict[str, Any]], console: Console) -> None:
         seeds = str(len(row["seeds"])) if isinstance(row["seeds"], list) else "-"
         texts = (name, row["command"] or "?", str(row["algorithm"] or "-"), task, seeds, str(row["status"]), size)
         table.add_row(*map(Text, texts))
-    console.print(table)
+    print_table(console, table, headings=True)
     for row in result:
         if row["problem"]:
             console.print(row["problem"], markup=False, soft_wrap=True)

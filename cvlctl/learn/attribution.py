@@ -180,9 +180,11 @@ def _kept(file: Path, about: Path, digest: str, shape: tuple[int, ...]) -> np.nd
     if told is None or told.get("digest") != digest:
         return None
     try:
-        found = np.load(file, mmap_mode="c", allow_pickle=False)  # never written to
-        if found.shape == shape and found.dtype == np.float32 and zlib.crc32(found.data.cast("B")) == told.get("crc32"):
-            return np.asarray(found)
+        if file.is_file():  # what lies there may be a pipe, on which one would wait for ever
+            found = np.load(file, mmap_mode="c", allow_pickle=False)  # never written to
+            alike = found.shape == shape and found.dtype == np.float32
+            if alike and zlib.crc32(found.data.cast("B")) == told.get("crc32"):
+                return np.asarray(found)
     except (OSError, ValueError, TypeError):
         pass
     say(f"{file} is damaged, and made anew")

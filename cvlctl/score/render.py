@@ -17,6 +17,7 @@ from rich.text import Text
 
 from cvlctl.figures import short_names
 from cvlctl.score.rows import METRICS, Record
+from cvlctl.terminal import visible
 
 NAMES = {
     "task": "task",
@@ -69,9 +70,14 @@ def to_markdown(records: Sequence[Record], title: str = "") -> str:
     lines += ["| " + " | ".join(heading for _, heading, _ in shown) + " |"]
     lines += ["|" + "|".join(" --- " if key in NAMES else " ---: " for key, _, _ in shown) + "|"]
     for i in range(len(records)):
-        texts = [(cells[i].replace("|", r"\|"), (i, key) in best) for key, _, cells in shown]
+        texts = [(markdown(cells[i]), (i, key) in best) for key, _, cells in shown]
         lines.append("| " + " | ".join(f"**{text}**" if bold else text for text, bold in texts) + " |")
-    return "\n".join([*lines, "", *(note + "  " for note in notes(records))]).rstrip() + "\n"
+    return "\n".join([*lines, "", *(markdown(note) + "  " for note in notes(records))]).rstrip() + "\n"
+
+
+def markdown(text: str) -> str:
+    """Text out of files on one line of Markdown: it ends no cell, opens no HTML, and shows its control characters."""
+    return visible(text.replace("\n", " ")).replace("|", r"\|").replace("<", "&lt;")
 
 
 def to_csv(records: Sequence[Record]) -> str:

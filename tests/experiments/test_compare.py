@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,9 @@ from cvlctl.cli.app import app
 from cvlctl.cli.console import execute
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments import inventory
-from cvlctl.experiments.compare import compare, in_words, shared_episodes
+from cvlctl.experiments.compare import compare, in_words, render, shared_episodes
 from cvlctl.files import lock
+from cvlctl.terminal import console
 from cvlctl.types import EpisodeResult
 
 TASK = "gym/Pendulum-v1"
@@ -52,6 +55,17 @@ def test_what_differs_and_scores_on_the_same_episodes(capsys: pytest.CaptureFixt
     assert execute(app, ["compare", *runs]) == 0
     out = capsys.readouterr().out
     assert "algorithm.name" in out and "of 4 shared episodes" in " ".join(out.split())
+
+
+def test_in_a_narrow_terminal_no_name_is_broken() -> None:
+    out = io.StringIO()
+    narrow = console(file=out, force_terminal=True, width=40)
+    render(compare(save()), narrow)
+    inventory.render_ls(inventory.ls(Path("runs")), narrow)
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue()).splitlines()]
+    assert "bc bc, cvl cvl" in lines and "bc -, cvl runs/bc" in lines
+    assert "command finetune, algorithm bc, task" in lines and lines.count("init_from") == 1
+    assert {"scores", "cvl"} <= set(lines)
 
 
 def test_shared_episodes_by_hand() -> None:
@@ -107,6 +121,10 @@ def test_ls_and_show_tell_of_all_with_their_sizes(capsys: pytest.CaptureFixture[
         assert execute(app, ["runs", *arguments]) == 0
         assert "cvl" in capsys.readouterr().out
     assert execute(app, ["runs", "show", "data"]) == 2
+    with open("runs/bc/metrics.jsonl", "a") as log:
+        log.write('{"step": 300, "actor/bc": [NaN, Infinity, 1.0]}\n')  # as one that diverged has logged
+    assert execute(app, ["runs", "show", "runs/bc", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["last"] == {"step": 300, "actor/bc": [None, None, 1.0]}
 
 
 def test_rm_takes_what_cvlctl_wrote_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,6 +135,8 @@ def test_nothing_from_data_is_markup() -> None:
         content = Path(result["figures"], name).read_text()
         if name.endswith(".svg"):
             ElementTree.fromstring(content)
+        if name.endswith(".md"):
+            assert "<" not in content and "\x1b" not in content
         if name.endswith(".tex"):
             assert not re.search(r"(?<!\\)[%&_](?!\s)", re.sub(r" & ", " ", content.replace("\\\\", "")))
 

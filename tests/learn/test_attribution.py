@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,12 @@ def test_with_a_steps_own_bank_it_is_the_q_that_its_actor_received(
 # --- psi of the whole store, kept
 
 
+def pipe(file: Path) -> None:
+    """Who opens it to read would wait for somebody to write."""
+    file.unlink()
+    os.mkfifo(file)
+
+
 def test_psi_is_computed_once_and_anew_where_it_is_another_or_damaged(store: Path, tmp_path: Path) -> None:
     toy_runs.run("occupancy", store, tmp_path / "run", "steps=2", "seeds=[0]")
     critic = cvlctl.load_critic(tmp_path / "run")
@@ -287,7 +294,8 @@ def test_psi_is_computed_once_and_anew_where_it_is_another_or_damaged(store: Pat
     for digest in ("a", "a", "b", "b"):
         np.testing.assert_allclose(of(digest), wanted, rtol=1e-5, atol=1e-6)
     assert computed == ["a", "b"]
-    for damage in (lambda: flip(file), lambda: file.write_bytes(b"x"), file.unlink, file.with_suffix(".json").unlink):
+    about = file.with_suffix(".json")
+    for damage in (lambda: flip(file), lambda: file.write_bytes(b"x"), file.unlink, about.unlink, lambda: pipe(file)):
         damage()
         np.testing.assert_allclose(of("b"), wanted, rtol=1e-5, atol=1e-6)
         assert computed.pop() == "b"

@@ -302,6 +302,7 @@ def test_a_run_whose_data_or_record_are_not_there_is_refused(spoil: Spoilt, told
         ("cvl", ["--label", "mine"], "no label 'mine'"),
         ("laeo", ["--label", "given"], "learned from success examples"),
         ("cvl", ["--top", "0"], "top is 0"),
+        ("cvl", ["--top", "1,2"], "--top 1,2 is no whole number"),
         ("cvl", ["--map", "0"], "is not two columns"),
         ("cvl", ["--map", "0,4"], "columns 0 to 3"),
         ("cvl", ["--play"], "is of 'point', which is no environment here"),
