@@ -12,6 +12,7 @@ from cvlctl.terminal import visible
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}",
 }  # fmt: skip
 _AGAIN, _NUMBER = ' class="again"', ' class="n"'
 
@@ -66,5 +67,6 @@ def to_latex(records: Sequence[Record], caption: str = "") -> str:
 
 
 def latex(text: str) -> str:
-    """Text as LaTeX prints it."""
-    return "".join(_LATEX.get(sign, sign) for sign in visible(text.replace("\n", " ")))
+    """Text as LaTeX prints it, also behind a line's end, which would take [a] for a length and * for a part of it."""
+    shown = "".join(_LATEX.get(sign, sign) for sign in visible(text.replace("\n", " ")))
+    return f"{{}}{shown}" if shown.startswith(("[", "*")) else shown

@@ -217,6 +217,9 @@ def test_what_is_no_report_stays(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, told in (
         (["e", "--out", "mine.html"], "exists, and is no report"),
         (["e", "--figures", "mine"], "holds something else than a report's figures"),
+        (["e", "--figures", "report.html"], "is the page, and cannot be the folder"),
+        (["e", "--figures", "report.html/figures"], "is the page, and cannot be the folder"),
+        (["e", "--out", "."], "is no name of a file"),
         (["e", "--out", "e/0.zarr/report.html"], "inside the store"),
         (["nowhere"], "nothing is at nowhere"),
         (["mine"], "no run, evaluation or store is there"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from cvlctl.score.tables import (
     score_table,
 )
 from cvlctl.score.tuning import tuning_table
+from cvlctl.score.typeset import to_latex
 from cvlctl.types import EpisodeResult
 
 TASKS = ("metaworld/drawer-close-v3", "metaworld/button-press-topdown-wall-v3")
@@ -138,7 +140,21 @@ def test_best_gap_is_the_smallest() -> None:
 def test_names_are_text_not_markup() -> None:
     records = [record(algorithm="[bold]a|b[/]", return_mean=1.0)]
     assert "[bold]a|b[/]" in rendered(records)
-    assert r"a\|b" in to_markdown(records)
+    assert r"a\|b" in to_markdown(records) and r"{}[bold]a\textbar{}b[/]" in to_latex(records)
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex (texlive-latex-recommended) is not installed")
+def test_latex_sets_every_table(tmp_path: Path) -> None:
+    """Names hold whatever is special there, and begin as an option of the line before does."""
+    special = r"\input{x} <&%$#_{}~^> \end{tabular} é " + "\x1b]0;x\x07\n"
+    data = rows(tasks=("gym/[10]", f"*{special}"), algorithms=("bc", f"[a]{special}"))
+    tables = [score_table(data), run_table(data), aggregate_table(data), pairwise(data), relative_table(data), []]
+    body = r"\clearpage ".join(to_latex(table, special) for table in tables)
+    file = tmp_path / "all.tex"
+    file.write_text(rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{body}\end{{document}}")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "-draftmode", file.name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", timeout=60)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_notes_tell_what_a_reader_must_know() -> None:

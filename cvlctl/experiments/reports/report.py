@@ -53,6 +53,8 @@ def report(
     Raises:
         CvlctlError: there is nothing to report of, or something else is where it would be written.
     """
+    if not out.name:
+        raise CvlctlError(f"{out} is no name of a file", "choose another --out, such as report.html")
     folder = figures_in if figures_in is not None else out.with_name(f"{out.stem}-figures")
     _check(out, folder, force)
     found = _found(places)
@@ -110,6 +112,8 @@ def _check(out: Path, folder: Path, force: bool) -> None:
             if MARK.encode() not in file.read(200):
                 raise CvlctlError(f"{out} exists, and is no report", "choose another --out, or --force replaces it")
     check_place(real(folder))
+    if place in (real(folder), *real(folder).parents):
+        raise CvlctlError(f"{out} is the page, and cannot be the folder of its figures", "choose another --figures")
     there = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if there and (read_json(folder / MANIFEST) or {}).get("kind") != KIND:
         raise CvlctlError(f"{folder} holds something else than a report's figures", "choose another --figures")
