@@ -4,6 +4,7 @@
 <out>/recipe.yaml           the resolved recipe
 <out>/metrics.jsonl         one line every `log_every_steps` updates; metrics.png and .svg once finished
 <out>/checkpoints/          last.safetensors, and step-000005000.safetensors where asked for
+<out>/explain/              what `cvlctl explain` computes once
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from cvlctl.version import versions
 
 _CHECKPOINT = re.compile(r"(last|(step|episodes)-\d+)\.safetensors")  # others are somebody's own
 LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
+EXPLAINED = "explain"  # a folder in it: what `cvlctl explain` keeps, by these names
+_EXPLAINED = re.compile(r"psi-\d+\.(npy|json)|map-\d+-\d+\.png")
 _DECIDED = ("device", "threads", "precision", "compile", "memory_gb")  # as it begins, where a recipe says "auto"
 _NO_MATTER = ("out", "loggers", "label")  # what comes out is the same
 REPLACED = {"status": "replaced", "inputs": {}, "recipe": {}}  # a record like no run's: what it was of is going
@@ -219,18 +222,19 @@ def remove(out: Path) -> list[str]:
     Raises:
         CvlctlError: the disk refuses. It is no run any more, and the same call goes on.
     """
-    checkpoints = out / "checkpoints"
+    folders = {out / "checkpoints": _CHECKPOINT, out / EXPLAINED: _EXPLAINED}
     with disk(out):
         write_json(out / "run.json", REPLACED)
-        if not checkpoints.is_symlink():
-            sweep(checkpoints)
-            for name in entries(checkpoints):
-                if _CHECKPOINT.fullmatch(name):
-                    (checkpoints / name).unlink()
+        for folder, ours in folders.items():
+            if folder.is_dir() and not folder.is_symlink():
+                sweep(folder)
+                for name in entries(folder):
+                    if ours.fullmatch(name):
+                        (folder / name).unlink()
         sweep(out, *_FILES)
         for name in (*reversed(_FILES), ".lock"):  # the record last but one: what a kill leaves is still a run's
             (out / name).unlink(missing_ok=True)
-        for folder in (checkpoints, out):
+        for folder in (*folders, out):
             if not folder.is_symlink() and folder.is_dir() and not entries(folder):
                 folder.rmdir()
     return sorted(entries(out))

@@ -171,7 +171,8 @@ def kept_psi(
         write_atomically(file, _npy_header(psi), content)
         write_json(about, {"digest": digest, "crc32": zlib.crc32(content)})
     except (CvlctlError, OSError) as error:  # a run of somebody else's, a full disk: the answer does not depend on it
-        say(f"psi is not kept, and will be computed again: {error}")
+        what = error.what if isinstance(error, CvlctlError) else error
+        say(f"psi is not kept, and will be computed again: {what}")
     return psi
 
 

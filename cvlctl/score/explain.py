@@ -13,8 +13,9 @@ from cvlctl.errors import CvlctlError
 from cvlctl.learn.attribution import Shares, by_group
 from cvlctl.play import envs
 from cvlctl.play.rollout import EVALUATION_SEED, check_fit, collect_episode, outcome
+from cvlctl.runs import EXPLAINED
 from cvlctl.score.explained import plot_map, plot_moments
-from cvlctl.score.grounds import KEPT, Grounds, grounds
+from cvlctl.score.grounds import Grounds, grounds
 from cvlctl.score.places import place_of
 from cvlctl.score.recipe import EvaluateRecipe
 from cvlctl.types import Episode
@@ -110,7 +111,7 @@ def map_q(
         raise CvlctlError(f"{run}: its stores hold no rewards, and without there is no Q to draw")
     observations, actions = _pairs(found.stores, min(points, max(100, int(READ / len(found.time)))))
     q = found.readout.q(observations, actions)
-    path = Path(run) / KEPT / f"map-{columns[0]}-{columns[1]}.png" if plot is None else Path(plot)
+    path = Path(run) / EXPLAINED / f"map-{columns[0]}-{columns[1]}.png" if plot is None else Path(plot)
     status = plot_map(path, observations[:, list(columns)], q, columns, force=force or plot is None)
     quantiles = dict(zip(("least", "median", "largest"), np.quantile(q, (0, 0.5, 1)).tolist(), strict=True))
     about = {"columns": list(columns), "points": len(q), "q": quantiles, "notes": found.notes}
@@ -186,7 +187,7 @@ def _played(found: Grounds, number: int, path: Path | None) -> Episode:
     if number < 0:
         raise CvlctlError(f"episode {number}: they are numbered from 0 on")
     try:
-        place = place_of(EvaluateRecipe(runs=(str(found.run),), out=found.run / KEPT), found.run, found.metadata)
+        place = place_of(EvaluateRecipe(runs=(str(found.run),), out=found.run / EXPLAINED), found.run, found.metadata)
     except CvlctlError as error:
         hint = "build a store in it (cvlctl build-dataset), and explain an episode of that: --store STORE"
         raise CvlctlError(error.what, hint) from error

@@ -21,10 +21,9 @@ from cvlctl.learn.algorithms import ALGORITHMS
 from cvlctl.learn.attribution import Readout, States, by_group, kept_psi, psi_of
 from cvlctl.learn.critics import Critic, Trained, critic_of, critics_of
 from cvlctl.play.policies import NumpyPolicy, policy_of
-from cvlctl.runs import LABELS_FILE, read_run
+from cvlctl.runs import EXPLAINED, LABELS_FILE, read_run
 from cvlctl.types import Spec
 
-KEPT = "explain"  # folder of a run in which psi is kept
 CHUNK = 65_536  # observations at a time
 
 
@@ -166,7 +165,7 @@ def _of_stores(subject: _Subject, label: str | None) -> Found:
     episodes = _episodes(stores, arrival + absorbed)
     digest = json_digest([subject.critic.digest(), *(store.digest() for store in stores)])
     psi = kept_psi(
-        subject.critic, len(arrival), lambda: _observations(stores), subject.run / KEPT / f"psi-{subject.seed}.npy",
+        subject.critic, len(arrival), lambda: _observations(stores), subject.run / EXPLAINED / f"psi-{subject.seed}.npy",
         digest,
     )  # fmt: skip
     states = States(psi, arrival, absorbed, np.zeros(len(arrival)) if reward is None else reward)

@@ -134,6 +134,9 @@ def test_rm_takes_what_cvlctl_wrote_and_nothing_else(capsys: pytest.CaptureFixtu
     os.rename("runs/cvl/checkpoints", "checkpoints")
     os.symlink("../../elsewhere", "runs/cvl/checkpoints")
     Path("runs/bc/thesis.tex").write_text("mine")
+    Path("runs/bc/explain").mkdir()
+    for name in ("psi-0.npy", "psi-0.json", "map-0-1.png"):  # as `cvlctl explain` keeps them
+        Path("runs/bc/explain", name).touch()
     os.symlink("runs/cvl", "link")
     with pytest.raises(CvlctlError, match="is needed by runs/cvl"):
         inventory.remove([Path("runs/bc")])
