@@ -164,10 +164,8 @@ def _of_stores(subject: _Subject, label: str | None) -> Found:
     arrival, absorbed = (np.concatenate([part[i] * (part[2] / total) for part in parts]) for i in (0, 1))
     episodes = _episodes(stores, arrival + absorbed)
     digest = json_digest([subject.critic.digest(), *(store.digest() for store in stores)])
-    psi = kept_psi(
-        subject.critic, len(arrival), lambda: _observations(stores), subject.run / EXPLAINED / f"psi-{subject.seed}.npy",
-        digest,
-    )  # fmt: skip
+    file = subject.run / EXPLAINED / f"psi-{subject.seed}.npy"
+    psi = kept_psi(subject.critic, len(arrival), lambda: _observations(stores), file, digest)
     states = States(psi, arrival, absorbed, np.zeros(len(arrival)) if reward is None else reward)
     normaliser = config.get("normaliser", "self")
     notes += _about_readout(config)
