@@ -47,21 +47,22 @@ def print_table(console: Console, table: Table, key: int = 0, *, headings: bool 
     from rich.padding import Padding
     from rich.text import Text
 
+    caption, table.caption = table.caption, None  # rich would break it where the table is narrow
     natural = console.measure(table, options=console.options.update(max_width=10**6)).maximum
-    if natural <= console.width or not console.is_terminal:
+    whole = natural <= console.width or not console.is_terminal
+    if whole and (table.row_count or not caption):
         table.width = natural
         console.print(table, crop=False)
-        return
-    if table.title:
+    if table.title and not whole:
         console.print(table.title, soft_wrap=True)
-    for row in zip(*(column.cells for column in table.columns), strict=True):
+    for row in () if whole else zip(*(column.cells for column in table.columns), strict=True):
         texts = [cell if isinstance(cell, Text) else Text(str(cell)) for cell in row]
         names = [Text(f"{column.header} " if headings else "") for column in table.columns]
         others = [names[number] + text for number, text in enumerate(texts) if number != key and text.plain]
         console.print(texts[key], soft_wrap=True)
         console.print(Padding(Text(", ").join(others), (0, 0, 0, 4)))
-    if table.caption:
-        console.print(table.caption, soft_wrap=True)
+    if caption:
+        console.print(caption, soft_wrap=True)
 
 
 @cache

@@ -106,19 +106,26 @@ class ExperimentRecipe(Strict):
 
 def jobs_of(experiment: ExperimentRecipe, source: Source) -> Iterator[Job]:
     """Every job of the experiment, its recipe checked."""
-    taken: dict[str, str] = {}
+    taken: dict[str, Job] = {}
     stages = expand(str(experiment.out), experiment.matrix, experiment.stages, STEPS, source)
     for stage, command, combination, body in stages:
         at: Key = ("stages", stage)
         engines = {name: _settings(experiment, name, body.pop(name, None), source, at) for name in ENGINES}
         job = Job(stage, command, combination, model(command).read(body, source, at), engines)
-        place, title = os.path.abspath(job.recipe.out), f"{stage} {job.label}".strip()
-        if place in taken:
-            what = f"{title} and {taken[place]} have the same out, {job.recipe.out}"
-            hint = "mention in it what tells them apart, such as ${algorithm.name}"
-            raise CvlctlError(f"{source.where((*at, 'out'))}: {what}", hint)
-        taken[place] = title
+        other = taken.setdefault(os.path.abspath(job.recipe.out), job)
+        if other is not job:
+            titles = " and ".join(f"{one.stage} {one.label}".strip() for one in (job, other))
+            what = f"{titles} have the same out, {job.recipe.out}"
+            raise CvlctlError(f"{source.where((*at, 'out'))}: {what}", _telling_apart(job, other))
         yield job
+
+
+def _telling_apart(one: Job, other: Job) -> str:
+    key = next((key for key, value in one.combination.items() if other.combination.get(key) != value), None)
+    if one.stage != other.stage or key is None:
+        return "give each a path of its own"
+    part = ".name" if isinstance(one.combination[key], dict) else ""
+    return f"mention in it what tells them apart, such as ${{{key}{part}}}"
 
 
 def _settings(experiment: ExperimentRecipe, engine: str, own: Any, source: Source, at: Key) -> Strict:

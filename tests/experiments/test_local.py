@@ -20,7 +20,7 @@ import pytest
 from cvlctl import cell as own
 from cvlctl.cli.console import console
 from cvlctl.errors import CvlctlError
-from cvlctl.experiments import drivers, look, show
+from cvlctl.experiments import drivers, look, show, status
 from cvlctl.experiments.commands import load
 from cvlctl.experiments.engines import local, start, waiting
 from cvlctl.experiments.graph import folder_of
@@ -163,6 +163,16 @@ def test_a_plan_and_a_status_break_no_name_however_narrow_it_is(experiment: Any,
     whole = [words for words in lines if words[:2] == ["both:", "finetune"] and name in words]
     assert len(whole) == (1 if width == 200 or not terminal else 0)  # in a line
     assert "a factor of two" in file.getvalue()
+
+
+def test_of_thousands_that_wait_a_status_is_one_line() -> None:
+    row = {"cell": "a", "state": "waiting", "why": "", "progress": "", "host": None, "engine": None, "job": None}
+    file = io.StringIO()
+    status.render([row] * 5_000, printed(file=file, width=80))
+    assert file.getvalue() == "0 of 5000 cells done, 5000 waiting\n"
+    failed = {**row, "state": "failed", "why": "no"}
+    status.render([failed] + [row] * 5_000, printed(file=file, width=80))
+    assert file.getvalue().endswith("\n0 of 5001 cells done, 5000 waiting, 1 failed\n")
 
 
 def test_fail_fast_stops_the_others(experiment: Any, acts: Acts, journal: Journal) -> None:

@@ -340,6 +340,11 @@ def test_what_is_wrong_in_a_stage_is_named_with_its_line(stages: dict[str, Any],
     assert f"  {stage}:" in lines[:line]
 
 
+def test_two_cells_with_one_out_are_told_which_key_tells_them_apart(tmp_path: Path) -> None:
+    same = experiment(tmp_path, train={"out": "${out}/${algorithm}"})
+    assert error_of(same, kind="run").hint.endswith("such as ${task}")
+
+
 def test_matrix_keys_are_names(tmp_path: Path) -> None:
     path = experiment(tmp_path)
     assert "is not a legal name" in error_of(path, "matrix={out: [1]}", kind="run").what
