@@ -10,6 +10,9 @@ compared: the same bits.
 The cost: cells of a single update, one at a time, from the end of the first to the end of the last, less what the same
 commands take when a shell runs them one after the other. So the first cell warms up the engine: Ray's start and its
 worker's are not in it. Ray is left out where it is not installed (extra `ray`).
+
+Looking: `--status` and `--dry-run` of a plan of 5,000 cells of which nothing has run, as commands, Python's start and
+all that they import in it.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from cvlctl.machine import num_cpus
 
 LENGTH = 100
 LIMITS = {"local": 0.5, "ray": 1.5}  # seconds a cell
+LOOKING = 5.0  # seconds, of a whole plan
 LEAST = 0.01  # of a cost that is told: below it clocks decide
 
 
@@ -127,6 +131,21 @@ def cost(folder: Path, store: Path, args: argparse.Namespace) -> tuple[list[dict
     return rows, found
 
 
+def looking(folder: Path, store: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of the commands that show a plan."""
+    experiment(folder / "many", store, args.many, 1, 16, 1)
+    start = ["run", str(folder / "many.yaml")]
+    ways = {how: partial(_command, [*start, how]) for how in ("--status", "--dry-run")}
+    taken = common.timed(ways, args.rounds)
+    return [
+        common.versus(
+            f"{how} of {args.many:,} cells", f"a limit of {LOOKING:g} s", taken[how], [LOOKING] * len(taken[how]),
+            unit="seconds", threads=1, least=1,
+        )
+        for how in ways
+    ]  # fmt: skip
+
+
 def _command(line: Sequence[str]) -> None:
     done = subprocess.run([sys.executable, "-P", "-m", "cvlctl", *line], capture_output=True, text=True)
     if done.returncode:
@@ -138,9 +157,10 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         cvlctl.write_store(folder / "x.zarr", episodes(args.rows), task="synthetic")
         costs, seconds = cost(folder, folder / "x.zarr", args)
+        shown = looking(folder, folder / "x.zarr", args)
         ways, same = pool(folder, folder / "x.zarr", args)
     print(f"{'the same' if same else 'OTHER'} weights")
-    return {"comparisons": [*ways, *costs], "same_weights": same, "seconds_a_cell": seconds}
+    return {"comparisons": [*ways, *costs, *shown], "same_weights": same, "seconds_a_cell": seconds}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -148,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--cells", type=int, default=4, help="of the grid")
     options.add_argument("--steps", type=int, default=600, help="of each")
     options.add_argument("--hidden", type=int, default=256)
+    options.add_argument("--many", type=int, default=5_000, help="cells of the plan that is shown")
     options.add_argument("--more", type=int, default=4, help="cells whose cost is measured, after the first")
     common.main(options, benchmark, arguments)
 

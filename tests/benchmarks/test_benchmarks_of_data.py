@@ -179,15 +179,19 @@ def test_benchmark_of_engines(
     monkeypatch.setattr(engines, "run_experiment", in_process)
     monkeypatch.setattr(engines, "find_spec", lambda name: True)
     monkeypatch.setattr(engines, "num_cpus", lambda: 2)
-    monkeypatch.setattr(engines, "_command", lambda line: None)
+    shown: list[list[str]] = []
+    monkeypatch.setattr(engines, "_command", lambda line: shown.append(line) if line[0] == "run" else None)
     out = tmp_path / "found.json"
     small = ["--cells", "2", "--steps", "1", "--rounds", "1", "--hidden", "8", "--more", "2", "--rows", "1000"]
+    small += ["--many", "3"]
     engines.main([*small, "--json", str(out)])
     found = json.loads(out.read_text())
     assert asked == [("local", 1), ("ray", 1), ("local", 2), ("local", 1), ("local", 1)]
     assert found["same_weights"]
-    assert [row["peer"] for row in found["comparisons"][2:]] == ["a limit of 0.5 s", "a limit of 1.5 s"]
-    for row in found["comparisons"][2:]:
+    limits = ["a limit of 0.5 s", "a limit of 1.5 s", "a limit of 5 s", "a limit of 5 s"]
+    assert [row["peer"] for row in found["comparisons"][2:]] == limits
+    assert sorted(line[-1] for line in shown) == ["--dry-run", "--status"]
+    for row in found["comparisons"][2:4]:
         assert row["ours"] == pytest.approx(3, abs=0.1)
     assert "the same weights" in capsys.readouterr().out
 
