@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from cvlctl.terminal import print_table
 if TYPE_CHECKING:
     from rich.console import Console
 
+WHOLE = 200  # cells of a plan that each have a line
 MANY = 20  # cells beyond that are told of by their number
 
 
@@ -49,21 +51,42 @@ def _render_plan(result: dict[str, Any], console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("stage", "of", "out", "state", "size"):
+    table, many = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)), len(result["cells"]) > WHOLE
+    for heading in ("stage", "cells", "state") if many else ("stage", "of", "out", "state", "size"):
         table.add_column(heading, overflow="fold")
     table.add_column("about", justify="right", no_wrap=True)
-    for row in result["cells"]:
-        of = " ".join(text_of(value).split("/")[-1] for value in row["combination"].values())
-        out = row["out"].removeprefix(result["out"].rstrip("/") + "/")
-        about = "" if row["state"] == "finished" else rough(row["estimate_seconds"])
-        texts = (f"{row['stage']}: {row['command']}", of, out, row["state"], row["size"], about)
+    for texts in _stages_of(result["cells"]) if many else _cells_of(result):
         table.add_row(*map(Text, texts))
-    print_table(console, table, key=2)
+    print_table(console, table, key=0 if many else 2)
+    if many:
+        console.print("every cell: --json; fewer of them: --only 'stage=... KEY=...'", markup=False, soft_wrap=True)
     console.print(f"out: {result['out']}", markup=False, soft_wrap=True)
     console.print(f"to do: {in_all(result['cells'], result['at_once'])}", markup=False, soft_wrap=True)
     for line in threads_of(result["cells"]):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _cells_of(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for row in result["cells"]:
+        of = " ".join(text_of(value).split("/")[-1] for value in row["combination"].values())
+        out = row["out"].removeprefix(result["out"].rstrip("/") + "/")
+        about = "" if row["state"] == "finished" else rough(row["estimate_seconds"])
+        yield f"{row['stage']}: {row['command']}", of, out, row["state"], row["size"], about
+
+
+def _stages_of(cells: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """Of many cells a line for each stage: how many are in which state, and how long what is left takes in all."""
+    for stage in dict.fromkeys(row["stage"] for row in cells):
+        rows = [row for row in cells if row["stage"] == stage]
+        states = Counter(row["state"] for row in rows)
+        left = [row["estimate_seconds"] for row in rows if row["state"] != "finished"]
+        about = rough(sum(left)) if left else ""
+        yield (
+            f"{stage}: {rows[0]['command']}",
+            f"{len(rows):,}",
+            ", ".join(f"{n:,} {s}" for s, n in states.items()),
+            about,
+        )
 
 
 def _render_failures(result: dict[str, Any], console: Console) -> None:

@@ -169,3 +169,13 @@ def test_a_partial_store_is_seen(experiment: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0, "1 s"), (59, "59 s"), (600, "10 min"), (9000, "2.5 h")])
 def test_rough_durations(seconds: float, text: str) -> None:
     assert plan.rough(seconds) == text
+
+
+def test_a_plan_of_many_cells_is_drawn_a_line_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"stage": "train", "command": "finetune", "combination": {}, "out": "x", "size": "1 step", "threads": None,
+           "needs": [], "estimate_seconds": 30}  # fmt: skip
+    cells = [{**row, "cell": f"train/{i}", "state": "finished" if i < 50 else "to do"} for i in range(1050)]
+    show.render({"status": "planned", "out": "runs/x", "at_once": 2, "cells": cells}, console())
+    out = capsys.readouterr().out
+    assert "train: finetune" in out and "1,050" in out and "50 finished, 1,000 to do" in out and "8.3 h" in out
+    assert out.count("finetune") == 1 and "--json" in out
