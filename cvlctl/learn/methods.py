@@ -7,14 +7,19 @@ Its code is imported because the recipe names it; nothing else imports it. `docs
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from cvlctl.data.samplers import Draws
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ALGORITHMS
 from cvlctl.play import named_code
@@ -40,6 +45,8 @@ def load(name: str) -> ModuleType:
     if name not in _OUTSIDE:
         page = _imported(name)
         _check(name, page)
+        for function, says in _GIVES.items():
+            setattr(page, function, _checked(name, getattr(page, function), says))
         ALGORITHMS[name] = page
         _OUTSIDE[name] = str(page.__file__)
     return ALGORITHMS[name]
@@ -81,7 +88,7 @@ def _imported(name: str) -> ModuleType:
         raise CvlctlError(
             what, f"a page is a file, such as my_methods/awac.py, or an installed module; {error.hint}"
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"algorithm {name} cannot be imported: {type(error).__name__}: {error}"
         raise CvlctlError(what, "mend the page, or pip install what it imports") from error
     if not isinstance(found, ModuleType):
@@ -89,6 +96,35 @@ def _imported(name: str) -> ModuleType:
             f"algorithm {name} is no module", f"an entry point of {GROUP} names a module, without a colon"
         )
     return found
+
+
+def _is_state(found: object) -> bool:
+    return isinstance(found, dict) and all(isinstance(value, Tensor) for value in found.values())
+
+
+_GIVES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what each function of a page returns
+    "draws": ("a samplers.Draws", lambda found: isinstance(found, Draws)),
+    "init": ("a flat dict of tensors", _is_state),
+    "step": (
+        "(state, metrics), metrics of (E,) each",
+        lambda found: isinstance(found, tuple) and len(found) == 2 and all(map(_is_state, found))
+        and all(value.dim() == 1 for value in found[1].values()),
+    ),
+}  # fmt: skip
+
+
+def _checked(name: str, function: Callable[..., Any], says: tuple[str, Callable[[Any], bool]]) -> Callable[..., Any]:
+    """The function, whose result is looked at unless it is being compiled."""
+
+    @functools.wraps(function)
+    def checked(*given: Any, **more: Any) -> Any:
+        found = function(*given, **more)
+        if not torch.compiler.is_compiling() and not says[1](found):
+            what = f"algorithm {name}: {function.__name__} returned {type(found).__name__}, not {says[0]}"
+            raise CvlctlError(what, "docs/algorithms.md says what a page exports")
+        return found
+
+    return checked
 
 
 def _check(name: str, page: ModuleType) -> None:

@@ -100,6 +100,7 @@ BAD = {
     "its Config is no frozen dataclass": ("@dataclass(frozen=True)", "@dataclass"),
     "has no default for gamma": ("gamma: Number = 0.99", "gamma: Number"),
     "cannot be imported: ModuleNotFoundError": ("import torch\n", "import torch, no_such_module\n"),
+    "cannot be imported: SystemExit": ("LEARNS_FROM =", "raise SystemExit(3) #"),
     "cannot be imported: SyntaxError": ("class Config:", "class Config"),
     "its Config cannot be read from a recipe": ("gamma: Number = 0.99", "gamma: Tensor = 0.99"),
 }
@@ -132,6 +133,22 @@ def test_what_its_code_raises_is_said_with_its_line(folder: Path, begin: str) ->
     with pytest.raises(CvlctlError, match=rf"algorithm awac\.py failed in line {at + 1}: \w+Error: ") as caught:
         finetune(load(written("awac.py")))
     assert str(folder / "awac.py") in caught.value.hint
+
+
+GIVES = {
+    "def step": "    return state #",
+    "def init": "    return {'a': {'b': 1}} #",
+    "def draws": "    return 5 #",
+}
+
+
+@pytest.mark.parametrize("begin", GIVES)
+def test_what_it_returns_is_looked_at(folder: Path, begin: str) -> None:
+    lines = AWAC.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(begin)) + 1
+    Path("awac.py").write_text("\n".join([*lines[:at], GIVES[begin], *lines[at:]]))
+    with pytest.raises(CvlctlError, match=rf"algorithm awac\.py: {begin.split()[1]} returned \w+, not "):
+        finetune(load(written("awac.py")))
 
 
 def test_what_is_not_there_and_what_no_recipe_names(folder: Path) -> None:
