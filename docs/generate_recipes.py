@@ -57,7 +57,7 @@ def _table(node: Mapping[str, Any], path: str, definitions: Mapping[str, Any], t
         links = []
         for choice, name in row.inside:
             heading = f"{path}{row.key}" + (f": {choice}" if choice else "")
-            place = f"{json.dumps(definitions[name], sort_keys=True)}"
+            place = json.dumps(definitions[name], sort_keys=True)
             if place not in told:
                 told[place] = heading
                 new.append((heading, name))

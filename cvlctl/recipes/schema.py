@@ -86,7 +86,7 @@ def words(node: Node) -> str:
     if "const" in node:
         return f"`{node['const']}`"
     if "enum" in node:
-        return ", ".join(f"`{_plain(value)}`" for value in dict.fromkeys(map(_plain, node["enum"])))
+        return ", ".join(f"`{value}`" for value in dict.fromkeys(map(_plain, node["enum"])))
     if choices := node.get("anyOf", node.get("oneOf")):
         return " or ".join(dict.fromkeys(filter(None, map(words, choices))))
     kind = node.get("type")

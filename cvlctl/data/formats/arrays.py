@@ -42,9 +42,7 @@ def read(
         named = {name: keys.get(name, name) for name in ALL}
         columns = {name: arrays.column(key) for name, key in named.items() if key in arrays.names}
         segmented = {name: columns.pop(name) for name in segments.NAMES if name in columns}
-        ends = segments.ends_of(arrays.path, segmented, len(columns["actions"]))
-        if ends is not None:
-            columns["ends"] = segments.last_rows(arrays.path, ends, len(columns["actions"]))
+        columns |= segments.marked(arrays.path, segmented, len(columns["actions"]))
         maker = Maker(arrays.path, action_bounds, clip_actions, told=told)
         cuts = yield from episodes_of_rows(maker, columns, horizon=horizon)
         if unmapped := sorted(set(arrays.names) - set(named.values())):

@@ -16,10 +16,9 @@ from cvlctl.data.formats.joining import side_by_side
 from cvlctl.data.formats.making import Maker
 from cvlctl.data.formats.rows import Cuts, episodes_of_rows, judge
 from cvlctl.data.formats.segments import check_names
-from cvlctl.data.formats.sources import Column, Facts, Told, regular
+from cvlctl.data.formats.sources import Column, Facts, Told, files_in
 from cvlctl.data.formats.tables import SUFFIXES, Table, open_table
 from cvlctl.errors import CvlctlError
-from cvlctl.play.spaces import natural
 from cvlctl.types import Episode
 from cvlctl.units import Bounds
 
@@ -75,11 +74,8 @@ def read(
 
 def files_of(path: Path) -> list[Path]:
     """The file itself, or a folder's tables in the order of their names, numbers as numbers."""
-    if not path.is_dir():
-        regular(path, "a CSV or parquet file, or a folder of such")
-        return [path]
-    files = sorted((file for file in path.iterdir() if file.suffix in SUFFIXES), key=lambda file: natural(file.name))
-    if len({file.suffix for file in files}) != 1:
+    files = files_in(path, SUFFIXES, "a CSV or parquet file")
+    if path.is_dir() and len({file.suffix for file in files}) != 1:
         found = "none" if not files else "several kinds: " + ", ".join(sorted({file.suffix for file in files}))
         raise CvlctlError(f"{path} is a directory; expected files of CSV or of parquet in it: there are {found}")
     return files

@@ -22,7 +22,7 @@ from cvlctl.data.formats.hdf5 import dataset_column, dataset_in, datasets, hdf5_
 from cvlctl.data.formats.joining import Observations
 from cvlctl.data.formats.making import Maker, continuous
 from cvlctl.data.formats.segments import check_names
-from cvlctl.data.formats.sources import Facts, Told, reading, regular, steps_of
+from cvlctl.data.formats.sources import Facts, Told, files_in, reading, steps_of
 from cvlctl.errors import CvlctlError
 from cvlctl.play.spaces import natural
 from cvlctl.types import Episode
@@ -88,10 +88,7 @@ def read(
 
 def files_of(path: Path) -> list[Path]:
     """The file itself, or a folder's HDF5 files in the order of their names, numbers as numbers."""
-    if not path.is_dir():
-        regular(path, "an HDF5 file, or a folder of such")
-        return [path]
-    files = sorted((file for file in path.iterdir() if file.suffix in SUFFIXES), key=lambda file: natural(file.name))
+    files = files_in(path, SUFFIXES, "an HDF5 file")
     if not files:
         raise CvlctlError(f"{path} is a directory; expected HDF5 files in it, and there are none",
                           f"their names end in {', '.join(SUFFIXES)}")  # fmt: skip

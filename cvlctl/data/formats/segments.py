@@ -56,6 +56,12 @@ def need_keys(arrays: Arrays, keys: Mapping[str, str], *required: str) -> None:
             raise CvlctlError(f"{arrays.path}: no array {theirs!r}", hint)
 
 
+def marked(path: Path, columns: Mapping[str, Column], total: int) -> dict[str, Column]:
+    """The column "ends" of rows whose episodes one of `NAMES` tells; nothing where none does."""
+    ends = ends_of(path, columns, total)
+    return {} if ends is None else {"ends": last_rows(path, ends, total)}
+
+
 def last_rows(path: Path, ends: np.ndarray, total: int) -> Column:
     """(N,) bool: the last row of each episode."""
     last = ends - 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cvlctl.errors import CvlctlError
+from cvlctl.play.spaces import natural
 from cvlctl.units import Bounds
 
 BLOCK_BYTES = 2**23  # what a column keeps in memory
@@ -77,6 +78,14 @@ def regular(path: Path, wanted: str) -> None:
         raise CvlctlError(f"{path} is a directory; expected {wanted}")
     if path.exists() and not path.is_file():
         raise CvlctlError(f"{path} is a device or a pipe; expected {wanted}", "write its content into a file first")
+
+
+def files_in(path: Path, suffixes: Collection[str], wanted: str) -> list[Path]:
+    """The file itself, or a folder's files with these suffixes in the order of their names, numbers as numbers."""
+    if not path.is_dir():
+        regular(path, f"{wanted}, or a folder of such")
+        return [path]
+    return sorted((file for file in path.iterdir() if file.suffix in suffixes), key=lambda file: natural(file.name))
 
 
 class Column:

@@ -65,9 +65,7 @@ def read(
                    "actions": _following(actions) if following else actions}  # fmt: skip
         columns |= {ours: arrays.column(f"data/{name}") for ours, name in singles.items() if name}
         total = len(columns["actions"])
-        ends = segments.ends_of(path, {"episode_ends": arrays.column(ENDS)}, total)
-        if ends is not None:
-            columns["ends"] = segments.last_rows(path, ends, total)
+        columns |= segments.marked(path, {"episode_ends": arrays.column(ENDS)}, total)
         maker.told.columns = maker.told.columns or joined.columns()
         if following:
             maker.told.remarks.append(f"actions are the next row's {', '.join(acts)}")

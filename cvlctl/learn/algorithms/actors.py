@@ -49,12 +49,6 @@ def greedy(params: State, observation: Tensor) -> Tensor:
     return torch.tanh(networks.actor(params, observation)[0])
 
 
-def sampled(state: State, observation: Tensor, noise: Tensor) -> Tensor:
-    """Actions (E, B, A) of the policy as it is, of *normalised* observations and standard normal noise; no gradient."""
-    with torch.no_grad():
-        return policy.sample_tanh(*networks.actor(state, observation), noise)[0]
-
-
 def update(state: State, loss: Callable[[State], tuple[Tensor, Metrics]], learning_rate: float) -> Metrics:
     """One Adam step on the actor."""
     grads, metrics = value_and_grad(loss, state, names(state))

@@ -66,12 +66,9 @@ class Config:
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
-    noise: tuple[tuple[str, tuple[int, ...]], ...] = (("action", (config.num_actions, batch_size, spec.action_dim)),)
     train_critic = config.mode != "frozen"
-    if config.improvement == "iterated":
-        noise = (*noise, ("next_action", (batch_size, spec.action_dim)))
-    elif train_critic:
-        noise = (*noise, *occupancy.behaviour_noise(config.critic, spec, batch_size))
+    following = occupancy.following_noise(config.critic, spec, batch_size, config.improvement) if train_critic else ()
+    noise = (("action", (config.num_actions, batch_size, spec.action_dim)), *following)
     return Draws(
         batch_size, **occupancy.law(config.critic), futures=train_critic, bank=config.bank_size,
         times=config.time_bins > 0, noise=noise,
@@ -112,11 +109,7 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     """Algorithm 1, lines 4-12: update the critic (unless frozen), read out Q, update the actor (Eq. 13-15)."""
     metrics: Metrics = {}
     if config.mode != "frozen":
-        given = batch
-        if config.improvement == "iterated":
-            following = networks.normalise(state, batch.future_observation)
-            given = occupancy.of_policy(batch, actors.sampled(state, following, noise["next_action"]))
-        state, metrics = occupancy.step(config.critic, state, given, noise)
+        state, metrics = occupancy.step(config.critic, state, batch, noise)
     psi, rewards = bank(config, state, batch)
     read = readouts.exact(psi, rewards, config.normaliser)
     if config.readout == "coreset":

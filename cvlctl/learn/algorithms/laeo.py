@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from cvlctl.data.samplers import Data, Draws
-from cvlctl.learn import networks
 from cvlctl.learn.algorithms import actors, occupancy
 from cvlctl.learn.losses import occupancy_q
 from cvlctl.learn.networks import State
@@ -55,12 +54,9 @@ class Config:
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
-    noise: tuple[tuple[str, tuple[int, ...]], ...] = (("action", (config.num_actions, batch_size, spec.action_dim)),)
     train_critic = config.mode != "frozen"
-    if config.improvement == "iterated":
-        noise = (*noise, ("next_action", (batch_size, spec.action_dim)))
-    elif train_critic:
-        noise = (*noise, *occupancy.behaviour_noise(config.critic, spec, batch_size))
+    following = occupancy.following_noise(config.critic, spec, batch_size, config.improvement) if train_critic else ()
+    noise = (("action", (config.num_actions, batch_size, spec.action_dim)), *following)
     return Draws(
         batch_size, **occupancy.law(config.critic), futures=train_critic, examples=config.num_examples, noise=noise
     )
@@ -74,11 +70,7 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     """Update the critic (Eq. 5, unless frozen), then the actor on Q(s,a) = mean over examples of e^f (Eq. 7, 9)."""
     metrics: Metrics = {}
     if config.mode != "frozen":
-        given = batch
-        if config.improvement == "iterated":
-            following = networks.normalise(state, batch.future_observation)
-            given = occupancy.of_policy(batch, actors.sampled(state, following, noise["next_action"]))
-        state, metrics = occupancy.step(config.critic, state, given, noise)
+        state, metrics = occupancy.step(config.critic, state, batch, noise)
     psi = occupancy.bank_psi(config.critic, state, batch.bank_observation)
 
     def q(observation: Tensor, action: Tensor) -> Tensor:

@@ -101,13 +101,16 @@ def of_policy(batch: OccupancyBatch, action: Tensor) -> OccupancyBatch:
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
-    return Draws(batch_size, **law(config), futures=True, noise=behaviour_noise(config, spec, batch_size))
+    return Draws(batch_size, **law(config), futures=True, noise=following_noise(config, spec, batch_size))
 
 
-def behaviour_noise(config: Config, spec: Spec, batch_size: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """What a step needs that learns the occupancy of the data's own policy: where an episode was cut off no action is
-    logged, and one is drawn from a policy that is cloned from the data alongside."""
-    return (("behaviour", (batch_size, spec.action_dim)),) if by_next(config) else ()
+def following_noise(
+    config: Config, spec: Spec, batch_size: int, improvement: str = "one_step"
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """What a step of `td_info_nce` needs for actions at the next states: those of the actor, where a method iterates;
+    else, where an episode was cut off and none is logged, those of a policy that is cloned from the data alongside."""
+    name = "next_action" if improvement == "iterated" else "behaviour"
+    return ((name, (batch_size, spec.action_dim)),) if by_next(config) else ()
 
 
 def law(config: Config) -> dict[str, Any]:
@@ -195,7 +198,9 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     observation = networks.normalise(state, batch.observation)
     future_observation = networks.normalise(state, batch.future_observation)
     cloning: Metrics = {}
-    if "behaviour" in noise:
+    if "next_action" in noise:
+        batch = of_policy(batch, _drawn(state, "actor", future_observation, noise["next_action"]))
+    elif "behaviour" in noise:
         batch, cloning = _cloned(config, state, batch, observation, future_observation, noise["behaviour"])
     target = _target(config, state, future_observation, batch.next_action) if by_next(config) else None
     each_twin = (lambda flags: flags.unsqueeze(1)) if config.twin else (lambda flags: flags)
@@ -246,9 +251,14 @@ def _cloned(
     names = [name for name in state if name.startswith("behaviour.")]
     grads, metrics = value_and_grad(loss, state, names)
     adam_update(state, "behaviour", grads, config.learning_rate)
-    with torch.no_grad():
-        drawn, _ = policy.sample_tanh(*networks.actor(state, following, "behaviour"), noise)
+    drawn = _drawn(state, "behaviour", following, noise)
     return of_policy(batch, torch.where(batch.cut.unsqueeze(-1), drawn, batch.next_action)), metrics
+
+
+def _drawn(state: State, name: str, observation: Tensor, noise: Tensor) -> Tensor:
+    """Actions (E, B, A) of a policy of the state, as it is. No gradient."""
+    with torch.no_grad():
+        return policy.sample_tanh(*networks.actor(state, observation, name), noise)[0]
 
 
 def _target(config: Config, state: State, following: Tensor, action: Tensor) -> Tensor:
