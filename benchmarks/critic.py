@@ -8,6 +8,7 @@ Both sides draw transitions and their truncated geometric futures from the same 
 same InfoNCE loss with its partition penalty; the peer's observations are normalised beforehand. An update is one
 gradient step of *both* seeds. Rounds alternate between the contestants, so that a busy machine slows all alike; a ratio
 is the median over rounds. "Our matmul setting" is what `settings.resolve_settings` chooses on this machine.
+td_info_nce is beside info_nce with as many states: at most twice as long an update.
 CVL and LAEO train critic and actor, as without a pretrained critic; no peer has them, so each is beside its eager form:
 "as shipped" with PyTorch's own matrix products, and under our matmul setting.
 """
@@ -15,6 +16,7 @@ CVL and LAEO train critic and actor, as without a pretrained critic; no peer has
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -129,6 +131,7 @@ def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bo
         row = common.versus(f"{work}, {FORM[BF16]}", shipped, rates[BF16], rates[shipped], threads=threads, aim=3.5)
         comparisons.append(row)
     curves = [common.forms(f"{work}, {threads} threads", rates, shipped)]
+    comparisons += beyond_one_step(data, mine[chosen], FORM[chosen], threads, rounds, updates)
     for (name, module), hidden in product(WHOLE.items(), HIDDEN):
         more_comparisons, curve = whole_update(name, module, hidden, data, mine, threads, rounds, updates)
         comparisons += more_comparisons
@@ -141,6 +144,29 @@ def benchmark(threads: int, rounds: int, updates: int, rows: int, eager_only: bo
                   "whole_batch_size": CVL_BATCH, "whole_hidden": HIDDEN, "rows": len(data.observation)},
         "rounds": rounds, "updates_a_round": updates,
     }  # fmt: skip
+
+
+def beyond_one_step(
+    data: Data, settings: Settings, form: str, threads: int, rounds: int, updates: int
+) -> list[dict[str, Any]]:
+    """td_info_nce beside info_nce, with as many states: the critic's update, and all of CVL that iterates."""
+    small = replace(CRITIC, hidden=HIDDEN[0])
+    by_td = replace(small, loss="td_info_nce")
+    pairs = {
+        "critic's": (occupancy, by_td, small),
+        "CVL's whole": (cvl, cvl.Config(critic=by_td, improvement="iterated"), cvl.Config(critic=small)),
+    }
+    comparisons = []
+    for name, (module, ours, theirs) in pairs.items():
+        updating = {
+            loss: common.learner(module, config, SEEDS, data, CVL_BATCH, settings)
+            for loss, config in (("td_info_nce", ours), ("info_nce", theirs))
+        }
+        rates = common.measure(updating, rounds, updates)
+        work = f"{name} update by td_info_nce, {common.size_of(small.hidden)}, batch {CVL_BATCH}, two seeds, {form}"
+        found = rates["td_info_nce"], rates["info_nce"]
+        comparisons.append(common.versus(work, "by info_nce", *found, threads=threads, least=0.5))
+    return comparisons
 
 
 def whole_update(

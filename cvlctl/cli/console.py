@@ -99,7 +99,8 @@ def _executed(app: Callable[..., Any], args: Sequence[str]) -> int:
             return 2  # `cvlctl data`: Typer has printed the help by now
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "cvlctl"
-        return _fail(args, error.format_message(), f"see {path} --help")
+        words = error.format_message().replace("Value error, ", "")  # pydantic's, which Typer reads values with
+        return _fail(args, words, f"see {path} --help")
 
 
 def _of_the_system(error: BaseException | None) -> OSError | None:

@@ -113,7 +113,7 @@ def marginal(
 def marginal_of_next(
     episode_ends: np.ndarray, terminated: np.ndarray, labelled: np.ndarray, gamma: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The same of next observations alone, the law that a critic of `td_info_nce` stands on; at a terminal state the
+    """The same of next observations alone, the law that a critic of a td_ loss stands on; at a terminal state the
     share gamma of the mass has been absorbed there before."""
     ends = np.asarray(episode_ends, dtype=np.int64)
     arrival, absorbed = np.zeros(int(ends[-1])), np.zeros(int(ends[-1]))

@@ -130,7 +130,7 @@ class Store:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Draw `num` future states from the sampler's marginal: a uniform transition, then its discounted future.
 
-        `next_states` draws next observations instead, which critics of `loss: td_info_nce` stand on: the reward on
+        `next_states` draws next observations instead, which critics of a td_ loss stand on: the reward on
         arriving at a terminal one counts 1 - gamma, the share of the mass there that has just arrived.
 
         Returns:

@@ -34,11 +34,12 @@ class Critic:
 
     @property
     def by_next(self) -> bool:
-        """Whether its p(s+) is the law of next states (`loss: td_info_nce`): `Store.futures(..., next_states=True)`."""
+        """Whether its p(s+) is the law of next states (a td_ loss): `Store.futures(..., next_states=True)`."""
         return occupancy.by_next(self.config)
 
     def log_ratio(self, observations: np.ndarray, actions: np.ndarray, futures: np.ndarray) -> np.ndarray:
-        """f(s, a, s+) = log p(s+ | s, a) / p(s+).
+        """f(s, a, s+) = log p(s+ | s, a) / p(s+); of a spectral critic, whose f is the ratio, its logarithm (of 1e-6
+        where it comes out below).
 
         Args:
             observations: (N, O); actions: (N, A); futures: (M, O).
@@ -47,7 +48,8 @@ class Critic:
             (N, M) float32.
         """
         psi = self._psi(futures)
-        return np.concatenate([self._smaller(phi @ psi.mT).numpy() for phi in self._phi(observations, actions)])
+        found = np.concatenate([self._smaller(phi @ psi.mT).numpy() for phi in self._phi(observations, actions)])
+        return np.log(np.maximum(found, 1e-6)) if occupancy.linear(self.config) else found
 
     def q(
         self,
@@ -58,7 +60,7 @@ class Critic:
         normaliser: str = "self",
         weights: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Q of the policy that collected the data (of that which `td_info_nce` learned about): discounted rewards from
+        """Q of the policy that collected the data (of that which a td_ loss learned about): discounted rewards from
         the next step on (CVL Eq. 2 and 11).
 
         Args:
@@ -75,12 +77,18 @@ class Critic:
         psi, reward = self._psi(futures), torch.from_numpy(np.asarray(rewards, dtype=np.float32))
         if reward.shape != psi.shape[-2:-1]:
             raise CvlctlError(f"{len(reward)} rewards for {len(psi)} futures", "give one reward for each future")
-        read = occupancy_q.q_self_normalised if normaliser == "self" else occupancy_q.q_raw
-        reward = reward.expand(*psi.shape[:-1])
-        law: Tensor | int = 0
+        reward, share = reward.expand(*psi.shape[:-1]), None
         if weights is not None:  # in float64, as a share of hundreds of thousands of states asks for
-            law, reward = torch.from_numpy(np.log(len(weights) * np.asarray(weights, np.float64))), reward.double()
-        chunks = [self._smaller(read(phi @ psi.mT + law, reward)).numpy() for phi in self._phi(observations, actions)]
+            share = torch.from_numpy(len(weights) * np.asarray(weights, np.float64))
+            reward = reward.double()
+
+        def read(phi: Tensor) -> Tensor:
+            if occupancy.linear(self.config):
+                return occupancy_q.q_linear(phi, psi, reward, normaliser, share)
+            logits = phi @ psi.mT + (0 if share is None else share.log())
+            return (occupancy_q.q_self_normalised if normaliser == "self" else occupancy_q.q_raw)(logits, reward)
+
+        chunks = [self._smaller(read(phi)).numpy() for phi in self._phi(observations, actions)]
         return (np.concatenate(chunks) / (1 - self.gamma)).astype(np.float32)
 
     def _smaller(self, both: Tensor) -> Tensor:

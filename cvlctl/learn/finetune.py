@@ -24,8 +24,7 @@ from cvlctl.learn.labellers import LABELLERS
 from cvlctl.learn.loop import Learner, train
 from cvlctl.learn.networks import State
 from cvlctl.learn.recipe import FinetuneRecipe, check_critic
-from cvlctl.learn.starting import members, read_start, require_scale
-from cvlctl.play.policies import policy_of, policy_part
+from cvlctl.learn.starting import members, policy, read_start, require_scale
 from cvlctl.runs import LABELS_FILE, Run
 from cvlctl.types import Spec
 
@@ -102,7 +101,7 @@ def _begun_from(
     try:
         found = read_start(recipe.init_from, unfinished=unfinished)
         if not hasattr(config, "mode"):
-            return config, _policy(found, recipe, spec), found
+            return config, policy(recipe.init_from, found, recipe.seeds, spec), found
         before = critics_of(found, recipe.init_from)
         try:
             check_critic(before.config, name, config)
@@ -113,11 +112,3 @@ def _begun_from(
     initial = members(recipe.init_from, recipe.seeds, before.state, before.seeds, before.spec, spec)
     mode = "continue" if config.mode == "auto" else config.mode
     return replace(config, mode=mode, critic=before.config), initial, found
-
-
-def _policy(found: checkpoints.Saved, recipe: FinetuneRecipe, spec: Spec) -> State:
-    """The finished policy that the recipe's algorithm evaluates: actor and normaliser, seed k's of seed k."""
-    before = [policy_of(found, seed).spec for seed in recipe.seeds]  # it says what is amiss in the file
-    state = {name: value.to(torch.float32) for name, value in policy_part(checkpoints.unpack(found)).items()}
-    assert recipe.init_from is not None
-    return members(recipe.init_from, recipe.seeds, state, found.metadata["seeds"], before[0], spec)

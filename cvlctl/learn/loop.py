@@ -46,6 +46,7 @@ class Learner(NamedTuple):
     critic: Any = None  # the occupancy critic's Config, kept in the checkpoints
     initial: State | None = None  # tensors (E, ...) that replace the fresh ones: a pretrained critic, a finished policy
     environment: Any = None  # what the store says of the environment that it came from, kept in the checkpoints
+    beside: State | None = None  # tensors (E, ...) that stand in the state as they are: a policy, and what it sees by
 
 
 class Job(NamedTuple):
@@ -144,7 +145,7 @@ def _resumed(run: Run, recipe: Recipe) -> Job:
 
 def _state(job: Job, recipe: Recipe, learner: Learner, reading: Reading, sample: Data, last: Path) -> State:
     """The state that the first update sees, on its device; statistics are those of `sample`."""
-    state = learner.module.init(learner.config, reading.spec, list(recipe.seeds), sample)
+    state = learner.module.init(learner.config, reading.spec, list(recipe.seeds), sample) | (learner.beside or {})
     if learner.initial is not None:
         fresh, state = state, take_over(state, learner.initial)
         if not hasattr(learner.module, "STARTS_FROM"):  # which evaluates a policy as it is

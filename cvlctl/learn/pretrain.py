@@ -10,14 +10,14 @@ from cvlctl.learn.algorithms import occupancy
 from cvlctl.learn.critics import critics_of
 from cvlctl.learn.loop import Learner, train
 from cvlctl.learn.recipe import PretrainRecipe
-from cvlctl.learn.starting import members, read_start, require_scale
+from cvlctl.learn.starting import members, policy, read_start, require_scale
 from cvlctl.runs import Run
 
 
 def pretrain(recipe: PretrainRecipe, *, force: bool = False, unfinished: bool = False) -> dict[str, Any]:
     """Train, resume, or find the run finished. Opens nothing but the reward-free part of the stores.
 
-    `unfinished`: so may be the run that `init_from` names.
+    `unfinished`: so may be the runs that `init_from` and `policy` name.
     """
     stores = open_stores(recipe.stores)
     inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
@@ -32,6 +32,16 @@ def pretrain(recipe: PretrainRecipe, *, force: bool = False, unfinished: bool = 
         initial = members(recipe.init_from, recipe.seeds, before.state, before.seeds, before.spec, spec)
         require_scale(recipe.init_from, found, stores)
         inputs[f"init_from:{recipe.init_from}"] = found.sha256
+    beside = None
+    if (other := recipe.policy_run) is not None:
+        try:
+            found = read_start(other, unfinished=unfinished)
+            actor = policy(other, found, recipe.seeds, stores[0].spec)
+        except CvlctlError as error:
+            raise CvlctlError(f"policy: {error.what.removeprefix('init_from: ')}", error.hint) from error
+        require_scale(other, found, stores)
+        beside = {name.replace("actor.", f"{occupancy.POLICY}."): value for name, value in actor.items()}
+        inputs[f"policy:{other}"] = found.sha256
     run = Run(recipe.out, recipe.resolved(), inputs, recipe.with_defaults)
-    learner = Learner("occupancy", stores[0].task, occupancy, critic, critic, initial)
+    learner = Learner("occupancy", stores[0].task, occupancy, critic, critic, initial, beside=beside)
     return train(recipe, learner, Reading(stores, recipe.stores), run, force=force)

@@ -84,6 +84,8 @@ class PretrainRecipe(_TrainRecipe):
 
     critic: occupancy.Config = Field(default_factory=occupancy.Config)  # f(s, a, s+) = phi(s, a) . psi(s+)
     init_from: Place | None = None  # a run whose critic goes on here, seed k's from seed k's: on more data, say
+    # whose occupancy a td_ loss learns: that of a finished run's policy (seed k's by seed k), or the data's own
+    policy: Literal["data"] | Place = "data"
     batch_size: Annotated[Count, Field(ge=2)] = 1024
 
     def resolved(self) -> dict[str, Any]:
@@ -93,7 +95,12 @@ class PretrainRecipe(_TrainRecipe):
         return plain
 
     def inputs(self) -> list[Path]:
-        return [*super().inputs(), *([] if self.init_from is None else [self.init_from])]
+        return [*super().inputs(), *(run for run in (self.init_from, self.policy_run) if run is not None)]
+
+    @property
+    def policy_run(self) -> Path | None:
+        """The run whose policy's occupancy is learned; None: the data's."""
+        return None if self.policy == "data" else Path(self.policy)
 
     def learning(self, others: Others = NONE) -> tuple[int, Update]:
         critic = self.critic
@@ -112,6 +119,12 @@ class PretrainRecipe(_TrainRecipe):
             raise ValueError("stores: top ranks episodes by their rewards, and pretraining never sees a reward")
         if self.init_from is not None and "critic" in self.model_fields_set:
             raise ValueError("critic contradicts init_from: a pretrained critic brings its own settings")
+        if self.policy != "data" and self.init_from is not None:
+            raise ValueError("policy contradicts init_from: a critic of another policy's occupancy begins anew")
+        if self.policy != "data" and not occupancy.by_next(self.critic):
+            raise ValueError(
+                f"policy: {self.policy} needs a critic of a td_ loss; {self.critic.loss} knows the data's policy alone"
+            )
         return self
 
 
@@ -155,9 +168,9 @@ def check_critic(critic: occupancy.Config, name: str, config: Any) -> None:
     """Raise a ValueError where a method cannot work with a critic of this loss."""
     iterated = getattr(config, "improvement", "") == "iterated"
     if iterated and not occupancy.by_next(critic):
-        raise ValueError(f"improvement: iterated needs a critic of loss: td_info_nce, and this one's is {critic.loss}")
+        raise ValueError(f"improvement: iterated needs a critic of a td_ loss, and this one's is {critic.loss}")
     if occupancy.by_next(critic) and not hasattr(config, "improvement"):
-        raise ValueError(f"algorithm {name} draws whole futures, which loss: td_info_nce knows none of")
+        raise ValueError(f"algorithm {name} draws whole futures, which loss: {critic.loss} knows none of")
 
 
 def _plain_name(value: Any) -> Any:

@@ -12,6 +12,7 @@ from cvlctl.data.store import Store
 from cvlctl.data.units import agreed, require_alike
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.networks import State
+from cvlctl.play.policies import policy_of, policy_part
 from cvlctl.types import Spec
 from cvlctl.units import read_units
 
@@ -60,3 +61,16 @@ def members(run: Path, wanted: Sequence[int], state: State, seeds: list[int], be
         )
     chosen = torch.tensor([seeds.index(seed) for seed in wanted])
     return {name: value[chosen] if value.dim() else value for name, value in state.items()}
+
+
+def policy(run: Path, found: checkpoints.Saved, seeds: Sequence[int], spec: Spec) -> State:
+    """The finished policy of a run whose file was read: actor and normaliser, seed k's of seed k.
+
+    Raises:
+        CvlctlError: there is none, or it waits for a goal, or sees or does something else than `spec`.
+    """
+    before = [policy_of(found, seed) for seed in seeds]  # it says what is amiss in the file
+    if before[0].needs_goal:
+        raise CvlctlError(f"{run}: its policy is told a goal, and does nothing without", "name another run")
+    state = {name: value.to(torch.float32) for name, value in policy_part(checkpoints.unpack(found)).items()}
+    return members(run, seeds, state, found.metadata["seeds"], before[0].spec, spec)

@@ -17,7 +17,7 @@ from cvlctl.data.samplers import marginal, marginal_of_next
 from cvlctl.data.store import Column, Store, json_digest
 from cvlctl.data.stream import arrival_reward
 from cvlctl.errors import CvlctlError
-from cvlctl.learn.algorithms import ALGORITHMS
+from cvlctl.learn.algorithms import ALGORITHMS, occupancy
 from cvlctl.learn.attribution import Readout, States, by_group, kept_psi, psi_of
 from cvlctl.learn.critics import Critic, Trained, critic_of, critics_of
 from cvlctl.play.policies import NumpyPolicy, policy_of
@@ -117,6 +117,11 @@ def _subject(run: Path, seed: int | None, checkpoint: str | int) -> _Subject:
     record, found = read_run(run), checkpoints.read(file)
     trained = critics_of(found, run)
     seed = trained.seeds[0] if seed is None else seed
+    if occupancy.linear(trained.config):
+        what = (
+            f"{run} has a critic of loss: {trained.config.loss}, whose Q has no shares of states: they may be below 0"
+        )
+        raise CvlctlError(what, "explain a run of info_nce, binary_nce or td_info_nce")
     critic = critic_of(trained, seed, run)
     try:
         uses = [StoreUse.model_validate(use) for use in record["recipe"]["stores"]]

@@ -1,94 +1,20 @@
 """A whole experiment, 3 tasks x 6 methods x 3 seeds: by any engine, killed twice, it ends with the same bits.
 
-`reference` is one cell after the other, undisturbed. `-m slow`: two to four minutes an engine on two cores.
+By SLURM: tests/slurm/test_slurm_proof.py. `-m slow`: two to four minutes an engine on two cores.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from whole_experiment import content, kill_one, reference, start, wait_for_one
 
-from cvlctl import checkpoints
-from cvlctl.files import read_json
-
-TEXT = """\
-out: e
-matrix:
-  task: [gym/Pendulum-v1, gym/MountainCarContinuous-v0, gym/Hopper-v5]
-  method:
-    - {name: bc, hidden: [8]}
-    - {name: td3_bc, hidden: [8]}
-    - {name: iql, hidden: [8]}
-    - {name: successor_features, hidden: [8]}
-    - {name: cvl, hidden: [8], bank_size: 16, critic: {hidden: [8], latent_dim: 4}}
-    - {name: laeo, hidden: [8], num_examples: 16, critic: {hidden: [8], latent_dim: 4}}
-stages:
-  data: {command: build-dataset, task: "${task}", source: {name: random, episodes: 6}, horizon: 60,
-    out: "${out}/data/${task}.zarr"}
-  critic: {command: pretrain, stores: ["${out}/data/${task}.zarr"], critic: {hidden: [8], latent_dim: 4},
-    steps: 300, batch_size: 32, seeds: [0, 1, 2], checkpoint_seconds: 0.5, out: "${out}/critic/${task}"}
-  policy: {command: finetune, stores: ["${out}/data/${task}.zarr"], algorithm: "${method}",
-    success_examples: {from: "${out}/data/${task}.zarr", rule: last}, steps: 300, batch_size: 32, seeds: [0, 1, 2],
-    checkpoint_seconds: 0.5, out: "${out}/policy/${task}/${method.name}"}
-  scores: {command: evaluate, runs: ["${out}/policy/*/*/*"], episodes: 2, horizon: 60, confidence: {resamples: 100},
-    out: "${out}/scores"}
-"""
+__all__ = ["reference"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """`cvlctl run` in a folder, as the leader of a session."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(p) for p in sys.path if p)}
-    (folder / "e.yaml").write_text(TEXT)
-    with open(folder / "said.txt", "a") as log:
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", "cvlctl", "run", "e.yaml", *options],
-            cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """All weights and rows of the experiment, by name."""
-    rows = {"rows": (folder / "e" / "scores" / "rows.jsonl").read_bytes()}
-    for path in sorted((folder / "e").rglob("last.safetensors")):
-        state, _ = checkpoints.load(path)
-        rows[str(path.relative_to(folder))] = b"".join(state[name].numpy().tobytes() for name in sorted(state))
-    return rows
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("reference")
-    assert start(folder, "local.processes=1").wait() == 0, (folder / "said.txt").read_text()[-3000:]
-    found = content(folder)
-    assert len(found) == 1 + 3 + 18
-    assert found["rows"].count(b"\n") == 3 * 6 * 3 * 2
-    return found
-
-
-def running(folder: Path) -> Iterator[tuple[str, int]]:
-    """Cells in training, and their processes."""
-    for path in (folder / "e" / "cells").rglob("state.json"):
-        told = read_json(path) or {}
-        if told.get("state") == "running" and told.get("progress", {}).get("unit") == "updates":
-            yield path.parent.name, told["pid"]
-
-
-def kill_one(folder: Path, process: subprocess.Popen[str]) -> None:
-    """`kill -9` of a cell, once one is in the middle of its training."""
-    until = time.monotonic() + 600
-    while not (found := list(running(folder))):
-        assert process.poll() is None and time.monotonic() < until, (folder / "said.txt").read_text()[-3000:]
-        time.sleep(0.02)
-    os.kill(found[0][1], signal.SIGKILL)
 
 
 @pytest.mark.parametrize("engine", ["local", "ray"])
@@ -96,13 +22,10 @@ def test_killed_twice_it_ends_with_the_same_rows(engine: str, reference: dict[st
     if engine == "ray" and find_spec("ray") is None:
         pytest.skip("ray is not installed")
     first = start(tmp_path, "--engine", engine)
-    kill_one(tmp_path, first)  # a cell
+    kill_one(tmp_path)
     first.wait()
     second = start(tmp_path, "--engine", engine)
-    until = time.monotonic() + 600
-    while not list(running(tmp_path)) and second.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_for_one(tmp_path)
     os.kill(second.pid, signal.SIGKILL)  # the driver
     second.wait()
     third = start(tmp_path, "--engine", engine)

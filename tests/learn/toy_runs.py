@@ -27,6 +27,7 @@ ALL = [
     "occupancy-td",
     "cvl-iterated",
     "laeo-td",
+    "cvl-spectral",
     "cvl",
     "cvl-fourier",
     "laeo",
@@ -56,6 +57,7 @@ def recipe_of(name: str, store: Path, out: Path, *overrides: str) -> Any:
         "laeo-td": f"{{name: laeo, hidden: [32], critic: {by_next}}}}}",
         "cvl-iterated": "{name: cvl, hidden: [32], bank_size: 64, improvement: iterated, "
         f"critic: {by_next}, twin: true}}}}",
+        "cvl-spectral": f"{{name: cvl, hidden: [32], bank_size: 64, critic: {CRITIC[:-1]}, loss: spectral}}}}",
         "laeo": f"{{name: laeo, hidden: [32], critic: {CRITIC}}}",
         "cvl": f"{{name: cvl, hidden: [32], bank_size: 64, num_actions: 2, critic: {CRITIC}}}",
         "cvl-fourier": "{name: cvl, readout: fourier, num_features: 64, xi_ema_rate: 0.5, hidden: [32], "

@@ -28,7 +28,7 @@ class Config:
 
     critic: occupancy.Config = field(default_factory=occupancy.Config)  # from scratch only; else the pretrained run's
     mode: Literal["auto", "scratch", "continue", "frozen"] = "auto"  # auto: continue with init_from, else scratch
-    # iterated: Q is of the policy that is being made, not of the data's; needs a critic of td_info_nce
+    # iterated: Q is of the policy that is being made, not of the data's; needs a critic of a td_ loss
     improvement: Literal["one_step", "iterated"] = "one_step"
     readout: Literal["exact", "fourier", "coreset"] = "exact"  # Eq. 11, Eq. 12, k-means centres of many banks
     normaliser: Literal["self", "none"] = "self"  # none is the paper's
@@ -61,8 +61,10 @@ class Config:
             raise ValueError("coreset_size must lie between 1 and bank_size")
         if self.actor_form == "sampled" and self.num_actions < 2:
             raise ValueError("actor_form: sampled compares actions of one state: num_actions must be at least 2")
-        if self.critic.twin and self.readout != "exact":
-            raise ValueError("critic.twin needs readout: exact")
+        if (self.critic.twin or occupancy.linear(self.critic)) and self.readout != "exact":
+            raise ValueError(
+                f"critic.{'twin' if self.critic.twin else 'loss: ' + self.critic.loss} needs readout: exact"
+            )
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
@@ -111,7 +113,7 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     if config.mode != "frozen":
         state, metrics = occupancy.step(config.critic, state, batch, noise)
     psi, rewards = bank(config, state, batch)
-    read = readouts.exact(psi, rewards, config.normaliser)
+    read = readouts.exact(psi, rewards, config.normaliser, occupancy.linear(config.critic))
     if config.readout == "coreset":
         read = readouts.coreset(state, psi, rewards, config.normaliser, config.xi_ema_rate)
     elif config.readout == "fourier" and config.time_bins == 0:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cvlctl.data.samplers import Data, Draws
@@ -35,7 +36,7 @@ class Config:
 
     critic: occupancy.Config = field(default_factory=occupancy.binary_nce)  # from scratch; else the pretrained run's
     mode: Literal["auto", "scratch", "continue", "frozen"] = "auto"  # auto: continue with init_from, else scratch
-    # iterated: Q is of the policy that is being made, not of the data's; needs a critic of td_info_nce
+    # iterated: Q is of the policy that is being made, not of the data's; needs a critic of a td_ loss
     improvement: Literal["one_step", "iterated"] = "one_step"
     readout: Literal["posterior", "ratio"] = "posterior"  # Q / (1 + Q), or Q itself, the paper's (Eq. 7 to 9)
     num_examples: Whole = 200  # success examples in each step's average; all of them where there are fewer
@@ -74,6 +75,10 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     psi = occupancy.bank_psi(config.critic, state, batch.bank_observation)
 
     def q(observation: Tensor, action: Tensor) -> Tensor:
+        if occupancy.linear(config.critic):
+            ratio = (occupancy.phi(config.critic, state, observation, action) @ psi.mT).mean(dim=-1)
+            ratio = ratio.amin(dim=1) if config.critic.twin else ratio
+            return F.softsign(ratio) if config.readout == "posterior" else ratio  # Q / (1 + |Q|): it may be below 0
         log_q = occupancy_q.log_q_examples(occupancy.phi(config.critic, state, observation, action) @ psi.mT)
         log_q = log_q.amin(dim=1) if config.critic.twin else log_q
         if config.readout == "posterior":

@@ -1,8 +1,9 @@
 """The occupancy critic f(s, a, s+) = phi(s, a) . psi(s+): CVL Eq. 6, 9, 10; LAEO Eq. 5. Learned without rewards.
 
 At its optimum f = log p(s+ | s, a) / p(s+), where p(s+ | s, a) is the discounted state occupancy of the policy that
-collected the data; under `loss: td_info_nce`, which learns from single transitions, that of any policy whose actions
-are put at the next states, and p(s+) is then the law of these. psi sees the final observation for the absorbing state,
+collected the data; under `td_info_nce` and `td_spectral`, which learn from single transitions, that of any policy whose
+actions are put at the next states, and p(s+) is then the law of these. The spectral losses learn the ratio as it is, so
+that Q is linear in phi; the others its logarithm. psi sees the final observation for the absorbing state,
 with no flag: arriving at a terminal state and staying there have the same ratio (their probabilities differ by the
 constant gamma / (1 - gamma), both given (s, a) and in the marginal).
 
@@ -30,6 +31,7 @@ from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, va
 from cvlctl.types import Flag, Number, OccupancyBatch, Spec, Whole, check_widths
 
 CALLS = 165
+POLICY = "policy"  # networks of a finished policy, in the state of a critic that learns its occupancy
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ class Config:
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    loss: Literal["info_nce", "binary_nce", "td_info_nce"] = "info_nce"  # CVL Eq. 9, LAEO Eq. 5, CDPC Eq. 10
+    # CVL Eq. 9, LAEO Eq. 5, CDPC Eq. 10; spectral ones learn the ratio itself, not its logarithm
+    loss: Literal["info_nce", "binary_nce", "td_info_nce", "spectral", "td_spectral"] = "info_nce"
     gamma: Number = 0.99  # discount
-    partition_coefficient: Number = 0.01  # [lambda_Partition], not of binary_nce
+    partition_coefficient: Number = 0.01  # [lambda_Partition], of losses with a partition: info_nce, td_info_nce
     penalty: Literal["log_mean", "log_sum"] = "log_mean"  # what Eq. 10 squares; log_sum is the paper's
     features: Literal["free", "unit"] = "free"  # norms of phi and psi
     temperature: Number = 1.0  # of unit features
@@ -50,7 +53,7 @@ class Config:
     learning_rate: Number = 3e-4
     twin: Flag = False  # two critics side by side; readouts take the smaller Q
     ema_rate: Number = 0.0  # [beta] of psi; above 0, readouts use the averaged psi
-    target_rate: Number = 0.01  # by which the targets of td_info_nce follow, an update
+    target_rate: Number = 0.01  # by which the targets of td_ losses follow, an update
     future_columns: tuple[Whole, ...] | None = None  # of an observation, that make a future (a goal); None: all
     command_columns: tuple[Whole, ...] = ()  # in which the observation states a goal for future_columns, one for one
 
@@ -86,7 +89,12 @@ def binary_nce() -> Config:
 
 def by_next(config: Config) -> bool:
     """Whether it learns from single transitions, and stands on the law of next states."""
-    return config.loss == "td_info_nce"
+    return config.loss.startswith("td_")
+
+
+def linear(config: Config) -> bool:
+    """Whether f is the ratio p(s+ | s, a) / p(s+) itself; else it is the ratio's logarithm."""
+    return config.loss.endswith("spectral")
 
 
 def check_improvement(improvement: str, mode: str) -> None:
@@ -107,7 +115,7 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 def following_noise(
     config: Config, spec: Spec, batch_size: int, improvement: str = "one_step"
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """What a step of `td_info_nce` needs for actions at the next states: those of the actor, where a method iterates;
+    """What a step of a td_ loss needs for actions at the next states: those of the actor, where a method iterates;
     else, where an episode was cut off and none is logged, those of a policy that is cloned from the data alongside."""
     name = "next_action" if improvement == "iterated" else "behaviour"
     return ((name, (batch_size, spec.action_dim)),) if by_next(config) else ()
@@ -193,12 +201,14 @@ def bank_psi(config: Config, state: State, observation: Tensor) -> Tensor:
 
 
 def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, Tensor]) -> tuple[State, Metrics]:
-    """One update of phi and psi. Under `td_info_nce` they learn the occupancy of the policy of `batch.next_action`: of
+    """One update of phi and psi. Under a td_ loss they learn the occupancy of the policy of `batch.next_action`: of
     the one that collected the data where these are the logged ones."""
     observation = networks.normalise(state, batch.observation)
     future_observation = networks.normalise(state, batch.future_observation)
     cloning: Metrics = {}
-    if "next_action" in noise:
+    if f"{POLICY}.0.weight" in state:
+        batch = of_policy(batch, _greedy(state, future_observation))
+    elif "next_action" in noise:
         batch = of_policy(batch, _drawn(state, "actor", future_observation, noise["next_action"]))
     elif "behaviour" in noise:
         batch, cloning = _cloned(config, state, batch, observation, future_observation, noise["behaviour"])
@@ -207,22 +217,12 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
 
     def loss(params: State) -> tuple[Tensor, Metrics]:
         logits = phi(config, params, observation, batch.action) @ psi(config, params, future_observation).mT
-        num_futures = logits.shape[-1]
-        partition = contrastive.log_partition(logits)
-        if config.loss == "binary_nce":
-            total = nce = contrastive.binary_nce(logits)
-        else:
-            nce = contrastive.info_nce(logits, partition)
-            if target is not None:
-                flags = each_twin(batch.ended), each_twin(batch.cut)
-                nce = contrastive.td_info_nce(logits, partition, target, config.gamma, *flags)
-            penalty = contrastive.partition_penalty(partition, num_futures, config.penalty)
-            total = nce + config.partition_coefficient * penalty
+        total, nce, mean_ratio = _errors(config, logits, target, *(each_twin(x) for x in (batch.ended, batch.cut)))
         positive = logits.diagonal(dim1=-2, dim2=-1)
         metrics = {
             "critic/nce": nce.mean(dim=-1),
             "critic/accuracy": (positive >= logits.amax(dim=-1)).float().mean(dim=-1),
-            "critic/log_mean_ratio": partition.mean(dim=-1) - math.log(num_futures),  # 0 where f is the log ratio
+            **mean_ratio,
         }
         if config.twin:
             metrics = {name: value.mean(dim=1) for name, value in metrics.items()}
@@ -236,6 +236,27 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     if target is not None:
         ema_update(state, "target", names, config.target_rate)
     return state, metrics | cloning
+
+
+def _errors(
+    config: Config, f: Tensor, target: Tensor | None, ended: Tensor, cut: Tensor
+) -> tuple[Tensor, Tensor, Metrics]:
+    """Of f (E, [2,] B, B) what each row is charged (E, [2,] B), of that the loss alone, and the mean ratio it has."""
+    if linear(config):
+        loss = contrastive.spectral(f)
+        if target is not None:
+            loss = contrastive.td_spectral(f, target, config.gamma, ended, cut)
+        return loss, loss, {"critic/mean_ratio": f.mean(dim=(-2, -1))}  # 1 where f is the ratio
+    partition = contrastive.log_partition(f)
+    mean_ratio = {"critic/log_mean_ratio": partition.mean(dim=-1) - math.log(f.shape[-1])}  # 0 where f is the log ratio
+    if config.loss == "binary_nce":
+        loss = contrastive.binary_nce(f)
+        return loss, loss, mean_ratio
+    loss = contrastive.info_nce(f, partition)
+    if target is not None:
+        loss = contrastive.td_info_nce(f, partition, target, config.gamma, ended, cut)
+    penalty = contrastive.partition_penalty(partition, f.shape[-1], config.penalty)
+    return loss + config.partition_coefficient * penalty, loss, mean_ratio
 
 
 def _cloned(
@@ -259,6 +280,12 @@ def _drawn(state: State, name: str, observation: Tensor, noise: Tensor) -> Tenso
     """Actions (E, B, A) of a policy of the state, as it is. No gradient."""
     with torch.no_grad():
         return policy.sample_tanh(*networks.actor(state, observation, name), noise)[0]
+
+
+def _greedy(state: State, observation: Tensor) -> Tensor:
+    """Actions (E, B, A) of the finished policy that stands in the state, as it is evaluated. No gradient."""
+    with torch.no_grad():
+        return torch.tanh(networks.actor(state, observation, POLICY)[0])
 
 
 def _target(config: Config, state: State, following: Tensor, action: Tensor) -> Tensor:

@@ -16,13 +16,23 @@ Readout = Callable[[Tensor], Tensor]  # phi (E, N, latent) -> Q (E, N)
 Q = Callable[[Tensor, Tensor], Tensor]  # *normalised* observations (E, N, O) and actions (E, N, A) -> Q (E, N)
 
 
-def exact(psi: Tensor, rewards: Tensor, normaliser: str) -> Readout:
-    """Q over the bank itself (CVL Eq. 11): psi (E, M, latent), rewards (E, M); twin critics give the smaller Q."""
+def exact(psi: Tensor, rewards: Tensor, normaliser: str, linear: bool = False) -> Readout:
+    """Q over the bank itself (CVL Eq. 11): psi (E, M, latent), rewards (E, M); twin critics give the smaller Q.
+
+    `linear`: f is the ratio itself (`occupancy.linear`).
+    """
+    if linear:
+        shared = rewards if psi.dim() == 3 else rewards.unsqueeze(1).expand(-1, psi.shape[1], -1)
+        return lambda phi: _smaller(occupancy_q.q_linear(phi, psi, shared, normaliser))
     read = occupancy_q.q_self_normalised if normaliser == "self" else occupancy_q.q_raw
     if psi.dim() == 3:
         return lambda phi: read(phi @ psi.mT, rewards)
     both = rewards.unsqueeze(1).expand(-1, psi.shape[1], -1)
-    return lambda phi: read(phi @ psi.mT, both).amin(dim=1)
+    return lambda phi: _smaller(read(phi @ psi.mT, both))
+
+
+def _smaller(q: Tensor) -> Tensor:
+    return q.amin(dim=1) if q.dim() == 3 else q
 
 
 def fourier_init(

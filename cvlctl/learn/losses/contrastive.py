@@ -48,6 +48,24 @@ def td_info_nce(logits: Tensor, partition: Tensor, target: Tensor, gamma: float,
     return torch.where(cut, 0.0, (1 - gamma) * first + gamma * second)
 
 
+def spectral(f: Tensor) -> Tensor:
+    """l_i = mean_{j != i} f_ij^2 - 2 f_ii (HaoChen et al. 2021, Eq. 6). At the optimum f = p(s+|s,a)/p(s+): the ratio
+    itself, not its logarithm."""
+    own = f.diagonal(dim1=-2, dim2=-1)
+    return (f.square().sum(dim=-1) - own.square()) / (f.shape[-1] - 1) - 2 * own
+
+
+def td_spectral(f: Tensor, target: Tensor, gamma: float, ended: Tensor, cut: Tensor) -> Tensor:
+    """l_i = mean_{j != i} f_ij^2 - 2 ((1 - gamma) f_ii + gamma mean_{j != i} g_ij f_ij), with g_i the target
+    f(s'_i, a'_i, s'_j). At the optimum f = p^pi(s+|s,a)/p(s') for a' of pi: the Bellman equation of the occupancy,
+    (1 - gamma) p(s'|s,a) + gamma E p^pi(s+|s',a'), in its least squares. Arguments are those of `td_info_nce`."""
+    own = torch.eye(f.shape[-1], dtype=torch.bool, device=f.device)
+    positive = f.diagonal(dim1=-2, dim2=-1)
+    following = (target * f).masked_fill(own, 0.0).sum(dim=-1) / (f.shape[-1] - 1)
+    following = torch.where(ended, positive, following)
+    return torch.where(cut, 0.0, spectral(f) + 2 * gamma * (positive - following))
+
+
 def binary_nce(logits: Tensor) -> Tensor:
     """l_i = softplus(-f_ii) + mean_{j != i} softplus(f_ij) (LAEO Eq. 5). At the optimum f = log p(s+|s,a)/p(s+).
 

@@ -23,6 +23,22 @@ def q_raw(logits: Tensor, rewards: Tensor) -> Tensor:
     return (logits.exp() @ rewards.unsqueeze(-1)).squeeze(-1) / logits.shape[-1]
 
 
+def q_linear(phi: Tensor, psi: Tensor, rewards: Tensor, normaliser: str, weights: Tensor | None = None) -> Tensor:
+    """Q(s,a) = phi . xi_r / phi . xi_1 (`self`), or phi . xi_r (`none`), of a critic whose f is the ratio itself: the
+    bank is one mean vector, xi_r = 1/M sum_j psi_j r_j.
+
+    Args:
+        phi, psi, rewards: (..., N, d), (..., M, d), (..., M).
+        weights: (M,) of mean 1: what the futures count for; None: all alike.
+    """
+    columns = torch.stack([rewards, torch.ones_like(rewards)], dim=-1)
+    if weights is not None:
+        columns = columns * weights.unsqueeze(-1)
+    sums = psi.mT.to(columns.dtype) @ columns / rewards.shape[-1]
+    none = phi.new_zeros(1)
+    return q_fourier(phi.to(columns.dtype), none, sums, none, normaliser)
+
+
 def log_q_examples(logits: Tensor) -> Tensor:
     """log Q(s,a) = log 1/M sum_j exp(f_j) over success examples (LAEO Eq. 7), in log space against overflow."""
     return torch.logsumexp(logits, dim=-1) - math.log(logits.shape[-1])
