@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
@@ -50,12 +50,22 @@ def check_widths(hidden: Sequence[int], name: str = "hidden") -> None:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a policy sees and does: observation shape, action dimensions (each in [-1, 1]), longest episode."""
+    """What a policy sees and does: observation shape, action dimensions (each in [-1, 1]), longest episode, and the
+    frames' height, width and channels of each camera, by name. (0,) is the shape of no vector at all."""
 
     observation_shape: tuple[int, ...]
     action_dim: int
     horizon: int
-    pixels: bool = False
+    cameras: Mapping[str, tuple[int, int, int]] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        cameras = {name: (h, w, c) for name, (h, w, c) in sorted(self.cameras.items())}
+        object.__setattr__(self, "cameras", cameras)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it, for headers of checkpoints; without cameras nothing is said of them."""
+        found = asdict(self)
+        return found if self.cameras else {key: value for key, value in found.items() if key != "cameras"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +73,8 @@ class Episode:
     """One episode with its final observation.
 
     Args:
-        observations: (T+1, *observation_shape), float32; uint8 for pixels, which have two dimensions or more (a row of
-            bytes is a row of numbers).
+        observations: (T+1, O) floats (of more axes, too: nothing trains on those); None: frames are all there is, and
+            the vector has no columns. Frames of uint8, (T+1, H, W) or (T+1, H, W, C), are those of a camera "pixels".
         actions: (T, A) floats in [-1, 1]; whole numbers and booleans are taken for those of a discrete task.
         rewards: (T,) or None; `rewards[t]` is received on arriving at `observations[t+1]`.
         successes: (T,) bool or None; likewise on arriving at `observations[t+1]`.
@@ -72,13 +82,15 @@ class Episode:
         task: name of the task, "" to take the store's.
         collected_at: environment step of the collector at which the episode began.
         seed: seed of the collector.
+        images: (T+1, H, W, C) uint8 for each camera by its name, or (T+1, H, W), which is one channel; None: no camera.
+        sim_state: (T+1, n) float64: what brings the simulator back to each observation; None: not known.
 
     Raises:
         CvlctlError: on an empty episode, mismatched lengths, values that are not finite, actions outside [-1, 1] or
-            discrete, or a task that is no text.
+            discrete, a task that is no text, or frames that are none.
     """
 
-    observations: np.ndarray
+    observations: Any  # kept as (T+1, ...) float32; None and frames leave (T+1, 0)
     actions: np.ndarray
     rewards: np.ndarray | None = None
     successes: np.ndarray | None = None
@@ -86,12 +98,12 @@ class Episode:
     task: str = ""
     collected_at: int = 0
     seed: int = 0
+    images: Mapping[str, np.ndarray] | None = None
+    sim_state: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         check_text("an episode's task", self.task)
-        observations = np.asarray(self.observations)
-        if observations.dtype != np.uint8 or observations.ndim == 2:
-            observations = _floats("observations", observations)
+        observations, images = _seen(self.observations, self.images, len(np.asarray(self.actions)) + 1)
         actions = _floats("actions", self.actions)
         if (given := np.asarray(self.actions).dtype).kind in "biu":
             raise CvlctlError(
@@ -130,6 +142,9 @@ class Episode:
                 raise CvlctlError(f"an episode's {name} have shape {value.shape}; expected ({len(actions)},)")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "terminated", bool(self.terminated))
+        object.__setattr__(self, "images", images or None)
+        if self.sim_state is not None:
+            object.__setattr__(self, "sim_state", _states(self.sim_state, len(actions) + 1))
 
     def __len__(self) -> int:
         """Number of transitions T."""
@@ -147,6 +162,16 @@ def check_text(what: str, value: object) -> None:
     raise CvlctlError(f"{what} is {value!r}, not text", "give a name such as metaworld/reach-v3")
 
 
+PLAIN = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-.")
+
+
+def check_name(what: str, name: object) -> None:
+    """Raise a CvlctlError unless `name` will do as a folder's in a store; `what` says what it is of."""
+    plain = isinstance(name, str) and 0 < len(name) <= 100 and set(name) <= PLAIN and name[0] != "."
+    if not plain or name == "zarr.json":  # a file that lies beside such folders
+        raise CvlctlError(f"{what} {name!r} is not a plain name", "use letters, digits, '_', '-' and '.'")
+
+
 def require_finite(name: str, values: np.ndarray, columns: Sequence[str] = ()) -> None:
     """Raise a CvlctlError that names the first column (by `columns`, else by number) with NaN or infinity."""
     if np.isfinite(values).all():
@@ -154,6 +179,52 @@ def require_finite(name: str, values: np.ndarray, columns: Sequence[str] = ()) -
     column = int(np.argwhere(~np.isfinite(values))[0, -1])
     which = columns[column] if column < len(columns) else f"column {column}"
     raise CvlctlError(f"{name} hold NaN or infinity in {which}", "a sensor may have failed: give the last sound value")
+
+
+def _seen(observations: Any, images: Any, rows: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """An episode's vector (rows, O) and frames {camera: (rows, H, W, C)}; frames are never copied nor made floats."""
+    if images is not None and not isinstance(images, Mapping):
+        what = f"an episode's images are a {type(images).__name__}"
+        raise CvlctlError(what, 'give frames by camera: images={"corner": (T+1, H, W, C) uint8}')
+    found = {name: np.asarray(frames) for name, frames in (images or {}).items()}
+    vector = None if observations is None else np.asarray(observations)
+    if vector is not None and vector.dtype == np.uint8 and vector.ndim > 2:
+        if found:
+            what = f"an episode has frames of uint8 {vector.shape} for observations, and images beside them"
+            raise CvlctlError(what, "give all frames as images, and numbers or None as observations")
+        found, vector = {"pixels": vector}, None
+    vector = np.zeros((rows, 0), np.float32) if vector is None else _floats("observations", vector)
+    cameras = {name: _frames(name, frames, rows) for name, frames in found.items()}
+    if not cameras and vector.ndim > 1 and vector.shape[1] == 0:
+        raise CvlctlError("an episode has neither observations nor images", "a policy sees one of them, or both")
+    return vector, dict(sorted(cameras.items()))
+
+
+def _frames(camera: str, frames: np.ndarray, rows: int) -> np.ndarray:
+    check_name("camera", camera)
+    where, expected = f"an episode's frames of camera {camera!r}", f"expected ({rows}, height, width, channels) uint8"
+    if frames.dtype != np.uint8:
+        raise CvlctlError(f"{where} are {frames.dtype} {frames.shape}; {expected}", "values are 0 to 255")
+    if frames.ndim == 3:
+        frames = frames[..., None]
+    if frames.ndim != 4 or 0 in frames.shape[1:]:
+        raise CvlctlError(f"{where} have shape {frames.shape}; {expected}", "a frame alone, not a stack of them")
+    if len(frames) != rows:
+        what = f"{where}: there are {len(frames)}; {expected}"
+        raise CvlctlError(what, "store every episode's final frame: T actions need T+1 frames")
+    return frames
+
+
+def _states(states: object, rows: int) -> np.ndarray:
+    try:
+        found = np.asarray(states, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise CvlctlError(f"an episode's sim_state is no array of numbers: {error}") from error
+    if found.ndim != 2 or len(found) != rows or found.shape[1] == 0:
+        what = f"an episode's sim_state has shape {found.shape}; expected ({rows}, n)"
+        raise CvlctlError(what, "one row for each observation")
+    require_finite("an episode's sim_state", found)
+    return found
 
 
 def _floats(name: str, value: object) -> np.ndarray:

@@ -78,12 +78,16 @@ def assert_same(found: Iterable[Episode], wanted: list[Episode], task: str = "to
     found = list(found)
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted, strict=True):
-        for name in ("observations", "actions", "rewards", "successes"):
+        for name in ("observations", "actions", "rewards", "successes", "sim_state"):
             x, y = getattr(a, name), getattr(b, name)
             assert (x is None) == (y is None), name
             if x is not None:
                 assert x.dtype == y.dtype, name
                 np.testing.assert_array_equal(x, y)
+        assert list(a.images or {}) == list(b.images or {})
+        for camera, frames in (a.images or {}).items():
+            assert frames.dtype == np.uint8
+            np.testing.assert_array_equal(frames, b.images[camera])
         assert (a.terminated, a.collected_at, a.seed) == (b.terminated, b.collected_at, b.seed)
         assert a.task == (b.task or task)
 

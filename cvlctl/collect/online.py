@@ -200,7 +200,7 @@ class _Collector:
         self._remember_state()
         bounds = finite(*env.action_bounds)[0] or (-1.0, 1.0)
         self.metadata = {
-            "algorithm": source.name, "task": recipe.task, "spec": asdict(env.spec), "seeds": [recipe.seed],
+            "algorithm": source.name, "task": recipe.task, "spec": env.spec.plain(), "seeds": [recipe.seed],
             "recipe": run.recipe, "settings": self.settings.as_dict(), "units": {KEY: plain(bounds)},
             **({"environment": envs.described(env, recipe.settings)} if env.own else {}),
         }  # fmt: skip

@@ -21,7 +21,7 @@ from cvlctl.collect.recipe import (
     ScriptedSource,
     StoresSource,
 )
-from cvlctl.data.store import DATA, Store, open_store
+from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
 from cvlctl.interrupts import held
@@ -186,7 +186,7 @@ def _copied(source: StoresSource, recipe: BuildRecipe, env: envs.Env, writer: St
         store.require_label("given")
         if store.task != recipe.task:
             raise CvlctlError(f"{path} is of {store.task}, the recipe of {recipe.task}", "join stores of one task")
-        store.check([*DATA, *store.label_arrays("given")])
+        store.check([*store.arrays, *store.label_arrays("given")])
         parts.append((store, store.collected_at() + store.lengths() <= (until or np.inf)))
     total = sum(int(taken.sum()) for _, taken in parts)
     if total == 0:

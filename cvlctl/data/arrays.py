@@ -12,6 +12,64 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.sync import sync as zarr_sync
 
 from cvlctl.data.chunks import chunks, hexadecimal, open_array, read_chunk
+from cvlctl.data.layout import IMAGES
+
+AT_ONCE = 4  # chunks, which zarr encodes side by side
+
+
+class Waiting:
+    """Rows of one array that no chunk holds yet.
+
+    Attributes:
+        like: (0, ...) rows of the array's shape and type.
+        chunk_rows: rows of a chunk.
+        written: rows that lie in full chunks.
+    """
+
+    def __init__(self, name: str, like: np.ndarray, chunk_rows: int, written: int = 0) -> None:
+        self.name, self.like, self.chunk_rows, self.written = name, like[:0].copy(), chunk_rows, written
+        self._parts: list[np.ndarray] = []
+
+    def add(self, rows: np.ndarray) -> None:
+        """Take more of them; they are the caller's until `keep`."""
+        self._parts.append(rows)
+
+    def keep(self) -> None:
+        """Copy what is left of the rows that came last: their array may change, or be large."""
+        if self._parts:
+            self._parts[-1] = self._parts[-1].copy()
+
+    def rest(self) -> np.ndarray:
+        """All of them as one array."""
+        return np.concatenate([self.like, *self._parts])
+
+    def write_full(self, folder: Path) -> None:
+        """Write the full chunks among them, some at a time. Where that fails, the rows are still here."""
+        while chunks_ready := min(sum(map(len, self._parts)) // self.chunk_rows, AT_ONCE):
+            size = chunks_ready * self.chunk_rows
+            write_arrays(folder, self.written, {self.name: self._first(size)}, self.chunk_rows)
+            self._drop(size)
+            self.written += size
+
+    def write_rest(self, folder: Path) -> None:
+        """Write what is left as the last chunk, or the array's metadata alone."""
+        write_arrays(folder, self.written, {self.name: self.rest()}, self.chunk_rows)
+
+    def _first(self, size: int) -> np.ndarray:
+        taken, missing = [], size
+        for part in self._parts:
+            taken.append(part[:missing])
+            missing -= len(taken[-1])
+            if not missing:
+                break
+        return taken[0] if len(taken) == 1 else np.concatenate(taken)
+
+    def _drop(self, size: int) -> None:
+        while size:
+            size, part = size - len(self._parts[0]), self._parts.pop(0)
+            if size < 0:
+                self._parts.insert(0, part[size:])
+                size = 0
 
 
 def write_arrays(folder: Path, start: int, rows: dict[str, np.ndarray], chunk_rows: int) -> None:
@@ -68,7 +126,10 @@ def form(name: str, rows: dict[str, np.ndarray]) -> tuple[tuple[int, ...], np.dt
 
 def described(name: str, rows: dict[str, np.ndarray]) -> str:
     """The same in words."""
-    what = name.rsplit("/")[-1] + ("es" if name.endswith("s") else "s")
+    last = name.rpartition("/")[2]
+    if name.startswith(IMAGES):
+        return f"frames of camera {last!r} of shape {rows[name].shape[1:]}" if name in rows else f"no camera {last!r}"
+    what = last + ("es" if last.endswith("s") else "s")
     if name not in rows:
         return f"no {what}"
     shape = rows[name].shape[1:]

@@ -12,13 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cvlctl import files
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import partial_of, put_aside
+from cvlctl.types import Spec, check_name
 
-FORMAT, VERSION = "cvlctl-store", 1
+FORMAT, VERSION = "cvlctl-store", 2  # 2: of cameras, or of simulator states; all others are still written as 1
 # the format's own root attributes; any other is free
 KEYS = ("format", "version", "task", "tasks", "spec", "counts", "checksums", "chunk_crc32c", "provenance")
 LARGEST = 2**28  # bytes of a zarr.json: ten thousand times the usual
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class _Strict(BaseModel):
@@ -29,7 +31,8 @@ class SpecAttribute(_Strict):
     observation_shape: list[Count]
     action_dim: Count
     horizon: Count
-    pixels: bool
+    pixels: bool  # version 1: `data/observation` holds frames; they are those of a camera "pixels"
+    cameras: dict[str, Annotated[list[Size], Field(min_length=3, max_length=3)]] = {}  # height, width, channels
 
 
 class Counts(_Strict):
@@ -70,6 +73,15 @@ def read_attributes(path: Path) -> dict[str, Any]:
     return found
 
 
+def spec_attribute(spec: Spec) -> dict[str, Any]:
+    """The attribute `spec` of a store that is written now."""
+    cameras = {name: list(size) for name, size in spec.cameras.items()}
+    return {
+        "observation_shape": list(spec.observation_shape), "action_dim": spec.action_dim, "horizon": spec.horizon,
+        "pixels": False, **({"cameras": cameras} if cameras else {}),
+    }  # fmt: skip
+
+
 def parsed(path: Path, attributes: dict[str, Any]) -> Attributes:
     """The attributes of the store at `path`, checked.
 
@@ -77,10 +89,16 @@ def parsed(path: Path, attributes: dict[str, Any]) -> Attributes:
         CvlctlError: one is missing, or not what docs/store.md says.
     """
     try:
-        return Attributes.model_validate(attributes)
+        found = Attributes.model_validate(attributes)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name, *inside = first["loc"]
         place = f" ({'.'.join(map(str, inside))})" if inside else ""
         what = f"{path / 'zarr.json'}: the store's attributes lack or garble {name!r}{place}: {first['msg']}"
         raise CvlctlError(what, "restore that file from a copy, or write the store again") from None
+    if found.spec.pixels and len(found.spec.observation_shape) < 2:
+        what = f"{path / 'zarr.json'}: spec: pixels of shape {found.spec.observation_shape} are no frames"
+        raise CvlctlError(what, "restore that file from a copy, or write the store again")
+    for camera in found.spec.cameras:
+        check_name(f"{path / 'zarr.json'}: camera", camera)  # it is a folder's
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +87,29 @@ def chunks(path: Path, name: str, array: zarr.Array, crcs: Sequence[str] = ()) -
         file = path / name / "/".join(["c", str(i), *["0"] * (array.ndim - 1)])
         about = f"{name} chunk {i} (rows {start}-{stop - 1})"
         yield Chunk(path, about, file, slice(start, stop), crcs[i] if known else None)
+
+
+class Sliced:
+    """Rows of an array, read chunk by chunk; the last one is kept, so that each is read once in ascending order."""
+
+    def __init__(self, found: Sequence[Chunk], read: Callable[[Chunk], np.ndarray]) -> None:
+        self._chunks, self._read = found, read
+        self._size = found[0].rows.stop if found else 1
+        self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start, ...) rows."""
+        parts = []
+        for i in range(start // self._size, (stop - 1) // self._size + 1):
+            values = self._chunk(i)
+            parts.append(values[max(start - i * self._size, 0) : stop - i * self._size])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _chunk(self, i: int) -> np.ndarray:
+        if self._held[0] != i:
+            self._held = (-1, np.empty(0))  # two of them are never held
+            self._held = (i, self._read(self._chunks[i]))
+        return self._held[1]
 
 
 def read_chunk(array: zarr.Array, chunk: Chunk, out: np.ndarray | None = None) -> np.ndarray:

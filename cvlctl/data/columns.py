@@ -73,7 +73,7 @@ class Running:
 
 def observation_columns(store: Store) -> list[dict[str, Any]]:
     """`Running.facts` of an observation's columns; none of observations that are no vectors."""
-    if store.spec.pixels or len(store.spec.observation_shape) != 1:
+    if len(store.spec.observation_shape) != 1 or not store.spec.observation_shape[0]:
         return []
     running = None
     for rows in _blocks(store, "data/observation"):

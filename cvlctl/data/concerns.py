@@ -45,18 +45,20 @@ def _duplicates(store: Store) -> Iterator[str]:
     """Episodes of the same observations and actions; read twice where their ends look alike, else once."""
     first: dict[tuple[object, ...], list[int]] = {}
     rows = list(bounds(whole(store)))
-    observation, action = Column(store, "data/observation"), Column(store, "data/action")
+    seen = [Column(store, name) for name in ("data/observation", *map(store.camera_array, store.spec.cameras))]
+    columns = [*seen, Column(store, "data/action")]
     for number, (start, end) in enumerate(rows):
         if end - start > 2:  # of a single step many may be alike
-            ends = observation.rows(start, start + 1), action.rows(start, start + 1), observation.rows(end - 1, end)
+            ends = [c.rows(start, start + 1) for c in columns] + [c.rows(end - 1, end) for c in seen]
             first.setdefault((end - start, *(part.tobytes() for part in ends)), []).append(number)
-    seen: dict[bytes, int] = {}
+    originals: dict[bytes, int] = {}
     copies = []
     for number in sorted(number for alike in first.values() if len(alike) > 1 for number in alike):
         start, end = rows[number]
-        digest = hashlib.sha256(observation.rows(start, end).tobytes())
-        digest.update(action.rows(start, end).tobytes())
-        original = seen.setdefault(digest.digest(), number)
+        digest = hashlib.sha256()
+        for column in columns:
+            digest.update(column.rows(start, end).tobytes())
+        original = originals.setdefault(digest.digest(), number)
         if original != number:
             copies.append((number, original))
     if copies:

@@ -14,7 +14,8 @@ import numpy as np
 
 from cvlctl import files
 from cvlctl.data.attributes import KEYS
-from cvlctl.data.store import DATA, Column, Store, open_store
+from cvlctl.data.layout import SIM
+from cvlctl.data.store import Column, Store, open_store
 from cvlctl.data.units import agreed, bounds_of
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
@@ -70,10 +71,13 @@ def column_rows(parts: Sequence[Part], name: str) -> Iterator[np.ndarray]:
 
 
 def episodes(parts: Sequence[Part], to: Bounds | None = None) -> Iterator[Episode]:
-    """The episodes, without labels; each keeps its task, seed and collected_at. Actions are rescaled to bounds `to`."""
+    """The episodes, without labels, with their frames, and the simulator's states where all have such. Each keeps its
+    task, seed and collected_at. Actions are rescaled to bounds `to`."""
     for part in parts:
         store = part.store
         observation, action = Column(store, "data/observation"), Column(store, "data/action")
+        frames = {camera: Column(store, store.camera_array(camera)) for camera in store.spec.cameras}
+        states = Column(store, SIM) if has_states(parts) else None
         tasks, terminated = store.episode_tasks(), store.terminated().tolist()
         collected_at, seeds = store.collected_at().tolist(), store.seeds().tolist()
         for i, (start, end) in zip(part.numbers.tolist(), bounds(part), strict=True):
@@ -81,7 +85,14 @@ def episodes(parts: Sequence[Part], to: Bounds | None = None) -> Iterator[Episod
             actions = action.rows(start, end - 1)
             if to is not None:
                 actions = scaled(physical(actions, bounds_of(store)), to, clip=False)
-            yield Episode(observation.rows(start, end), actions, None, None, *about)
+            images = {camera: column.rows(start, end) for camera, column in frames.items()}
+            state = states.rows(start, end) if states else None
+            yield Episode(observation.rows(start, end), actions, None, None, *about, images, state)
+
+
+def has_states(parts: Sequence[Part]) -> bool:
+    """Whether all parts have states of the simulator, so that what is made of them has."""
+    return all(part.store.has_sim_state for part in parts)
 
 
 def label_arrays(store: Store) -> list[str]:
@@ -219,7 +230,9 @@ def _check_parents(outputs: Sequence[Output]) -> None:
     """Hold all that is taken along to its sha256: what is copied from here on gets checksums of its own."""
     for output in outputs:
         for part in output.parts:
-            part.store.check([*DATA, *(name for name in label_arrays(part.store) if name in output.labels)])
+            labels = [name for name in label_arrays(part.store) if name in output.labels]
+            sim = [SIM] if has_states(output.parts) else []
+            part.store.check([*part.store.arrays, *labels, *sim])
 
 
 def _origin(parents: Sequence[Store], command: str) -> dict[str, Any]:

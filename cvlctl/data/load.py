@@ -32,7 +32,10 @@ def open_stores(uses: Sequence[StoreUse]) -> list[Store]:
                 f"dimensions, but {uses[0].path} has {first.observation_shape} and {first.action_dim}",
                 "train on stores of one robot",
             )
-        if store.spec.pixels or len(store.spec.observation_shape) != 1:
+        if store.spec.cameras:
+            what = f"{use.path} has images ({', '.join(store.spec.cameras)}), which nothing trains on yet"
+            raise CvlctlError(what, "train on a store of vectors alone")
+        if len(store.spec.observation_shape) != 1:
             raise CvlctlError(f"{use.path}: observations of shape {store.spec.observation_shape} are not vectors")
     said = [(store.path, units_of(store)) for store in stores]
     require_alike(said, stores[0].spec.action_dim, "cvlctl data merge --rescale makes one store of them, of one scale")

@@ -65,7 +65,7 @@ def info(path: Path) -> dict[str, Any]:
             "observation_shape": list(store.spec.observation_shape),
             "action_dim": store.spec.action_dim,
             "horizon": store.spec.horizon,
-            "pixels": store.spec.pixels,
+            "cameras": {name: list(size) for name, size in store.spec.cameras.items()},
         },
         "episodes": store.num_episodes,
         "transitions": store.num_transitions,
@@ -199,7 +199,8 @@ def _of_data(result: dict[str, Any]) -> list[tuple[str, str]]:
     shape = "x".join(str(n) for n in spec["observation_shape"])
     told = [
         ("task", _listed(list(dict.fromkeys([result["task"], *result["tasks"]])))),
-        ("observation, action", f"{shape}{' pixels' if spec['pixels'] else ''}, {spec['action_dim']}"),
+        ("observation, action", f"{shape}, {spec['action_dim']}"),
+        *[(f"camera {name}", "x".join(map(str, size))) for name, size in spec["cameras"].items()],
         ("episodes", f"{result['episodes']:,}"),
         ("transitions", f"{result['transitions']:,}"),
         ("length", f"{lengths['min']} .. {lengths['max']}, mean {lengths['mean']:.1f} (horizon {spec['horizon']})"),

@@ -123,12 +123,14 @@ def _lengths(axes: Axes, store: Store) -> None:
 
 
 def observations(store: Store) -> np.ndarray:
-    """(n, O) float64: a seeded choice of rows, images thinned out to `FEATURES` values."""
+    """(n, O) float64: a seeded choice of rows; where there is no vector, frames of the first camera, thinned out to
+    `FEATURES` values."""
     rows = int(store.episode_ends()[-1])
-    count = min(rows, IMAGES if store.spec.pixels else STATES)
+    seen = next(iter(store.spec.cameras), None) if store.spec.observation_shape == (0,) else None
+    count = min(rows, IMAGES if seen else STATES)
     chosen = np.zeros(rows, bool)
     chosen[np.random.default_rng(0).permutation(rows)[:count]] = True
-    column, found = Column(store, "data/observation"), []
+    column, found = Column(store, store.camera_array(seen) if seen else "data/observation"), []
     for start, end in bounds(Part(store, np.arange(store.num_episodes))):
         if chosen[start:end].any():
             values = column.rows(start, end)[chosen[start:end]]

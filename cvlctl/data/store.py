@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,18 @@ import numpy as np
 import zarr
 
 from cvlctl.data.attributes import parsed, read_attributes
-from cvlctl.data.chunks import Chunk, Foreign, chunks, damaged, listed, open_array, read_array, read_chunk
+from cvlctl.data.chunks import Chunk, Foreign, Sliced, chunks, damaged, listed, open_array, read_array, read_chunk
+from cvlctl.data.layout import IMAGES, LABEL_ARRAYS, META, PIXELS, SIM, Rows, spec_of, split
 from cvlctl.errors import CvlctlError
 from cvlctl.progress import Progress
-from cvlctl.types import Episode, Spec
-
-LABEL_ARRAYS = ("reward", "success")
-META: dict[str, type[np.generic]] = {
-    "meta/episode_ends": np.int64,
-    "meta/terminated": np.bool_,
-    "meta/task": np.int32,
-    "meta/collected_at": np.int64,
-    "meta/seed": np.int64,
-}
-DATA = ("data/observation", "data/action", *META)  # the reward-free part
+from cvlctl.types import Episode
 
 
 class Store:
     """A finished store. Arrays are read once, whole, and kept: treat them as read-only.
 
-    Only `labels`, `has_label`, `rewards`, `successes`, `label_digest`, `futures` and `episodes` look into `labels/`.
+    Only `labels`, `has_label`, `rewards`, `successes`, `label_digest`, `futures` and `episodes` look into `labels/`;
+    only `has_sim_state`, `sim_state` and `episodes` into `sim/`.
     """
 
     def __init__(self, path: Path, attributes: dict[str, Any]) -> None:
@@ -43,8 +36,8 @@ class Store:
         self._cache: dict[str, np.ndarray] = {}
         self._checked: set[str] = set()  # arrays that were held to their sha256
         about = parsed(path, attributes)
-        spec, counts = about.spec, about.counts
-        self.spec = Spec(tuple(spec.observation_shape), spec.action_dim, spec.horizon, spec.pixels)
+        self._said, counts = about.spec, about.counts
+        self.spec = spec_of(self._said)
         self.task, self.task_names, self.provenance = about.task, about.tasks, about.provenance
         self.num_episodes, self.num_transitions, self.num_rows = counts.episodes, counts.transitions, counts.rows
         self._checksums, self._crcs = about.checksums, about.chunk_crc32c
@@ -55,11 +48,39 @@ class Store:
 
     def __repr__(self) -> str:
         shape = (self.num_rows, *self.spec.observation_shape)
-        return f"Store({str(self.path)!r}, task={self.task!r}, episodes={self.num_episodes}, observations={shape})"
+        seen = f"observations={shape}" + (f", cameras={self.spec.cameras}" if self.spec.cameras else "")
+        return f"Store({str(self.path)!r}, task={self.task!r}, episodes={self.num_episodes}, {seen})"
 
     def observations(self) -> np.ndarray:
-        """(rows, *observation_shape) float32, uint8 for pixels; an episode's last row is its final observation."""
+        """(rows, *observation_shape) float32, without columns where frames are all there is; an episode's last row is
+        its final observation."""
         return self._array("data/observation")
+
+    def images(self, camera: str) -> np.ndarray:
+        """(rows, H, W, C) uint8: the frames of one camera, laid out as `observations`.
+
+        Raises:
+            CvlctlError: no such camera, damage, or not enough memory: `Column` reads them piece by piece.
+        """
+        return self._array(self.camera_array(camera))
+
+    def camera_array(self, camera: str) -> str:
+        """Name of a camera's array, as `Column` takes it; raises a CvlctlError that lists the cameras there are."""
+        if camera not in self.spec.cameras:
+            hint = f"the store has {', '.join(self.spec.cameras)}" if self.spec.cameras else "the store has no images"
+            raise CvlctlError(f"{self.path}: no camera {camera!r}", hint)
+        return f"{IMAGES}{camera}"
+
+    @property
+    def has_sim_state(self) -> bool:
+        """Whether the store has states of the simulator."""
+        return SIM in self._checksums and (self.path / "sim").is_dir()
+
+    def sim_state(self) -> np.ndarray:
+        """(rows, n) float64: what brings the simulator back to each observation."""
+        if not self.has_sim_state:
+            raise CvlctlError(f"{self.path} has no states of the simulator", "collect with cameras or sim_state")
+        return self._array(SIM)
 
     def actions(self) -> np.ndarray:
         """(rows, A) float32 in [-1, 1]; zero in the row of a final observation."""
@@ -117,13 +138,16 @@ class Store:
         return self._label(label, "success")
 
     def episodes(self, label: str = "given") -> Iterator[Episode]:
-        """The episodes in order; rewards and successes are None where the label lacks them."""
+        """The episodes in order; rewards and successes are None where the label lacks them. Frames are read chunk by
+        chunk as the episodes come."""
         if label != "given" and label not in self.labels:
             raise self._no_label(label, "arrays")
-        rewards = self.rewards(label) if self.has_label(label) else None
-        successes = self.successes(label) if self.has_label(label, "success") else None
+        names = ["data/observation", "data/action", *self.label_arrays(label)]
+        rows: dict[str, Rows] = {name: partial(_slice, self._array(name)) for name in names}
+        wide = [*map(self.camera_array, self.spec.cameras), *([SIM] if self.has_sim_state else [])]
+        rows |= {name: Column(self, name).rows for name in wide}
         table = zip(*(self._array(name).tolist() for name in META), strict=True)
-        yield from split((self.observations(), self.actions(), rewards, successes), table, self.task_names)
+        yield from split(rows, table, self.task_names, [f"labels/{label}/{array}" for array in LABEL_ARRAYS])
 
     def futures(
         self, num: int, gamma: float, seed: int, label: str = "given", *, next_states: bool = False
@@ -172,7 +196,8 @@ class Store:
         return self._digest(names, {})
 
     def _digest(self, names: list[str], extra: dict[str, Any]) -> str:
-        spec = [self.spec.observation_shape, self.spec.action_dim, self.spec.pixels]
+        spec: list[Any] = [self._said.observation_shape, self._said.action_dim, self._said.pixels]
+        spec += [self._said.cameras] if self._said.cameras else []
         content: dict[str, Any] = {name: self._checksums[name] for name in names}
         return json_digest({**content, "spec": spec, "rows": self.num_rows, **extra})
 
@@ -185,7 +210,30 @@ class Store:
         hint = f"the store has {', '.join(found)}" if found else "the store holds no labels at all"
         return CvlctlError(f"{self.path}: no label {label!r} with {wanted}", hint)
 
+    @property
+    def arrays(self) -> list[str]:
+        """Names of the reward-free arrays, as they lie on disk."""
+        seen = ["data/observation", *map(self.camera_array, self.spec.cameras)]
+        return [*dict.fromkeys(filter(None, map(self._on_disk, seen))), "data/action", *META]
+
+    def array(self, name: str) -> np.ndarray:
+        """One array, whole, by a name that `Column` takes."""
+        return self._array(name)
+
+    def _on_disk(self, name: str) -> str:
+        """The name that an array has on disk; "" where it has no columns, and is not written."""
+        if name == "data/observation" and self.spec.observation_shape == (0,):
+            return ""
+        return "data/observation" if self._said.pixels and name == PIXELS else name
+
     def _array(self, name: str) -> np.ndarray:
+        if not (stored := self._on_disk(name)):
+            return np.zeros((self.num_rows, 0), np.float32)
+        if name != stored:
+            return self._whole(stored).reshape(-1, *self.spec.cameras["pixels"])
+        return self._whole(name)
+
+    def _whole(self, name: str) -> np.ndarray:
         if name not in self._cache:
             array = self._open(name)
             try:
@@ -210,7 +258,7 @@ class Store:
 
     def _check_values(self, name: str, where: str, values: np.ndarray) -> None:
         """Values of an array, or of a chunk of it. Of a foreign chunk, what is wrong with its values tells more."""
-        judged = values.dtype == np.float32 or len(values) == self.num_episodes  # a table is, as a whole
+        judged = values.dtype.kind == "f" or len(values) == self.num_episodes  # a table is, as a whole
         if judged and (problem := self._problem(name, values)):
             raise damaged(self.path, f"{where}: {problem}", self.path / name)
 
@@ -229,8 +277,8 @@ class Store:
             return "the store records no checksum of it: it is none of its own arrays"
         return "the content is not what the recorded checksum says (each chunk reads well by itself)"
 
-    def check(self, names: Iterable[str] = DATA) -> None:
-        """Hold whole arrays to their sha256, reading them chunk by chunk; those that were before are not read again.
+    def check(self, names: Iterable[str]) -> None:
+        """Hold whole arrays (of `arrays`, of labels) to their sha256, reading them chunk by chunk; none is read twice.
 
         Raises:
             CvlctlError: an array, or a chunk of it, is not the one that was written.
@@ -248,7 +296,7 @@ class Store:
     def _problem(self, name: str, values: np.ndarray) -> str:
         """What is wrong with an array's values, "" if nothing: what would garble training, and costs next to nothing
         to find. That they are those that were written is for the checksums to say."""
-        if values.dtype == np.float32 and values.size:
+        if values.dtype.kind == "f" and values.size:
             low, high = values.min(), values.max()  # NaN if any is NaN
             if not np.isfinite([low, high]).all():
                 return "NaN or infinity"
@@ -265,16 +313,20 @@ class Store:
         return ""
 
     def _open(self, name: str) -> zarr.Array:
-        """An array, of the type and shape that the attributes say."""
+        """An array on disk, of the type and shape that the attributes say."""
+        array = open_array(self.path, name)
         dtype: type[np.generic] = np.bool_ if name.endswith("/success") else np.float32
         shape: tuple[int, ...] = (self.num_rows,)
         if name in META:
             dtype, shape = META[name], (self.num_episodes,)
         elif name == "data/observation":
-            dtype, shape = np.uint8 if self.spec.pixels else dtype, (self.num_rows, *self.spec.observation_shape)
+            dtype, shape = np.uint8 if self._said.pixels else dtype, (*shape, *self._said.observation_shape)
         elif name == "data/action":
-            shape = (self.num_rows, self.spec.action_dim)
-        array = open_array(self.path, name)
+            shape = (*shape, self.spec.action_dim)
+        elif name.startswith(IMAGES):
+            dtype, shape = np.uint8, (*shape, *self.spec.cameras[name.removeprefix(IMAGES)])
+        elif name == SIM:
+            dtype, shape = np.float64, (*shape, *array.shape[1:2])
         if array.dtype != dtype or array.shape != shape:
             found = f"{array.dtype} {array.shape if array.ndim <= 8 else f'of {array.ndim} axes'}"
             what = f"{name}: is {found}, expected {np.dtype(dtype)} {shape if len(shape) <= 8 else '...'}"
@@ -290,7 +342,7 @@ def open_store(path: str | Path) -> Store:
             not as the attributes say.
     """
     store = Store(Path(path), read_attributes(Path(path)))
-    for name in DATA:
+    for name in store.arrays:
         store._open(name)
     return store
 
@@ -298,46 +350,38 @@ def open_store(path: str | Path) -> Store:
 class Column:
     """One array of a store, read chunk by chunk; the last chunk is kept, so that each is read once in ascending order.
 
+    Args:
+        name: such as "data/observation", which may have no columns, or "data/images/CAMERA".
+
     Raises:
         CvlctlError: the array is missing or of another type, a chunk is damaged, or its values are not legal.
     """
 
     def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name, self._array = store, name, store._open(name)
-        if not listed(self._array, store._listed(name)):  # its chunks cannot be told apart from others as they come
-            store.check([name])
-        self._chunks = list(chunks(store.path, name, self._array, store._listed(name)))
-        self._held: tuple[int, np.ndarray] = (-1, np.empty(0))
+        self._sliced: Sliced | None = None
+        self._shape: tuple[int, ...] = (0,)
+        if not (stored := store._on_disk(name)):
+            return
+        array = store._open(stored)
+        if not listed(array, store._listed(stored)):  # its chunks cannot be told apart from others as they come
+            store.check([stored])
+        found = list(chunks(store.path, stored, array, store._listed(stored)))
+        self._sliced = Sliced(found, partial(store._rows_of, stored, array))
+        self._shape = array.shape[1:] if name == stored else store.spec.cameras["pixels"]
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """(stop - start, ...) rows."""
-        size = self._array.chunks[0]
-        parts = []
-        for i in range(start // size, (stop - 1) // size + 1):
-            values = self._chunk(i)
-            parts.append(values[max(start - i * size, 0) : stop - i * size])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self._sliced is None:
+            return np.zeros((stop - start, 0), np.float32)
+        return self._sliced.rows(start, stop).reshape(-1, *self._shape)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """(len(rows), ...) single rows; `rows` ascend."""
         return np.concatenate([self.rows(row, row + 1) for row in rows.tolist()])
 
-    def _chunk(self, i: int) -> np.ndarray:
-        if self._held[0] != i:
-            self._held = (i, self._store._rows_of(self._name, self._array, self._chunks[i]))
-        return self._held[1]
 
-
-def split(columns: Sequence[Any], table: Iterable[tuple[int, ...]], tasks: Sequence[str]) -> Iterator[Episode]:
-    """Rows of observations, actions, rewards (or None) and successes (or None) as episodes; `table` is as `META`."""
-    observations, actions, *labels = columns
-    start = 0
-    for end, ended, task, collected_at, seed in table:
-        steps = slice(start, end - 1)
-        rewards, successes = (None if rows is None else rows[steps] for rows in labels)
-        about = (bool(ended), tasks[task], collected_at, seed)
-        yield Episode(observations[start:end], actions[steps], rewards, successes, *about)
-        start = end
+def _slice(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return array[start:stop]
 
 
 def _bytes_of(values: np.ndarray) -> memoryview:

@@ -22,8 +22,8 @@ class Tail(NamedTuple):
     identity: dict[str, Any]  # task, horizon, label and digest of the recipe: who may go on
     table: list[tuple[int, ...]]  # one row of store.META an episode
     tasks: list[str]
-    chunk_rows: int
-    written: int  # rows that lie in full chunks
+    chunk_rows: dict[str, int]  # of each row array
+    written: dict[str, int]  # rows of each that lie in full chunks
     rest: dict[str, np.ndarray]  # rows of each row array that no chunk holds yet
 
 
@@ -46,10 +46,15 @@ def load(folder: Path) -> Tail:
         with files.open_regular(folder / TAIL) as opened, np.load(opened, allow_pickle=False) as file:
             rest = {name: file[name] for name in file.files}
         table, state = rest.pop("episodes").tolist(), json.loads(rest.pop("state").tobytes())
-        sizes = (state.pop("chunk_rows"), state.pop("written"))
-        return Tail(state, [tuple(row) for row in table], state.pop("tasks"), *sizes, rest)
+        chunk_rows, written = (_of_each(state.pop(key), rest) for key in ("chunk_rows", "written"))
+        return Tail(state, [tuple(row) for row in table], state.pop("tasks"), chunk_rows, written, rest)
     except Exception as error:  # zip, JSON and numpy each have their own; the file is not sound whichever it is
         raise CvlctlError(f"{folder / TAIL} cannot be read: {error}", discard_hint(folder)) from error
+
+
+def _of_each(value: Any, rest: dict[str, np.ndarray]) -> dict[str, int]:
+    """Of each array; earlier versions had one number for all."""
+    return {name: int(value[name] if isinstance(value, dict) else value) for name in rest}
 
 
 def discard_hint(folder: Path) -> str:

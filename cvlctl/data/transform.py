@@ -186,8 +186,9 @@ def _some(part: Part, out: Path, command: str, force: bool) -> dict[str, Any]:
 
 
 def _shape(store: Store) -> str:
-    kind = "pixels" if store.spec.pixels else "observations"
-    return f"{kind} of shape {store.spec.observation_shape} and {store.spec.action_dim} action dimensions"
+    cameras = ", ".join(f"camera {name} {size}" for name, size in store.spec.cameras.items())
+    seen = f"observations of shape {store.spec.observation_shape}" + (f", {cameras}," if cameras else "")
+    return f"{seen} and {store.spec.action_dim} action dimensions"
 
 
 def _generator(seed: int) -> np.random.Generator:

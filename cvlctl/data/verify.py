@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from cvlctl.data.attributes import read_attributes
 from cvlctl.data.chunks import chunks, read_array, read_chunk
-from cvlctl.data.store import DATA, LABEL_ARRAYS, Store
+from cvlctl.data.layout import LABEL_ARRAYS, SIM
+from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
 
 
@@ -18,7 +17,8 @@ def verify_store(path: str | Path) -> list[str]:
     """Re-read a store chunk by chunk and compare it with its checksums and its contract; one line a problem."""
     store = Store(Path(path), read_attributes(Path(path)))
     labels = [f"labels/{label}/{array}" for label in store.labels for array in LABEL_ARRAYS]
-    names = [*DATA, *(name for name in labels if name in store._checksums or (store.path / name).exists())]
+    names = [*store.arrays, *(name for name in labels if name in store._checksums or (store.path / name).exists())]
+    names += [SIM] if store.has_sim_state else []
     problems = [line for name in names for line in _verify_array(store, name)]
     try:
         for name in ("meta/episode_ends", "meta/task"):
@@ -53,7 +53,7 @@ def _verify_array(store: Store, name: str) -> Iterator[str]:
             readable = False
             continue
         total.update(rows.tobytes())
-        if rows.dtype == np.float32 and (problem := store._problem(name, rows)):
+        if rows.dtype.kind == "f" and (problem := store._problem(name, rows)):
             yield f"{chunk.name}: {problem}"
     if readable and store._checksums.get(name) != total.hexdigest():
         yield f"{name}: {store.mismatch(name)}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,21 +14,23 @@ import zarr
 
 from cvlctl import files, folders
 from cvlctl.data import tails
+from cvlctl.data.arrays import Waiting, described, form, trailers, write_arrays
 from cvlctl.data.arrays import checksum as _checksum
-from cvlctl.data.arrays import described, form, trailers, write_arrays
-from cvlctl.data.attributes import FORMAT, VERSION, read_attributes
-from cvlctl.data.chunks import open_array, read_array
+from cvlctl.data.attributes import FORMAT, VERSION, read_attributes, spec_attribute
+from cvlctl.data.chunks import Sliced, chunks, open_array, read_chunk
+from cvlctl.data.layout import ACTION, IMAGES, LABEL_ARRAYS, META, OBSERVATION, SIM, Rows, cameras_of, split
 from cvlctl.data.provenance import environment, jsonable
-from cvlctl.data.store import LABEL_ARRAYS, META, Store, json_digest, open_store, split
+from cvlctl.data.store import Store, json_digest, open_store
 from cvlctl.data.tails import TAIL, Tail
 from cvlctl.data.units import recorded_attributes
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import LOCK, MARKER, Folder, put_in_place
-from cvlctl.types import Episode, Spec
+from cvlctl.types import Episode, Spec, check_name
 from cvlctl.units import Bounds, Units, read_units
 
 CHUNK_ROWS = 100_000  # 500k rows load in tens of ms; chunks of 1k rows take ten times as long
-CHUNK_BYTES = 2**26  # pixels get fewer rows a chunk
+CHUNK_BYTES = 2**26  # wide observations get fewer rows a chunk
+FRAME_BYTES = 2**24  # and so do frames: of a chunk of each camera, all is held in memory
 
 
 def write_store(
@@ -91,8 +93,7 @@ def write_all(
 
 def check_label(name: str) -> None:
     """Raise a CvlctlError unless the label's name will do as a directory's."""
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name):
-        raise CvlctlError(f"label {name!r} is not a plain name", "use letters, digits, '_', '-' and '.'")
+    check_name("label", name)
 
 
 class StoreWriter:
@@ -137,10 +138,9 @@ class StoreWriter:
         self._identity = {"task": task, "horizon": horizon, "label": label, "recipe": recipe}
         folders.put_right(self.path)
         self._refuse_existing()
-        self._pending: dict[str, list[np.ndarray]] = {}  # rows of each row array that no chunk holds yet
+        self._waiting: dict[str, Waiting] = {}  # of each row array
         self._table: list[tuple[int, ...]] = []  # one row of store.META an episode
         self._tasks: dict[str, int] = {}  # number of each name, in order of first appearance
-        self._chunk_rows, self._written = CHUNK_ROWS, 0  # rows of a chunk; rows that lie in full chunks
         self.folder = Folder(self.path)
         self.partial = self.folder.partial
         try:
@@ -178,12 +178,8 @@ class StoreWriter:
             raise CvlctlError(f"{where} is a {type(episode).__name__}", "give cvlctl.Episode objects")
         if self._horizon is not None and len(episode) > self._horizon:
             raise CvlctlError(f"{where} has {len(episode)} steps; the horizon is {self._horizon}", "raise the horizon")
-        rows = {"data/observation": np.array(episode.observations)}  # copies: the caller's arrays may change
-        values = (episode.actions, episode.rewards, episode.successes)
-        for name, value in zip(("data/action", *self._label_arrays), values, strict=True):
-            if value is not None:  # a row of zeros goes beside the final observation
-                rows[name] = np.concatenate([value, np.zeros_like(value[:1])])
-        earlier = {name: parts[0] for name, parts in self._pending.items()} or rows
+        rows = self._rows(episode)
+        earlier = {name: waiting.like for name, waiting in self._waiting.items()} or rows
         for name in rows | earlier:
             if form(name, rows) != form(name, earlier):
                 here, before = described(name, rows), described(name, earlier)
@@ -196,13 +192,17 @@ class StoreWriter:
         except (TypeError, ValueError, OverflowError) as error:
             raise CvlctlError(f"{where}: collected_at or seed is no 64-bit integer: {error}") from error
         if not self._table:
-            self._chunk_rows = min(CHUNK_ROWS, max(1, CHUNK_BYTES // max(1, rows["data/observation"][0].nbytes)))
+            self._waiting = {name: Waiting(name, value, _chunk_rows(name, rows)) for name, value in rows.items()}
         self._tasks[task] = number
         self._table.append(tuple(entry.tolist()))
         for name, value in rows.items():
-            self._pending.setdefault(name, []).append(value)
-        with files.disk(self.partial):
-            self._write_full_chunks()
+            self._waiting[name].add(value)
+        try:
+            with files.disk(self.partial):
+                self._write_full_chunks()
+        finally:
+            for waiting in self._waiting.values():
+                waiting.keep()
 
     def add_array(self, name: str, episode_rows: Iterable[np.ndarray]) -> None:
         """Add a whole row array, such as "labels/given/reward", after the last episode; `finish` comes next.
@@ -211,18 +211,19 @@ class StoreWriter:
             episode_rows: (T+1, ...) of every episode. As in `append`, full chunks are written at once.
         """
         self._require_open()
-        held: list[np.ndarray] = []
-        waiting = start = 0
+        waiting, total = None, 0
         with files.disk(self.partial):
             for rows in episode_rows:
-                held.append(rows)
-                waiting += len(rows)
-                full = min(waiting // self._chunk_rows * self._chunk_rows, self._written - start)
-                if full:
-                    values = np.concatenate(held)
-                    self._write(start, {name: values[:full]})
-                    held, waiting, start = [values[full:]], waiting - full, start + full
-        self._pending[name] = [np.concatenate(held)]
+                if waiting is None:
+                    waiting = Waiting(name, rows, self._chunk_rows_beside(name, rows))
+                waiting.add(rows)
+                waiting.write_full(self.partial)
+                waiting.keep()
+                total += len(rows)
+        if waiting is None or total != self._num_rows:
+            what = f"{self.path}: {name} has {total:,} rows, the episodes have {self._num_rows:,}"
+            raise CvlctlError(what, "give T+1 rows for each episode of T steps, in order")
+        self._waiting[name] = waiting
 
     def flush(self) -> None:
         """Make every episode so far durable: afterwards neither a kill nor a loss of power loses any of them."""
@@ -230,20 +231,16 @@ class StoreWriter:
         with files.disk(self.partial):
             self._write_full_chunks()
             files.sync_all(self.partial)
-            state = Tail(self._identity, self._table, list(self._tasks), self._chunk_rows, self._written, self._rest())
-            tails.save(self.partial, state)
+            chunk_rows = {name: waiting.chunk_rows for name, waiting in self._waiting.items()}
+            written = {name: waiting.written for name, waiting in self._waiting.items()}
+            rest = {name: waiting.rest() for name, waiting in self._waiting.items()}
+            tail = Tail(self._identity, self._table, list(self._tasks), chunk_rows, written, rest)
+            tails.save(self.partial, tail)
 
     def episodes(self) -> Iterator[Episode]:
         """The episodes so far, in order: what a collector needs to fill its replay buffer on resuming."""
-        if not self._table:
-            return
-        rows = self._rest()
-        if self._written:
-            for name, tail in rows.items():
-                written = read_array(self.partial, name, open_array(self.partial, name))
-                rows[name] = np.concatenate([written[: self._written], tail])
-        columns = [rows.get(name) for name in ("data/observation", "data/action", *self._label_arrays)]
-        yield from split(columns, self._table, list(self._tasks))
+        rows = {name: self._reader(waiting) for name, waiting in self._waiting.items()}
+        yield from split(rows, self._table, list(self._tasks), self._label_arrays)
 
     def finish(self, **extra_attributes: Any) -> Store:
         """Write what is left, checksums and attributes (yours too), and put the store in place by one rename."""
@@ -256,11 +253,12 @@ class StoreWriter:
         with files.disk(self.partial):
             columns = zip(META.items(), np.array(self._table, np.int64).T, strict=True)
             meta = {name: column.astype(dtype) for (name, dtype), column in columns}
-            self._write(self._written, self._rest())
-            self._write(0, meta)
-            own = self._attributes()
-            read_units(str(self.path), extra, Spec(**own["spec"]))
-            own["checksums"] = {name: _checksum(self.partial, name) for name in (*self._pending, *meta)}
+            for waiting in self._waiting.values():
+                waiting.write_rest(self.partial)
+            write_arrays(self.partial, 0, meta, CHUNK_ROWS)
+            own, spec = self._attributes()
+            read_units(str(self.path), extra, spec)
+            own["checksums"] = {name: _checksum(self.partial, name) for name in (*self._waiting, *meta)}
             own["chunk_crc32c"] = {name: trailers(self.partial, name) for name in own["checksums"]}
             if clash := sorted(set(extra) & set(own)):
                 raise CvlctlError(f"the store's own attribute {clash[0]!r} cannot be given to finish()")
@@ -311,38 +309,75 @@ class StoreWriter:
             what = f"{self.partial} holds {len(tail.table)} episodes of an unfinished store"
             what += f" with another {', '.join(other)}" if other else ""
             raise CvlctlError(what, tails.discard_hint(self.partial))
+        if OBSERVATION in tail.rest and tail.rest[OBSERVATION].dtype == np.uint8:
+            what = f"{self.partial} holds frames as an earlier version kept them"
+            raise CvlctlError(what, tails.discard_hint(self.partial))
         self._table, self._tasks = tail.table, {task: number for number, task in enumerate(tail.tasks)}
-        self._pending = {name: [rows] for name, rows in tail.rest.items()}
-        self._chunk_rows, self._written = tail.chunk_rows, tail.written
-        flushed = {
-            self.partial / name / "c" / str(i) for name in tail.rest for i in range(tail.written // tail.chunk_rows)
-        }
+        flushed = set[Path]()
+        for name, rows in tail.rest.items():
+            self._waiting[name] = Waiting(name, rows, tail.chunk_rows[name], tail.written[name])
+            self._waiting[name].add(rows)
+            full = range(tail.written[name] // tail.chunk_rows[name])
+            flushed |= {self.partial / name / "c" / str(i) for i in full}
         _prune(self.partial, {*flushed, *(self.partial / name for name in (LOCK, MARKER, TAIL))})
-        if tail.written:
-            self._write(tail.written, {name: rows[:0] for name, rows in tail.rest.items()})
+        for name, waiting in self._waiting.items():
+            if waiting.written:
+                write_arrays(self.partial, waiting.written, {name: waiting.like}, waiting.chunk_rows)
 
-    def _rest(self) -> dict[str, np.ndarray]:
-        return {name: np.concatenate(parts) for name, parts in self._pending.items()}
+    def _rows(self, episode: Episode) -> dict[str, np.ndarray]:
+        """An episode's T+1 rows of each array."""
+        rows = {OBSERVATION: episode.observations} if episode.observations.shape[1:] != (0,) else {}
+        values = (episode.actions, episode.rewards, episode.successes)
+        for name, value in zip((ACTION, *self._label_arrays), values, strict=True):
+            if value is not None:  # a row of zeros goes beside the final observation
+                rows[name] = np.concatenate([value, np.zeros_like(value[:1])])
+        rows |= {f"{IMAGES}{camera}": frames for camera, frames in (episode.images or {}).items()}
+        return rows if episode.sim_state is None else rows | {SIM: episode.sim_state}
+
+    def _chunk_rows_beside(self, name: str, rows: np.ndarray) -> int:
+        """Rows of a chunk of an array that comes after the episodes."""
+        if not self._table:
+            raise CvlctlError(f"{self.path}: no episodes to write", "a store holds at least one episode")
+        most = self._waiting[ACTION].chunk_rows
+        return min(most, _chunk_rows(name, {name: rows}))
+
+    def _reader(self, waiting: Waiting) -> Rows:
+        """Rows of an array so far, from chunks and what waits for one."""
+        rest, written, sliced = waiting.rest(), waiting.written, None
+        if written:
+            array = open_array(self.partial, waiting.name)
+            sliced = Sliced(list(chunks(self.partial, waiting.name, array)), partial(read_chunk, array))
+
+        def rows(start: int, stop: int) -> np.ndarray:
+            waits = rest[max(start - written, 0) : max(stop - written, 0)]
+            return waits if sliced is None or start >= written else np.concatenate([
+                sliced.rows(start, min(stop, written)), waits
+            ])  # fmt: skip
+
+        return rows
 
     def _write_full_chunks(self) -> None:
-        full = (self._num_rows - self._written) // self._chunk_rows * self._chunk_rows
-        if full:
-            rest = self._rest()
-            self._write(self._written, {name: value[:full] for name, value in rest.items()})
-            self._pending = {name: [value[full:].copy()] for name, value in rest.items()}
-            self._written += full  # last: where a write failed, the rows are still here and the next flush tries again
+        for waiting in self._waiting.values():
+            waiting.write_full(self.partial)
 
-    def _write(self, start: int, rows: dict[str, np.ndarray]) -> None:
-        write_arrays(self.partial, start, rows, self._chunk_rows)
-
-    def _attributes(self) -> dict[str, Any]:
-        observation, action = self._pending["data/observation"][0], self._pending["data/action"][0]
+    def _attributes(self) -> tuple[dict[str, Any], Spec]:
+        shapes = {name: waiting.like.shape[1:] for name, waiting in self._waiting.items()}
         longest = int(np.diff([end for end, *_ in self._table], prepend=0).max()) - 1
-        spec = {"observation_shape": list(observation.shape[1:]), "action_dim": action.shape[1]}
-        spec |= {"horizon": self._horizon or longest, "pixels": observation.dtype == np.uint8}
+        cameras: Any = {camera: shapes[name] for camera, name in cameras_of(shapes).items()}
+        shape, horizon = shapes.get(OBSERVATION, (0,)), self._horizon or longest
+        spec = Spec(shape, shapes[ACTION][0], horizon, cameras)
         counts = {"episodes": self.num_episodes, "transitions": self.num_transitions, "rows": self._num_rows}
-        described = {"task": self._task, "tasks": list(self._tasks), "spec": spec, "counts": counts}
-        return {"format": FORMAT, "version": VERSION, **described, "provenance": self._provenance}
+        told = {"task": self._task, "tasks": list(self._tasks), "spec": spec_attribute(spec), "counts": counts}
+        version = VERSION if cameras or SIM in shapes else 1
+        return {"format": FORMAT, "version": version, **told, "provenance": self._provenance}, spec
+
+
+def _chunk_rows(name: str, rows: dict[str, np.ndarray]) -> int:
+    """Rows of a chunk: of a store's arrays all alike, but for frames and states of a simulator, which are wide."""
+    if name.startswith((IMAGES, SIM)):
+        return min(CHUNK_ROWS, max(1, FRAME_BYTES // rows[name][0].nbytes))
+    row = rows[OBSERVATION][0].nbytes if OBSERVATION in rows else 1
+    return min(CHUNK_ROWS, max(1, CHUNK_BYTES // max(1, row)))
 
 
 def _prune(folder: Path, kept: set[Path]) -> None:

@@ -83,7 +83,7 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
             job = job._replace(state=_state(job, recipe, learner, reading, sample, run.last))
             trained = updates(recipe, draws, programs, source, job)
             metadata = {
-                "algorithm": learner.name, "task": learner.task, "spec": asdict(reading.spec),
+                "algorithm": learner.name, "task": learner.task, "spec": reading.spec.plain(),
                 "seeds": list(recipe.seeds), "recipe": run.recipe,
                 "critic": None if learner.critic is None else asdict(learner.critic),
                 "settings": job.settings.as_dict(), "units": reading.units.attributes(),

@@ -225,15 +225,14 @@ def _header(found: Saved) -> dict[str, Any]:
     try:
         raw = header["spec"]
         shape, seeds = raw["observation_shape"], header["seeds"]
-        spec = Spec(tuple(shape), raw["action_dim"], raw["horizon"], bool(raw.get("pixels", False)))
+        spec = Spec(tuple(shape), raw["action_dim"], raw["horizon"], raw.get("cameras") or {})
         goals, data_range = _goal_columns(header, spec), _range_of(header, spec)
         numbers = [*spec.observation_shape, spec.action_dim, spec.horizon]
         if not all(type(n) is int and n > 0 for n in numbers) or not all(type(s) is int for s in seeds) or not seeds:
             raise ValueError("spec or seeds are not whole numbers")
-        if spec.pixels or len(spec.observation_shape) != 1:
-            raise CvlctlError(
-                f"{file}: its policy sees observations of shape {spec.observation_shape}; only flat ones run here"
-            )
+        if raw.get("pixels") or spec.cameras or len(spec.observation_shape) != 1:
+            sees = f"cameras {', '.join(spec.cameras)}" if spec.cameras else f"observations of shape {shape}"
+            raise CvlctlError(f"{file}: its policy sees {sees}; only flat observations run here")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CvlctlError(
             f"{file} has no readable cvlctl header ({type(error).__name__}: {error})",

@@ -13,7 +13,6 @@ from numcodecs import Zstd
 from toy_stores import flip
 
 from cvlctl.data import chunks
-from cvlctl.data import store as store_module
 from cvlctl.data.store import open_store
 from cvlctl.data.verify import verify_store
 from cvlctl.errors import CvlctlError
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 
 def test_zarr_reads_what_the_store_reads(written: Path) -> None:
     store = open_store(written)
-    for name in (*store_module.DATA, "labels/given/reward", "labels/given/success"):
+    for name in (*open_store(written).arrays, "labels/given/reward", "labels/given/success"):
         values = store._array(name)
         np.testing.assert_array_equal(values, zarr.open_array(written / name, mode="r")[:])
         assert values.flags.writeable and values.flags.c_contiguous

@@ -57,7 +57,7 @@ def test_info(root: Path) -> None:
     result = look.info(root / "deep" / "a.zarr")
     assert json.loads(json.dumps(result)) == result
     assert (result["task"], result["episodes"], result["transitions"]) == ("gym/Toy-v0", 4, 20)
-    assert result["spec"] == {"observation_shape": [2], "action_dim": 1, "horizon": 8, "pixels": False}
+    assert result["spec"] == {"observation_shape": [2], "action_dim": 1, "horizon": 8, "cameras": {}}
     assert result["lengths"] == {"min": 2, "mean": 5.0, "max": 8}
     returns = result["returns"]["given"]
     assert returns == {"mean": 4.25, "min": 0.0, "q25": 0.75, "median": 2.5, "q75": 6.0, "max": 12.0}

@@ -23,6 +23,7 @@ from toy_stores import assert_holds, edit_root, flip, names, numbered, numbered_
 
 from cvlctl.cli import app
 from cvlctl.cli.console import execute
+from cvlctl.data import arrays as arrays_module
 from cvlctl.data import writer as writer_module
 from cvlctl.data.criteria import Criteria
 from cvlctl.data.examples import examples
@@ -103,8 +104,8 @@ def test_extra_attributes_stay_where_the_parents_agree(tmp_path: Path) -> None:
         (StoreWriter, "append", 0),
         (StoreWriter, "append", 5),
         (StoreWriter, "append", 11),
-        (StoreWriter, "_write", 1),  # chunks of episodes or of labels
-        (StoreWriter, "_write", 4),
+        (arrays_module, "write_arrays", 1),  # chunks of episodes or of labels
+        (arrays_module, "write_arrays", 4),
         (writer_module, "_checksum", 3),
     ],
 )
@@ -243,7 +244,7 @@ def unfinished(path: Path) -> None:
 
 
 PARENTS: list[tuple[Callable[[Path], object], str]] = [
-    (lambda path: edit_root(path, version=2), "is a store of version 2; this cvlctl reads 1"),
+    (lambda path: edit_root(path, version=3), "is a store of version 3; this cvlctl reads 2"),
     (unfinished, "is not finished: it is still being written"),
     (lambda path: (path / "zarr.json").write_text("{"), "is not a cvlctl store"),
     (lambda path: shutil.rmtree(path / "data/action"), "data/action: the array is missing"),
@@ -341,14 +342,14 @@ def test_a_full_disk_leaves_the_parents_and_nothing_else(a: Path, tmp_path: Path
 def test_a_disk_that_fills_up_while_labels_are_written(
     a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = StoreWriter._write
+    write = arrays_module.write_arrays
 
-    def full(self: StoreWriter, start: int, rows: dict[str, np.ndarray]) -> None:
+    def full(folder: Path, start: int, rows: dict[str, np.ndarray], chunk_rows: int) -> None:
         if any(name.startswith("labels/") for name in rows):
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, start, rows)
+        write(folder, start, rows, chunk_rows)
 
-    monkeypatch.setattr(StoreWriter, "_write", full)
+    monkeypatch.setattr(arrays_module, "write_arrays", full)
     with pytest.raises(CvlctlError, match=r"cannot write .*b\.zarr\.partial: No space left"):
         merge([a, a], tmp_path / "b.zarr")
     assert names(tmp_path) == ["a.zarr"]

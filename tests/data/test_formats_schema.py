@@ -196,8 +196,9 @@ def test_bytes_in_a_row_are_numbers_and_in_a_picture_pixels(tmp_path: Path, form
     pictures = np.arange((STEPS + 1) * 12, dtype=np.uint8).reshape(-1, 2, 2, 3)
     path = file_of(format, tmp_path / "b.file", pictures, actions)
     chosen = {"observation_keys": ["x"]} if format == "robomimic" else {}
-    found = episode_of(format, path, **chosen).observations
-    assert found.dtype == np.uint8 and found.tolist() == pictures.tolist()
+    found = episode_of(format, path, **chosen)
+    assert found.observations.shape[1:] == (0,) and found.images["pixels"].dtype == np.uint8
+    assert found.images["pixels"].tolist() == pictures.tolist()
     assert Episode(values[:3], np.zeros((2, 1))).observations.dtype == np.float32
 
 

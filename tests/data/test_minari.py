@@ -58,8 +58,8 @@ def test_minari_images_coded_as_jpeg(tmp_path: Path) -> None:
             tmp_path / str(levels), [minari_episode(2, observations=frames)], observation_space=json.dumps(space)
         )
         (found,) = read("minari", folder)
-        assert found.observations.shape == (3, 32, 40, 3)
-        assert tuple(found.observations[:, 5, 5, 0].tolist()) == levels
+        assert found.images["pixels"].shape == (3, 32, 40, 3)
+        assert tuple(found.images["pixels"][:, 5, 5, 0].tolist()) == levels
 
 
 def test_minari_opens_our_folder_and_we_open_its(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,8 +61,8 @@ def test_robomimic(tmp_path: Path) -> None:
         np.testing.assert_array_equal(episode.observations, np.concatenate([states[:, 3:], states[:, :3]], axis=1))
         assert episode.terminated == bool(i % 2)
     pixels = read("robomimic", path, observation_keys=["image"])
-    assert pixels[3].observations.shape == (6, 8, 9, 3)
-    assert (pixels[3].observations.dtype, pixels[3].observations[-1].max()) == (np.uint8, 4)
+    assert pixels[3].images["pixels"].shape == (6, 8, 9, 3)
+    assert (pixels[3].images["pixels"].dtype, pixels[3].images["pixels"][-1].max()) == (np.uint8, 4)
     with pytest.raises(CvlctlError, match="an image does not join"):
         read("robomimic", path, observation_keys=["a", "image"])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cvlctl.data.arrays import write_arrays
 from cvlctl.data.store import open_store
 from cvlctl.data.verify import verify_store
 from cvlctl.data.writer import StoreWriter
@@ -42,8 +43,9 @@ def test_files_that_were_cut_off_are_no_obstacle(
         tail = (writer.partial / "tail.npz").read_bytes()
         for episode in episodes(12)[flushed:]:
             writer.append(episode)
-        writer._write(writer._written, writer._rest())
-        writer._write(0, {"meta/seed": np.arange(12)})
+        for waiting in writer._waiting.values():
+            waiting.write_rest(writer.partial)
+        write_arrays(writer.partial, 0, {"meta/seed": np.arange(12)}, 12)
         (writer.partial / "meta" / "task").mkdir()
         (writer.partial / "meta" / "task" / "zarr.json.0123.partial").write_bytes(b"{")
     for path in torn.with_name("torn.zarr.partial").rglob("*"):

@@ -94,8 +94,8 @@ def test_open_errors(written: Path, tmp_path: Path) -> None:
 
 def test_open_refuses_newer_versions_garbled_attributes_and_missing_arrays(written: Path) -> None:
     keep = (written / "zarr.json").read_text()
-    edit_root(written, version=2)
-    with pytest.raises(CvlctlError, match="version 2"):
+    edit_root(written, version=3)
+    with pytest.raises(CvlctlError, match="version 3"):
         open_store(written)
     for key in ("spec", "counts", "checksums", "task", "provenance", "tasks"):
         (written / "zarr.json").write_text(keep)

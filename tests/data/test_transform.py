@@ -72,7 +72,10 @@ def test_merge_keeps_the_labels_that_all_have_and_says_so(labelled: Path, a: Pat
     [
         (Episode(np.zeros((3, 4)), np.zeros((2, 2))), r"observations of shape \(4,\) and 2 action"),
         (Episode(np.zeros((3, 3)), np.zeros((2, 1))), r"observations of shape \(3,\) and 1 action"),
-        (Episode(np.zeros((3, 1, 3), np.uint8), np.zeros((2, 2))), "pixels of shape"),
+        (
+            Episode(np.zeros((3, 1, 3), np.uint8), np.zeros((2, 2))),
+            r".* camera pixels \(1, 3, 1\), and",
+        ),
     ],
 )
 def test_stores_that_do_not_fit_are_one_clear_error(a: Path, tmp_path: Path, other: Episode, message: str) -> None:
@@ -201,10 +204,10 @@ def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "CHUNK_BYTES", 7 * 48)
+    monkeypatch.setattr(writer_module, "FRAME_BYTES", 7 * 48)
     images = np.random.default_rng(0).integers(0, 255, (3, 11, 4, 4, 3), np.uint8)
     source = write_store(tmp_path / "a.zarr", [Episode(x, np.zeros((10, 1)), np.ones(10)) for x in images], task="toy")
     copied = open_store(label_store(source.path, "x", tmp_path / "b.zarr", rewards="zeros")["path"])
     assert verify_store(copied.path) == [] and copied.digest() == source.digest() and copied.labels == ["given", "x"]
-    assert copied.observations().dtype == np.uint8
-    assert zarr.open_array(copied.path / "labels/x/reward", mode="r").chunks == (7,)
+    assert copied.images("pixels").dtype == np.uint8
+    assert zarr.open_array(copied.path / "data/images/pixels", mode="r").chunks == (7, 4, 4, 3)

@@ -32,6 +32,8 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 def episode_lists(draw: st.DrawFn) -> list[Episode]:
     pixels, rewards, successes = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
     shape, actions = draw(st.sampled_from([(1,), (4,), (2, 3)])), draw(st.integers(1, 3))
+    cameras = draw(st.dictionaries(st.sampled_from(["a", "b-1", "c.2"]), st.sampled_from([(1, 2, 3), (3, 1, 1)])))
+    cameras, states = ({} if pixels else cameras), draw(st.booleans())
     result = []
     for _ in range(draw(st.integers(1, 4))):
         length = draw(st.integers(1, 9))
@@ -51,19 +53,22 @@ def episode_lists(draw: st.DrawFn) -> list[Episode]:
                 draw(st.sampled_from(["", "a", "b/c"])),
                 draw(st.integers(0, 2**40)),
                 draw(st.integers(0, 2**31)),
+                {name: draw(hnp.arrays(np.uint8, (length + 1, *size))) for name, size in cameras.items()},
+                draw(hnp.arrays(np.float64, (length + 1, 2), elements=st.floats(-1e9, 1e9))) if states else None,
             )
         )
     return result
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(episodes=episode_lists(), chunk=st.integers(4, 30), flush_every=st.integers(1, 3))
+@given(episodes=episode_lists(), chunk=st.integers(4, 30), frames=st.integers(1, 9), flush_every=st.integers(1, 3))
 def test_round_trip_and_digest_do_not_depend_on_how_it_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, episodes: list[Episode], chunk: int, flush_every: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, episodes: list[Episode], chunk: int, frames: int, flush_every: int
 ) -> None:
     for name in ("one.zarr", "many.zarr"):
         shutil.rmtree(tmp_path / name, ignore_errors=True)
     monkeypatch.setattr(writer_module, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(writer_module, "FRAME_BYTES", 6 * frames)
     whole = write_store(tmp_path / "one.zarr", iter(episodes), task="toy")
     assert_same(whole.episodes(), episodes)
     assert verify_store(whole.path) == []
@@ -88,12 +93,13 @@ def test_round_trip_and_digest_do_not_depend_on_how_it_was_written(
 
 
 def test_pixels_get_smaller_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "CHUNK_BYTES", 64 * 10)
+    monkeypatch.setattr(writer_module, "FRAME_BYTES", 64 * 10)
     pixels = np.arange(41 * 64, dtype=np.uint8).reshape(41, 8, 8, 1)
     store = write_store(tmp_path / "a.zarr", [Episode(pixels, np.zeros((40, 1)))], task="toy")
-    assert store.spec.pixels and store.observations().dtype == np.uint8
-    assert zarr.open_array(store.path / "data/observation", mode="r").chunks == (10, 8, 8, 1)
-    np.testing.assert_array_equal(store.observations(), pixels)
+    assert store.spec.cameras == {"pixels": (8, 8, 1)} and store.images("pixels").dtype == np.uint8
+    assert zarr.open_array(store.path / "data/images/pixels", mode="r").chunks == (10, 8, 8, 1)
+    assert zarr.open_array(store.path / "data/action", mode="r").chunks == (41, 1)
+    np.testing.assert_array_equal(store.images("pixels"), pixels)
 
 
 def test_provenance_and_attributes(tmp_path: Path) -> None:
@@ -192,7 +198,7 @@ def test_no_episodes_is_an_error(tmp_path: Path) -> None:
         ),
         (
             Episode(np.zeros((3, 1, 3), np.uint8), np.zeros((2, 2)), np.zeros(2), np.zeros(2)),
-            r"episode 1 has observations .*uint8",
+            r"episode 1 has frames of camera .*; those before it have no camera",
         ),
         (episode(1, rewards=False), "episode 1 has no rewards; those before it have"),
         (episode(1, successes=False), "episode 1 has no successes"),

@@ -34,7 +34,7 @@ from cvlctl.data.formats.fetching import fetch
 from cvlctl.data.formats.kinds import refuse_another
 from cvlctl.data.formats.sources import Facts, Told
 from cvlctl.data.provenance import jsonable
-from cvlctl.data.store import DATA, Store, open_store
+from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import write_all
 from cvlctl.errors import CvlctlError
 from cvlctl.files import sha256
@@ -210,7 +210,7 @@ def export_store(format: str, store: Store, out: str | Path, *, label: str = "gi
         raise CvlctlError(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
     if out.is_dir() and not (format == "minari" and minari.is_dataset(out)):
         raise CvlctlError(f"{out} is a directory", "choose another path: nothing in it was touched")
-    store.check([*DATA, *store.label_arrays(label)])
+    store.check([*store.arrays, *store.label_arrays(label)])
     write(store, out, label)
     units.say_units(store)
     return out

@@ -18,6 +18,7 @@ from cvlctl.data.formats.hdf5 import fixed_text, open_hdf5
 from cvlctl.data.formats.hdf5_out import new_hdf5
 from cvlctl.data.formats.making import Maker
 from cvlctl.data.formats.rows import episodes_of_rows, judge
+from cvlctl.data.formats.seeing import only_array
 from cvlctl.data.formats.sources import Arrays, Facts, Told, steps_of
 from cvlctl.data.store import Store
 from cvlctl.data.units import bounds_of, export_digest, exported_units
@@ -93,7 +94,7 @@ def write(store: Store, path: Path, label: str) -> None:
     final = np.zeros(last[-1] + 1, bool)
     final[last - 1] = True
     ended = np.repeat(store.terminated(), store.lengths())
-    observations, has_rewards, bounds = store.observations(), store.has_label(label), bounds_of(store)
+    observations, has_rewards, bounds = store.array(only_array(store)), store.has_label(label), bounds_of(store)
     per_episode = {"collected_at": store.collected_at(), "seed": store.seeds(),
                    "task": np.array([store.task_names.index(t) for t in store.episode_tasks()], np.int32)}  # fmt: skip
     arrays = {

@@ -31,6 +31,7 @@ from cvlctl.data.formats.hdf5 import attribute, dataset_column, dataset_in, fixe
 from cvlctl.data.formats.hdf5_out import new_hdf5
 from cvlctl.data.formats.joining import Observations
 from cvlctl.data.formats.making import Maker, continuous
+from cvlctl.data.formats.seeing import only_array
 from cvlctl.data.formats.sources import MAX_ROW_BYTES, Facts, Told, reading, steps_of
 from cvlctl.data.store import Store
 from cvlctl.data.units import bounds_of, export_digest, exported_units
@@ -251,7 +252,8 @@ def write(store: Store, path: Path, label: str) -> None:
         CvlctlError: the folder's name is none that Minari could open: it must end in -v and a number.
     """
     name, spec, bounds = _dataset_id(path), store.spec, bounds_of(store)
-    image = "uint8" if spec.pixels else "float32"
+    frames = only_array(store) != "data/observation"
+    shape = spec.cameras["pixels"] if frames else spec.observation_shape
     rewarded, solvable = store.has_label(label), store.has_label(label, "success")
     named, more = label if rewarded or solvable else "given", exported_units(store)
     with replacing(path, folder=True) as temporary:
@@ -261,13 +263,13 @@ def write(store: Store, path: Path, label: str) -> None:
                 _write_episode(file.create_group(f"episode_{number}"), episode, number, bounds)
                 check()
         size = round((temporary / "data" / DATA).stat().st_size / 1e6, 1)
-        low, high = (0, 255) if spec.pixels else (-np.inf, np.inf)
+        low, high = (0, 255) if frames else (-np.inf, np.inf)
         metadata: dict[str, Any] = {
             "dataset_id": name, "total_episodes": store.num_episodes, "total_steps": store.num_transitions,
             "data_format": "hdf5", "dataset_size": size,
             # 0.5.4 was the first to take images that are not JPEGs
-            "minari_version": "0.5.4" if spec.pixels else "0.5.0", "jpeg_encoding": False,
-            "observation_space": _box(spec.observation_shape, low, high, image),
+            "minari_version": "0.5.4" if frames else "0.5.0", "jpeg_encoding": False,
+            "observation_space": _box(shape, low, high, "uint8" if frames else "float32"),
             "action_space": _box((spec.action_dim,), *(bounds or (-1.0, 1.0)), "float32"),
             "cvlctl": {"task": store.task, "horizon": spec.horizon, "rewards": rewarded,
                        "exported": export_digest("minari", store, label), **({"units": more} if more else {})},
@@ -283,7 +285,8 @@ def _write_episode(group: h5py.Group, episode: Episode, number: int, bounds: Bou
     group.attrs.update({"id": number, "seed": episode.seed, "total_steps": steps, "task": fixed_text(episode.task)})
     group.attrs["collected_at"] = episode.collected_at
     arrays = {
-        "observations": episode.observations, "actions": physical(episode.actions, bounds),
+        "observations": episode.images["pixels"] if episode.images else episode.observations,
+        "actions": physical(episode.actions, bounds),
         "rewards": np.zeros(steps, np.float32) if episode.rewards is None else episode.rewards,
         "terminations": last & episode.terminated, "truncations": last & (not episode.terminated),
     }  # fmt: skip

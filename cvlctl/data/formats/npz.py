@@ -19,6 +19,7 @@ from cvlctl.data.formats import segments
 from cvlctl.data.formats.archives import open_npz
 from cvlctl.data.formats.cutting import flags, flat
 from cvlctl.data.formats.making import Maker, continuous
+from cvlctl.data.formats.seeing import only_array
 from cvlctl.data.formats.segments import check_names, need_keys
 from cvlctl.data.formats.sources import Arrays, Column, Facts, Told, reading, same_length, steps_of
 from cvlctl.data.store import Store
@@ -177,9 +178,9 @@ def table_arrays(store: Store, bounds: Bounds | None, exported: str) -> dict[str
 
 def write(store: Store, path: Path, label: str) -> None:
     """Write a store as a plain npz."""
-    row = np.delete(np.arange(len(store.observations())), store.episode_ends() - 1)
+    row = np.delete(np.arange(store.num_rows), store.episode_ends() - 1)
     bounds = bounds_of(store)
-    arrays = {"observations": store.observations(), "actions": physical(store.actions()[row], bounds),
+    arrays = {"observations": store.array(only_array(store)), "actions": physical(store.actions()[row], bounds),
               "episode_ends": np.cumsum(store.lengths()),
               **table_arrays(store, bounds, export_digest("npz", store, label))}  # fmt: skip
     if store.has_label(label):

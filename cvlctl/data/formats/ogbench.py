@@ -18,6 +18,7 @@ from cvlctl.data.formats.archives import open_npz
 from cvlctl.data.formats.cutting import BATCH_ROWS, Rows, cut, flags, flat
 from cvlctl.data.formats.making import Maker, continuous
 from cvlctl.data.formats.npz import TABLE, read_table, said_bounds, said_facts, save, table_arrays
+from cvlctl.data.formats.seeing import only_array
 from cvlctl.data.formats.sources import Column, Facts, Told, same_length
 from cvlctl.data.store import Store
 from cvlctl.data.units import bounds_of, export_digest
@@ -88,11 +89,11 @@ def facts(path: Path) -> Facts:
 
 def write(store: Store, path: Path, label: str) -> None:
     """Write a store as OGBench's own files are; rewards and successes too, if it has them."""
-    terminals = np.zeros(len(store.observations()), np.float32)
+    terminals = np.zeros(store.num_rows, np.float32)
     terminals[store.episode_ends() - 1] = 1.0
     bounds = bounds_of(store)
     actions = physical(store.actions(), bounds)
-    arrays = {"observations": store.observations(), "actions": actions, "terminals": terminals}
+    arrays = {"observations": store.array(only_array(store)), "actions": actions, "terminals": terminals}
     if store.has_label(label):
         arrays["rewards"] = store.rewards(label)
     if store.has_label(label, "success"):
