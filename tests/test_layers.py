@@ -22,7 +22,7 @@ ROOMS = [
     ["data"],
     ["play"],
     ["recipes"],
-    ["runs", "folders", "figures"],
+    ["runs", "folders", "figures", "frames"],
     ["checkpoints", "children", "interrupts", "progress", "rates"],
     ["cell", "units"],
     ["files", "paths", "types"],

@@ -77,6 +77,29 @@ def plot(
     )
 
 
+@register(app, "preview", LOOK, "cvlctl data preview data/drawer.zarr --episode 3 --out drawer.gif")
+def preview(
+    store: Store,
+    episode: Annotated[int, typer.Option("--episode", help="Its number; -1 is the last one.")] = 0,
+    camera: Annotated[
+        str | None, typer.Option("--camera", help="Default: all cameras, side by side.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="A .png (contact sheet), .gif or .mp4. Default: a PNG beside the store."),
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Show the frames of an episode: a contact sheet, a GIF, or an MP4 (extra `video`), by the file's ending."""
+    from cvlctl.data import preview as previews
+
+    present(
+        lambda: previews.preview(store, episode=episode, camera=camera, out=out, force=force),
+        lambda result: print_text(result["path"]), as_json,
+    )  # fmt: skip
+
+
 @register(app, "merge", MAKE, "cvlctl data merge data/a.zarr data/b.zarr --out data/both.zarr")
 def merge(
     paths: Annotated[

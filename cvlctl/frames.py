@@ -1,0 +1,135 @@
+"""Frames as pictures: a contact sheet (.png), a .gif or a .mp4, by the file's ending. Pillow; .mp4 needs PyAV."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+
+from cvlctl import files
+from cvlctl.errors import CvlctlError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ENDINGS = (".png", ".gif", ".mp4")
+SHOWN, ACROSS, GAP = 24, 6, 4  # frames of a sheet, and of a row of it; pixels between them
+LEAST = 128  # pixels of the shorter side: smaller frames are enlarged by a whole factor
+
+
+def write_frames(path: Path, frames: Sequence[np.ndarray], *, fps: float = 20.0, force: bool = False) -> str:
+    """Write frames as what the file's ending says. Returns "written", or "finished already", as `files.write_result`.
+
+    Args:
+        frames: (T, H, W, C) uint8, or whatever has a length and gives (H, W, C) by number; C is 1, 3, or 4 with an
+            alpha that is left out.
+        fps: frames a second of a .gif or .mp4.
+
+    Raises:
+        CvlctlError: another ending, no frames or none that can be shown, PyAV is missing, a file is there (and no
+            `force`), or the disk refuses.
+    """
+    check_ending(path)
+    if not len(frames):
+        raise CvlctlError(f"{path}: there are no frames to show")
+    data = io.BytesIO()
+    if path.suffix == ".png":
+        _image(sheet(frames)).save(data, format="PNG")
+    elif path.suffix == ".gif":
+        first, *rest = range(len(frames))
+        others = (_image(enlarged(frames[i])) for i in rest)
+        duration = max(20, 10 * round(100 / fps))  # whole hundredths of a second; viewers slow down what is shorter
+        first_image = _image(enlarged(frames[first]))
+        first_image.save(data, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
+    else:
+        write_mp4(data, (_even(enlarged(frames[i])) for i in range(len(frames))), fps)
+    return files.write_result(path, data.getbuffer(), force=force)
+
+
+def check_ending(path: Path) -> None:
+    """Raise a CvlctlError unless the file's ending is one that frames are written as."""
+    if path.suffix not in ENDINGS:
+        raise CvlctlError(f"{path}: frames are not written as {path.suffix or 'a file without ending'}",
+                          "end it in .png (a contact sheet), .gif or .mp4")  # fmt: skip
+
+
+def sheet(frames: Sequence[np.ndarray], count: int = SHOWN, across: int = ACROSS) -> np.ndarray:
+    """(H, W, 3) uint8: at most `count` of the frames, evenly spread, the first and the last among them, row by row."""
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)).tolist()
+    shown = [enlarged(frames[i]) for i in chosen]
+    height, width = shown[0].shape[:2]
+    lines, columns = -(-len(shown) // across), min(across, len(shown))
+    found = np.full((lines * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 255, np.uint8)
+    for i, frame in enumerate(shown):
+        top, left = i // across * (height + GAP), i % across * (width + GAP)
+        found[top : top + height, left : left + width] = frame
+    return found
+
+
+def beside(frames: Sequence[np.ndarray]) -> np.ndarray:
+    """(H, W, 3) uint8: frames of several cameras side by side, the lower ones on black."""
+    shown = [_rgb(frame) for frame in frames]
+    height = max(len(frame) for frame in shown)
+    return np.concatenate([np.pad(frame, ((0, height - len(frame)), (0, 0), (0, 0))) for frame in shown], axis=1)
+
+
+def enlarged(frame: np.ndarray) -> np.ndarray:
+    """(k H, k W, 3) of a frame (H, W, C): what is small is made large enough to be looked at."""
+    frame = _rgb(frame)
+    factor = max(1, LEAST // min(frame.shape[:2]))
+    return frame.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def png(frame: np.ndarray) -> bytes:
+    """One frame (H, W, C), or a sheet, as a PNG."""
+    data = io.BytesIO()
+    _image(_rgb(frame)).save(data, format="PNG")
+    return data.getvalue()
+
+
+def write_mp4(target: IO[bytes], frames: Iterator[np.ndarray], fps: float) -> None:
+    """Encode frames (H, W, 3) uint8 of even height and width as H.264, to a file that can be sought in.
+
+    The bytes depend on the frames, their rate and the version of the encoder alone.
+
+    Raises:
+        CvlctlError: PyAV, or its H.264, is missing.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise CvlctlError("videos need PyAV", "pip install 'cvlctl[video]', or end the file in .gif or .png") from error
+    with av.open(target, "w", format="mp4") as container:
+        stream = None
+        for frame in frames:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000))
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt, stream.options = "yuv420p", {"crf": "18", "threads": "1"}
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                container.mux(packet)
+        if stream is not None:
+            container.mux(stream.encode())
+
+
+def _rgb(frame: np.ndarray) -> np.ndarray:
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] not in (1, 3, 4):
+        what = f"frames of {frame.dtype} {frame.shape} cannot be shown"
+        raise CvlctlError(what, "these can: (height, width, 1, 3 or 4) uint8")
+    return np.broadcast_to(frame, (*frame.shape[:2], 3)) if frame.shape[2] == 1 else frame[..., :3]
+
+
+def _even(frame: np.ndarray) -> np.ndarray:
+    """What H.264 takes: a line is repeated where their number is odd."""
+    height, width = frame.shape[:2]
+    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def _image(frame: np.ndarray) -> Image:
+    from PIL import Image
+
+    return Image.fromarray(np.ascontiguousarray(frame))
