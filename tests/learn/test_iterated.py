@@ -113,6 +113,7 @@ class Answer(NamedTuple):
     correlation: float
     collector_off: float
     collector_correlation: float
+    q: Array  # (S, A), as learned
 
 
 def answer(
@@ -163,7 +164,8 @@ def answer(
         return float((weight * x * y).sum() / np.sqrt((weight * x * x).sum() * (weight * y * y).sum()))
 
     pays = np.where(mdp.terminal, (1 - mdp.gamma) * mdp.reward, mdp.reward)
-    return Answer(off(learned), correlation(learned @ pays), off(mdp.occupancy()), correlation(mdp.q()))
+    q = learned @ pays / (1 - mdp.gamma)
+    return Answer(off(learned), correlation(q), off(mdp.occupancy()), correlation(mdp.q()), q)
 
 
 def _single(episodes: list[cvlctl.Episode]) -> list[cvlctl.Episode]:
@@ -232,6 +234,24 @@ def test_single_transitions_in_any_order_are_enough() -> None:
     mdp = tabular.ring()
     whole, pieces = (answer(mdp, policies(mdp)["worst"], shuffled=shuffled) for shuffled in (False, True))
     assert pieces.off <= whole.off + 0.02 and pieces.correlation >= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [tabular.ring, tabular.cliff])
+def test_five_improvements_by_learned_critics(make: Callable[[], MDP], capsys: pytest.CaptureFixture[str]) -> None:
+    """pi_(k+1) proportional to pi_k e^(Q/tau), Q of critics that learn each policy's occupancy from the same data."""
+    mdp = make()
+    exact, learned, tau = mdp.policy, mdp.policy, 0.5 * mdp.q().std()
+    values = [mdp.value(exact).mean()]
+    for _ in range(5):
+        q, found = replace(mdp, policy=exact).q(), answer(mdp, learned, quick=True).q
+        exact, learned = (p * np.exp((x - x.max(-1, keepdims=True)) / tau) for p, x in ((exact, q), (learned, found)))
+        exact, learned = (p / p.sum(-1, keepdims=True) for p in (exact, learned))
+        values.append(mdp.value(learned).mean())
+    goal = mdp.value(exact).mean()
+    with capsys.disabled():
+        print(f"\n  {mdp.name}: {', '.join(f'{value:.2f}' for value in values)}; exactly {goal:.2f}", end="")
+    assert values[-1] >= goal - 0.05 * (goal - values[0])
 
 
 # --- methods that iterate
