@@ -1,8 +1,13 @@
-"""Frames as pictures: a contact sheet (.png), a .gif or a .mp4, by the file's ending. Pillow; .mp4 needs PyAV."""
+"""Frames as pictures: a contact sheet (.png), a .gif or a .mp4, by the file's ending; and pictures as frames.
+
+Pillow reads and writes them, and only as what we say they are; .mp4 needs PyAV.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +23,7 @@ if TYPE_CHECKING:
 
 ENDINGS = (".png", ".gif", ".mp4")
 SHOWN, ACROSS, GAP = 24, 6, 4  # frames of a sheet, and of a row of it; pixels between them
+MOST = 2**28  # bytes of a picture
 LEAST = 128  # pixels of the shorter side: smaller frames are enlarged by a whole factor
 
 
@@ -89,6 +95,71 @@ def png(frame: np.ndarray) -> bytes:
     data = io.BytesIO()
     _image(_rgb(frame)).save(data, format="PNG")
     return data.getvalue()
+
+
+def opened_image(source: Path | bytes, where: str, formats: Sequence[str] = ("PNG", "JPEG")) -> Image:
+    """A picture whose header was read, and nothing else. As nothing but `formats` it is opened, whatever it claims to
+    be: an EPS is a program, and is run.
+
+    Raises:
+        CvlctlError: it is none of them, or larger than any photograph.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    kinds = " or ".join(formats)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # said below
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=list(formats))
+    except UnidentifiedImageError as error:
+        raise CvlctlError(f"{where}: is no {kinds}", f"frames are read as {kinds}, and as nothing else") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CvlctlError(f"{where}: cannot be read: {error}", "give another copy of it") from error
+    if image.width * image.height * 4 > MOST:
+        raise CvlctlError(f"{where}: an image of {image.width} x {image.height} is too large to be true")
+    return image
+
+
+def decoded(data: bytes, where: str, formats: Sequence[str] = ("PNG", "JPEG")) -> np.ndarray:
+    """(H, W, C) uint8 of a picture, C as the file has it; of pictures in colours of a palette 3.
+
+    Raises:
+        CvlctlError: as `opened_image`, or it is damaged.
+    """
+    with opened_image(data, where, formats) as image, _sound(where):
+        plain = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
+        found = np.asarray(plain, np.uint8)
+    return found[..., None] if found.ndim == 2 else found
+
+
+def fitted(image: Image, size: tuple[int, int, int], fit: str = "crop") -> np.ndarray:
+    """(H, W, C) uint8 of a picture, upright, in a camera's size.
+
+    Args:
+        fit: "crop": scaled until both sides are long enough, and the middle of it taken; "stretch": scaled to the size,
+            whatever that does to its shape.
+    """
+    from PIL import Image, ImageOps
+
+    height, width, channels = size
+    if channels not in (1, 3, 4):
+        raise CvlctlError(f"photographs have 1, 3 or 4 channels, a camera here has {channels}")
+    with _sound(str(getattr(image, "filename", "a picture"))):
+        upright = ImageOps.exif_transpose(image).convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+        if fit == "stretch":
+            made = upright.resize((width, height), Image.Resampling.BILINEAR)
+        else:
+            made = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
+        return np.asarray(made, np.uint8).reshape(size)
+
+
+@contextlib.contextmanager
+def _sound(where: str) -> Iterator[None]:
+    """What is wrong with a picture's data is said as a CvlctlError."""
+    try:
+        yield
+    except (OSError, ValueError, SyntaxError) as error:  # truncated, or not what its header says
+        raise CvlctlError(f"{where}: is damaged: {error}", "give another copy of it") from error
 
 
 def write_mp4(target: IO[bytes], frames: Iterator[np.ndarray], fps: float) -> None:

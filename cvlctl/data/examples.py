@@ -13,6 +13,7 @@ import numpy as np
 
 from cvlctl import files
 from cvlctl.data.derive import command_line
+from cvlctl.data.example_files import IMAGES, of_file
 from cvlctl.data.recipe import SuccessExamples
 from cvlctl.data.store import Column, Store, open_store
 from cvlctl.errors import CvlctlError
@@ -22,9 +23,10 @@ from cvlctl.types import Spec
 class Examples(NamedTuple):
     """Success examples, and where they are from."""
 
-    observations: np.ndarray  # (X, O) float32
+    observations: np.ndarray  # (X, O) float32; O may be 0
     rows: np.ndarray  # (X,) ascending: of the store, or of the file
     store: Store | None  # None: a file
+    images: dict[str, np.ndarray] = {}  # of each camera (X, H, W, C) uint8; stacked (X, S, H, W, C)
 
 
 def success_examples(source: SuccessExamples, spec: Spec, key: str = "success_examples") -> np.ndarray:
@@ -32,12 +34,21 @@ def success_examples(source: SuccessExamples, spec: Spec, key: str = "success_ex
     return found_examples(source, spec, key).observations
 
 
-def found_examples(source: SuccessExamples, spec: Spec, key: str = "success_examples") -> Examples:
-    """As `success_examples`, with their origin."""
+def found_examples(source: SuccessExamples, spec: Spec, key: str = "success_examples", stack: int = 0) -> Examples:
+    """As `success_examples`, with their origin, and with the frames of the cameras of `spec`.
+
+    Args:
+        spec: what is learned from: its vector, and of the stores' cameras those that are seen.
+        stack: above 0, frames are (X, stack, H, W, C): each with those before it, the oldest first. Before an
+            episode's first frame stands that one again, and all of a stack from a file are the same frame.
+    """
     if source.file is not None:
-        found, where, store = _examples_file(source.file, f"{key}.file"), f"{key}.file: {source.file}", None
+        where, store = f"{key}.file: {source.file}", None
+        found, frames = of_file(source.file, spec, source.fit, f"{key}.file")
         rows = _choice(len(found), source.num)
-        found = found[rows]
+        found, frames = found[rows], {camera: of[rows] for camera, of in frames.items()}
+        if stack:
+            frames = {camera: of[:, None].repeat(stack, axis=1) for camera, of in frames.items()}
     else:
         assert source.from_ is not None
         store = open_store(source.from_)
@@ -60,36 +71,36 @@ def found_examples(source: SuccessExamples, spec: Spec, key: str = "success_exam
         where = f"{key}.from: {source.from_}"
         rows = rows[_choice(len(rows), source.num)]
         found = Column(store, "data/observation").take(rows)
+        found = found[:, :0] if spec.observation_shape == (0,) else found
+        frames = {camera: _frames(store, camera, rows, stack) for camera in spec.cameras}
     if found.shape[1:] != tuple(spec.observation_shape):
         what = f"{where}: the examples have shape {found.shape}; expected (X, {spec.observation_shape[0]})"
         raise CvlctlError(what, "take examples from the robot and task that the stores are of")
-    return Examples(np.ascontiguousarray(found, dtype=np.float32), rows, store)
+    for camera, size in spec.cameras.items():
+        if frames[camera].shape[-3:] != size:
+            what = f"{where}: camera {camera} has frames of {frames[camera].shape[-3:]}; expected {size}"
+            raise CvlctlError(what, "take examples from stores with cameras of the same sizes")
+    return Examples(np.ascontiguousarray(found, dtype=np.float32), rows, store, frames)
+
+
+def _frames(store: Store, camera: str, rows: np.ndarray, stack: int) -> np.ndarray:
+    """(X, [stack,] H, W, C) of rows that ascend, read chunk by chunk."""
+    column = Column(store, store.camera_array(camera))
+    if not stack:
+        return column.take(rows)
+    ends = store.episode_ends()
+    first = (ends - store.lengths() - 1)[np.searchsorted(ends, rows, side="right")]
+    found = []
+    for row, start in zip(rows.tolist(), first.tolist(), strict=True):
+        begin = max(start, row - stack + 1)
+        frames = column.rows(begin, row + 1)
+        found.append(np.concatenate([frames[:1].repeat(stack - len(frames), axis=0), frames]))
+    return np.stack(found)
 
 
 def _choice(count: int, num: int) -> np.ndarray:
     """At most `num` of `count`, the same for every seed, in order."""
     return np.sort(np.random.default_rng(0).permutation(count)[:num])
-
-
-def _examples_file(path: Path, key: str) -> np.ndarray:
-    where, hint = f"{key}: {path}", "give a .npy of shape (X, O), or a .npz with `observations`"
-    if not path.is_file():
-        raise CvlctlError(f"{key}: no file at {path}", "check the path")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        found = np.asarray(loaded if isinstance(loaded, np.ndarray) else loaded["observations"])
-    except Exception as error:  # zip, zlib and numpy each have their own
-        raise CvlctlError(f"{where}: cannot be read: {error}", hint) from error
-    if found.dtype.kind not in "fiub":
-        raise CvlctlError(f"{where}: holds {found.dtype}, not real numbers", hint)
-    if found.ndim != 2 or len(found) == 0:
-        raise CvlctlError(f"{where}: has shape {found.shape}; expected (X, O) with X >= 1", hint)
-    with np.errstate(over="ignore"):  # what does not fit is infinite, and said below
-        array = found.astype(np.float32)
-    bad = np.flatnonzero(~np.isfinite(array).all(1))
-    if len(bad):
-        raise CvlctlError(f"{where}: NaN or infinity in {len(bad)} of {len(array)} examples, first in {bad[0]}")
-    return array
 
 
 def array_digest(array: np.ndarray) -> str:
@@ -110,6 +121,8 @@ def examples(
 ) -> dict[str, Any]:
     """Write success examples (X, O) for `success_examples: {file: ...}`: a .npy, or a .npz that says whence they came.
 
+    Of a store with images a .npz, with the frames of each camera, (X, H, W, C), as `images/CAMERA`.
+
     Args:
         rule: "successes" or "last" (`k` states an episode), at most `num` of them: what a recipe would take.
         picks: instead of a rule: frames as "episode:step"; step 0 is the first observation, -1 the final one.
@@ -117,28 +130,38 @@ def examples(
     store, out = open_store(path), Path(out)
     if out.suffix not in (".npy", ".npz"):
         raise CvlctlError(f"{out}: success examples are kept in a .npy or a .npz", "name the file so")
+    if store.spec.cameras and out.suffix == ".npy":
+        raise CvlctlError(f"{out}: {path} has images, which a .npy has no place for", "name the file .npz")
     if picks:
-        found = _picked(store, picks)
+        rows = _picked(store, picks)
+        vector, images = (
+            _taken(store, "data/observation", rows),
+            {camera: _taken(store, store.camera_array(camera), rows) for camera in store.spec.cameras},
+        )
         command = command_line("examples", path, out=out, pick=picks)
     else:
         source = {"from": Path(path), "rule": rule, "num": num, "k": k, "label": label}
-        found = success_examples(SuccessExamples.model_validate(source), store.spec)
+        found = found_examples(SuccessExamples.model_validate(source), store.spec)
+        vector, images = found.observations, found.images
         command = command_line("examples", path, out=out, rule=rule, num=num, k=k, label=label)
     data = io.BytesIO()
     if out.suffix == ".npy":
-        np.save(data, found, allow_pickle=False)
+        np.save(data, vector, allow_pickle=False)
     else:
         origin = {"parents": [{"path": str(path), "digest": store.digest()}], "command": command}
-        np.savez(data, allow_pickle=False, observations=found, provenance=np.array(json.dumps(origin)))
+        arrays = {f"{IMAGES}{camera}": frames for camera, frames in images.items()}
+        np.savez(data, allow_pickle=False, observations=vector, provenance=np.array(json.dumps(origin)), **arrays)
     status = files.write_result(out, data.getbuffer(), force=force)
-    return {"status": status, "path": str(out), "examples": len(found), "shape": list(found.shape)}
+    shapes = {camera: list(frames.shape) for camera, frames in images.items()}
+    result = {"status": status, "path": str(out), "examples": len(vector), "shape": list(vector.shape)}
+    return result | ({"images": shapes} if shapes else {})
 
 
 def _picked(store: Store, picks: Sequence[str]) -> np.ndarray:
-    """(X, O) float32: the frames named "episode:step"."""
-    column, lengths = Column(store, "data/observation"), store.lengths()
+    """(X,) rows, in the order in which they are named as "episode:step"."""
+    lengths = store.lengths()
     starts = store.episode_ends() - lengths - 1
-    frames = []
+    rows = []
     for pick in picks:
         try:
             episode, step = (int(word) for word in pick.split(":"))
@@ -149,6 +172,11 @@ def _picked(store: Store, picks: Sequence[str]) -> np.ndarray:
         length = int(lengths[episode])
         if not -length - 1 <= step <= length:
             raise CvlctlError(f"--pick {pick}: episode {episode} has observations 0 to {length}", "-1 is the final one")
-        row = int(starts[episode]) + step % (length + 1)
-        frames.append(column.rows(row, row + 1)[0])
-    return np.ascontiguousarray(np.stack(frames), dtype=np.float32)
+        rows.append(int(starts[episode]) + step % (length + 1))
+    return np.array(rows, np.int64)
+
+
+def _taken(store: Store, name: str, rows: np.ndarray) -> np.ndarray:
+    """Rows of an array, in whatever order."""
+    column = Column(store, name)
+    return np.concatenate([column.rows(row, row + 1) for row in rows.tolist()])

@@ -74,14 +74,17 @@ class SuccessExamples(Strict):
     """States (X, O) that show success: taken `from` a store by rule, or read from a `file` (.npy, .npz of one array).
 
     `rule`: "successes" takes the states that the store marks as successful, "last" the last `k` states of each episode.
+    Where cameras are seen, they come with their frames: a `file` is then a .npz as `cvlctl data examples` makes it, or
+    a folder of photographs (PNG, JPEG), where there are several cameras with a folder of each in it.
     """
 
     from_: Place | None = Field(None, alias="from")  # a store
-    file: Place | None = None  # .npy, or .npz of one array: (X, O)
+    file: Place | None = None  # .npy, or .npz of one array: (X, O); with images a .npz, or a folder of photographs
     rule: Literal["successes", "last"] = "successes"  # states marked as successful, or the last k of each episode
     num: Count = 200  # how many are drawn, the same for every seed; all of them where there are fewer
     k: Count = 1  # of rule: last
     label: Name = "given"  # whose successes
+    fit: Literal["crop", "stretch"] = "crop"  # a photograph of another shape: its middle, or all of it, squeezed
 
     @model_validator(mode="after")
     def _one_origin(self) -> SuccessExamples:

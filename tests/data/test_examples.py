@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from toy_stores import names, numbered_episodes
 
 import cvlctl
+from cvlctl.data import examples as examples_module
 from cvlctl.data.examples import examples, success_examples
 from cvlctl.data.recipe import SuccessExamples
 from cvlctl.data.store import open_store
+from cvlctl.data.writer import write_store
 from cvlctl.errors import CvlctlError
+from cvlctl.types import Episode, Spec
 
 pytestmark = pytest.mark.usefixtures("no_fsync", "small_chunks")
 
@@ -108,3 +115,111 @@ def test_files_that_hold_no_success_examples(content: bytes | None, point: Path,
         (tmp_path / "bad.npz").write_bytes(content)
     with pytest.raises(CvlctlError, match=r"no file at .*bad\.npz" if content is None else r"bad\.npz: cannot be read"):
         success_examples(source, spec)
+
+
+# --------------------------------------------------------------------------------------------------------------- frames
+
+SIZES = {"corner": (4, 6, 3), "wrist": (3, 3, 1)}
+
+
+def seen_store(path: Path, vector: bool = True, sizes: Any = SIZES) -> Path:
+    """Frames of 10 times the episode, and one more each step; every second step is a success."""
+    episodes = []
+    for i in range(3):
+        level = np.arange(10 * i, 10 * i + 5, dtype=np.uint8)[:, None, None, None]
+        images = {name: np.broadcast_to(level, (5, *size)) for name, size in sizes.items()}
+        rows = np.full((5, 2), float(i)) if vector else None
+        episodes.append(Episode(rows, np.zeros((4, 1)), None, np.arange(4) % 2 == 1, images=images))
+    return write_store(path, episodes, task="toy").path
+
+
+def test_examples_of_a_store_come_with_their_frames_stacked_or_not(tmp_path: Path) -> None:
+    path = seen_store(tmp_path / "a.zarr")
+    spec = open_store(path).spec
+    source = SuccessExamples.model_validate({"from": path, "rule": "last", "k": 2})
+    found = examples_module.found_examples(source, spec)
+    assert found.observations[:, 0].tolist() == [0, 0, 1, 1, 2, 2] and list(found.images) == ["corner", "wrist"]
+    assert found.images["corner"].shape == (6, 4, 6, 3) and found.images["corner"].dtype == np.uint8
+    assert found.images["wrist"][:, 0, 0, 0].tolist() == [3, 4, 13, 14, 23, 24]
+    stacked = examples_module.found_examples(source, spec, stack=6).images["wrist"]
+    assert stacked.shape == (6, 6, 3, 3, 1) and stacked[2, :, 0, 0, 0].tolist() == [10, 10, 10, 11, 12, 13]
+    one = replace(spec, observation_shape=(0,), cameras={"wrist": (3, 3, 1)})
+    part = examples_module.found_examples(source, one)
+    assert part.observations.shape == (6, 0) and list(part.images) == ["wrist"]
+    with pytest.raises(CvlctlError, match=r"camera wrist has frames of \(3, 3, 1\); expected \(9, 9, 1\)"):
+        examples_module.found_examples(source, replace(spec, cameras={"wrist": (9, 9, 1)}))
+
+
+def test_examples_with_frames_as_a_file(tmp_path: Path) -> None:
+    path = seen_store(tmp_path / "a.zarr")
+    spec = open_store(path).spec
+    with pytest.raises(CvlctlError, match=r"which a \.npy has no place for"):
+        examples(path, tmp_path / "x.npy")
+    made = examples(path, tmp_path / "x.npz", rule="successes")
+    assert made["images"] == {"corner": [6, 4, 6, 3], "wrist": [6, 3, 3, 1]}
+    file = SuccessExamples(file=tmp_path / "x.npz")
+    found = examples_module.found_examples(file, spec)
+    assert found.images["wrist"][:, 0, 0, 0].tolist() == [2, 4, 12, 14, 22, 24]
+    assert found.observations[:, 1].tolist() == [0, 0, 1, 1, 2, 2]
+    assert examples_module.found_examples(file, spec, stack=3).images["corner"].shape == (6, 3, 4, 6, 3)
+    blind = replace(spec, cameras={})
+    assert examples_module.success_examples(file, blind).shape == (6, 2)
+    picked = examples(path, tmp_path / "p.npz", picks=["2:1", "0:-1"])
+    assert picked["examples"] == 2
+    with np.load(tmp_path / "p.npz") as arrays:
+        assert arrays["images/corner"][:, 0, 0, 0].tolist() == [21, 4]
+    for sizes, message in (
+        ({"corner": (4, 6, 3), "top": (3, 3, 1)}, "images/top"),
+        ({"corner": (4, 7, 3)}, r"images/corner is uint8 \(6, 4, 6, 3\); expected uint8 \(X, 4, 7, 3\)"),
+    ):
+        with pytest.raises(CvlctlError, match=message):
+            examples_module.found_examples(file, replace(spec, cameras=sizes))
+
+
+def test_ten_photographs(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    ramp = np.tile(np.arange(100, dtype=np.uint8)[None, :, None], (40, 1, 3))
+    for i in range(10):
+        picture = Image.fromarray(ramp + 10 * i)
+        picture.save(folder / f"{i:02}.{'jpg' if i % 2 else 'PNG'}", quality=95)
+    (folder / "notes.txt").write_text("of the kitchen")
+    spec = Spec((0,), 1, 9, {"corner": (8, 8, 3)})
+    found = examples_module.found_examples(SuccessExamples(file=folder), spec).images["corner"]
+    assert found.shape == (10, 8, 8, 3)
+    middle = 30 + 5 * np.arange(8) + 2  # of 100 columns the middle 40, 5 a pixel
+    for i in range(10):
+        assert np.abs(found[i, 4, :, 0].astype(int) - middle - 10 * i).max() <= 3, i
+    source = SuccessExamples(file=folder, fit="stretch", num=3)
+    squeezed = examples_module.found_examples(source, spec, stack=2).images["corner"]
+    assert squeezed.shape == (3, 2, 8, 8, 3) and squeezed[0, 0, 4, 7, 0] > squeezed[0, 0, 4, 0, 0] + 75
+    grey = examples_module.found_examples(SuccessExamples(file=folder), replace(spec, cameras={"a": (8, 8, 1)}))
+    assert grey.images["a"].shape == (10, 8, 8, 1)
+
+
+def test_folders_that_will_not_do(tmp_path: Path) -> None:
+    folder, spec = tmp_path / "photos", Spec((0,), 1, 9, {"corner": (8, 8, 3)})
+    folder.mkdir()
+    source = SuccessExamples(file=folder)
+
+    def refused(message: str, spec: Spec = spec) -> None:
+        with pytest.raises(CvlctlError, match=message):
+            examples_module.found_examples(source, spec)
+
+    refused("no photograph in")
+    Image.new("RGB", (9, 9)).save(folder / "a.png")
+    refused("have no vector of 2 columns", replace(spec, observation_shape=(2,)))
+    refused("is a folder", Spec((2,), 1, 9))
+    refused("no folder .*corner", replace(spec, cameras={"corner": (8, 8, 3), "top": (8, 8, 3)}))
+    whole = (folder / "a.png").read_bytes()
+    (folder / "b.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    refused(r"b\.jpg: is no PNG or JPEG")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "b.jpg")
+    (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:-900])
+    refused(r"b\.jpg: is damaged")
+    header = bytearray(whole)
+    header[16:24] = (30_000).to_bytes(4, "big") * 2  # a declared size is held against the limit before it is decoded
+    header[29:33] = zlib.crc32(bytes(header[12:29])).to_bytes(4, "big")
+    (folder / "b.jpg").write_bytes(header)
+    refused("cannot be read: Image size|too large to be true")

@@ -16,7 +16,6 @@ as attributes of their group.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -32,11 +31,12 @@ from cvlctl.data.formats.hdf5_out import new_hdf5
 from cvlctl.data.formats.joining import Observations
 from cvlctl.data.formats.making import Maker, continuous
 from cvlctl.data.formats.seeing import only_array
-from cvlctl.data.formats.sources import MAX_ROW_BYTES, Facts, Told, reading, steps_of
+from cvlctl.data.formats.sources import Facts, Told, reading, steps_of
 from cvlctl.data.store import Store
 from cvlctl.data.units import bounds_of, export_digest, exported_units
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import replacing
+from cvlctl.frames import decoded
 from cvlctl.play.envs import list_tasks
 from cvlctl.progress import say
 from cvlctl.types import Episode
@@ -225,21 +225,10 @@ def _observations(path: Path, group: h5py.Group, joined: Observations, images: b
     dataset = dataset_in(path, group, "observations")
     if images and dataset.ndim < 3:
         where = f"{path}: {group.name.strip('/')}/observations"
-        return np.stack([_decoded(bytes(bytearray(frame)), f"{where}[{i}]") for i, frame in enumerate(dataset)])
+        return np.stack(
+            [decoded(bytes(bytearray(frame)), f"{where}[{i}]", ["JPEG"]) for i, frame in enumerate(dataset)]
+        )
     return dataset_column(path, group, "observations").rest()
-
-
-def _decoded(frame: bytes, where: str) -> np.ndarray:
-    """The pixels of a JPEG. Nothing else is opened, whatever a frame claims to be: an EPS is a program, and is run."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(frame), formats=["JPEG"]) as image:
-            if image.width * image.height * 4 > MAX_ROW_BYTES:
-                raise CvlctlError(f"{where}: an image of {image.width} x {image.height} is too large to be true")
-            return np.asarray(image, np.uint8)
-    except UnidentifiedImageError as error:
-        raise CvlctlError(f"{where}: is no JPEG", "Minari codes images as JPEG, or not at all") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- write
