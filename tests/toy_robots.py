@@ -51,6 +51,20 @@ class Reach(gymnasium.Env):
         return seen, reward, False, self.time == 30, {self.says: distance < 1.0} if self.says else {}
 
 
+class Drawn(Reach):
+    """Draws itself: as bright as it is far."""
+
+    def __init__(self, render_mode=None, size=2.0):
+        super().__init__(size)
+        self.render_mode = render_mode
+
+    def render(self):
+        if self.render_mode == "rgb_array":
+            frame = np.zeros((20, 40, 3), np.uint8)
+            frame[:, :20] = int(np.clip(100 * np.linalg.norm(self.at - self.goal), 0, 255))
+            return frame
+
+
 class Wandering(Reach):
     """Goes elsewhere as it is made."""
 

@@ -272,6 +272,36 @@ def examples(
     _show(lambda: examples_module.examples(store, out, **options, force=force), as_json, quiet=False)
 
 
+@register(app, "render", MAKE, "cvlctl data render data/a.zarr --camera corner2 --out data/a-corner2.zarr")
+def render(
+    store: Store,
+    out: Out,
+    camera: Annotated[
+        list[str],
+        typer.Option("--camera", help="A camera of the simulator, `default`, or a name for your own; may be repeated."),
+    ],
+    size: Annotated[str, typer.Option("--size", help="Pixels of both sides, or HEIGHTxWIDTH.")] = "64",
+    lookat: Annotated[
+        tuple[float, float, float] | None,
+        typer.Option("--lookat", metavar="X Y Z", help="The point that a camera of your own looks at."),
+    ] = None,
+    distance: Annotated[float | None, typer.Option("--distance", help="How far it is from there, in metres.")] = None,
+    azimuth: Annotated[float | None, typer.Option("--azimuth", help="In degrees.")] = None,
+    elevation: Annotated[float | None, typer.Option("--elevation", help="In degrees; below 0: it looks down.")] = None,
+    only: Annotated[bool, typer.Option("--only", help="Leave out the frames that the store has.")] = False,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes. Default: one a CPU.", min=0)] = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Copy a store of a built-in task and add frames of other cameras, from the simulator's states that it holds."""
+    from cvlctl.collect import render_store
+
+    free: dict[str, Any] = {"lookat": lookat, "distance": distance, "azimuth": azimuth, "elevation": elevation}
+    options: dict[str, Any] = {"size": size, **free, "only": only, "workers": workers, "force": force}
+    _show(lambda: render_store.render(store, out, camera, **options), as_json, quiet)
+
+
 @register(app, "formats", EXCHANGE, "cvlctl data formats")
 def list_formats(as_json: Json = False) -> None:
     """List the formats that can be imported and exported."""

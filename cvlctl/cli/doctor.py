@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cvlctl.errors import CvlctlError
 from cvlctl.machine import cpu_name, free_memory, num_cpus
 from cvlctl.version import __version__
 
@@ -29,7 +30,8 @@ def doctor() -> dict[str, Any]:
 
     Returns:
         "packages" has a row a requirement: name, wanted, version (None: not installed), ok. "extras" has, for each
-        extra, what it lacks: [] where it is installed. "settings" are what "auto" means in a long run's recipe. Memory
+        extra, what it lacks: [] where it is installed. "rendering" says whether frames can be had,
+        and by what. "settings" are what "auto" means in a long run's recipe. Memory
         and disk are in GB (10^9 bytes), free ones; the disk is the current directory's.
     """
     import torch
@@ -50,6 +52,7 @@ def doctor() -> dict[str, Any]:
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "devices": ["cpu", *(f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus)],
         "compiler": have_compiler() and (os.environ.get("CXX") or "C++, with Python's headers"),
+        "rendering": _rendering(),
         "settings": {name: settings[name] for name in ("device", "threads", "precision", "compile")},
         "memory_gb": round(free_memory() / 1e9, 1),
         "disk_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
@@ -67,6 +70,7 @@ def render(found: dict[str, Any], console: Console) -> None:
     told["devices"] = "; ".join(found["devices"])
     told["load_average"] = " ".join(map(str, found["load_average"]))
     told["compiler"] = found["compiler"] or "none: training runs eager, about 1.5x slower"
+    told["rendering"] = ("" if found["rendering"]["works"] else "none: ") + found["rendering"]["by"]
     told["auto means"] = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
     for name, value in told.items():
         table.add_row(name.replace("_gb", " free, GB").replace("_", " "), Text(str(value)))
@@ -80,6 +84,18 @@ def render(found: dict[str, Any], console: Console) -> None:
     for extra, lacks in found["extras"].items():
         state = f"not installed: it lacks {', '.join(lacks)}" if lacks else "installed"
         console.print(f"extra {extra}: {state}", markup=False)
+
+
+def _rendering() -> dict[str, Any]:
+    """Whether frames can be rendered (`works`), and by what, or why not and what to install: tried in a process of its
+    own, which a driver may end."""
+    from cvlctl.play.workers import share_out
+
+    try:
+        [(_, by)] = share_out("cvlctl.play.cameras:probe", [None], 1)
+    except CvlctlError as error:
+        return {"works": False, "by": f"{error.what}; {error.hint}"}
+    return {"works": True, "by": by}
 
 
 def _requires() -> list[str]:

@@ -17,18 +17,23 @@ from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import put_right
 from cvlctl.interrupts import watched
+from cvlctl.machine import num_cpus
 from cvlctl.play import envpool, envs
+from cvlctl.play.filming import Film
 from cvlctl.play.own import probe
 from cvlctl.play.rollout import outcome
 from cvlctl.progress import Progress
 
 
 @watched()
-def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] = Progress) -> dict[str, Any]:
+def build(
+    recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] = Progress, workers: int | None = None
+) -> dict[str, Any]:
     """Collect the store of `recipe`, resume it, or find it finished.
 
     Args:
         progress: what reports on it: a bar for people, or lines for a process that builds several.
+        workers: processes that draw frames, where there are cameras; 0 or 1: none but this; None: one a CPU.
 
     Returns:
         status ("built" or "finished already"), path, episodes, transitions, seconds, return_mean, normalised (the score
@@ -45,9 +50,12 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
     if recipe.out.exists() and (not force or (tidied and _is_of(recipe, open_store(recipe.out)))):
         return finished(recipe)
     env = envs.make(recipe.task, recipe.seed, recipe.horizon, recipe.settings)
+    film: Film | None = None
     try:
         if env.own:
             probe(env)
+        if recipe.cameras:
+            film = Film(env, recipe.filmed_by, num_cpus() if workers is None else workers)
         provenance = {"recipe": plain, "environment": _versions(recipe, env), "seeds": [recipe.seed],
                       units.KEY: units.plain(units.finite(*env.action_bounds)[0] or (-1.0, 1.0))}  # fmt: skip
         open_writer = partial(
@@ -60,6 +68,8 @@ def build(recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] 
                 facts = roll_out(recipe, env, writer, progress)
                 store = writer.finish(collector={**plain["source"], **facts}, **recipe.attributes(env))
     finally:
+        if film is not None:
+            film.close()
         env.close()
     return _summary(store, "built", time.monotonic() - begin)
 
@@ -85,7 +95,7 @@ def _is_of(recipe: BuildRecipe, store: Store) -> bool:
 
 
 def _summary(store: Store, status: str, seconds: float) -> dict[str, Any]:
-    results = [outcome(episode) for episode in store.episodes()]
+    results = [outcome(episode) for episode in store.episodes(frames=False)]
     mean, reference = float(np.mean([total for total, _ in results])), store.attributes.get("reference")
     return {
         "status": status, "path": str(store.path), "episodes": store.num_episodes, "transitions": store.num_transitions,

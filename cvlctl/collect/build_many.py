@@ -94,7 +94,7 @@ def build_many(recipe: BuildManyRecipe, *, force: bool = False) -> list[dict[str
                     raise KeyboardInterrupt
                 running = [job for job in jobs if job.running]
                 for job in [job for job in jobs if job.process is None and job.result is None][: count - len(running)]:
-                    _start(job, force, events)
+                    _start(job, force, max(1, num_cpus() // count), events)
                 with suppress(queue.Empty):
                     _handle(*events.get(timeout=_REPORT_SECONDS), screen)
                 screen.update()
@@ -115,14 +115,15 @@ def _settle(job: _Job) -> None:
         job.fail(error.what, error.hint)
 
 
-def _start(job: _Job, force: bool, events: queue.SimpleQueue[Event]) -> None:
+def _start(job: _Job, force: bool, workers: int, events: queue.SimpleQueue[Event]) -> None:
     job.process = children.begin(_COMMAND, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace")
     job.begin = time.monotonic()
     assert job.process.stdin and job.process.stdout and job.process.stderr
     for stream, kind in ((job.process.stdout, "message"), (job.process.stderr, "line")):
         threading.Thread(target=_read, args=(job, stream, kind, events), daemon=True).start()
+    request = {"recipe": job.recipe.resolved(), "force": force, "workers": workers}
     with suppress(OSError):  # it died at once: its streams tell
-        job.process.stdin.write(json.dumps({"recipe": job.recipe.resolved(), "force": force}) + "\n")
+        job.process.stdin.write(json.dumps(request) + "\n")
         job.process.stdin.flush()
 
 
@@ -291,7 +292,7 @@ def serve() -> None:
     recipe = BuildRecipe.model_validate(request["recipe"])
     try:
         with watched(program=True):
-            result = build(recipe, force=request["force"], progress=_Reported)
+            result = build(recipe, force=request["force"], progress=_Reported, workers=request["workers"])
     except KeyboardInterrupt:  # SIGTERM of the parent's, by now everything is saved
         sys.exit(130)
     except CvlctlError as error:

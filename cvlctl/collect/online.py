@@ -179,7 +179,7 @@ class _Collector:
         if saved is not None:
             state, metadata = saved
             self.settings = saved_settings(_state_file(run, writer.num_episodes), metadata)
-            for number, episode in enumerate(writer.episodes()):
+            for number, episode in enumerate(writer.episodes(frames=False)):
                 self._remember(episode, number)
             run.cut_metrics(self.frame)
             say(f"{recipe.out}: resuming at frame {self.frame}, episode {writer.num_episodes}")
@@ -268,7 +268,7 @@ class _Collector:
         env.told(number, known is not None)
         episode = Episode(
             np.stack(observations), np.stack(actions), np.array(rewards, dtype=np.float32), known, terminated,
-            task=self.recipe.task, collected_at=begin, seed=self.recipe.seed,
+            task=self.recipe.task, collected_at=begin, seed=self.recipe.seed, **env.filmed(),
         )  # fmt: skip
         return episode, {name: float(value) for name, value in metrics.items()}
 

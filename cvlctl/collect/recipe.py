@@ -12,7 +12,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, create_model, model
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ONLINE
 from cvlctl.play import envs
-from cvlctl.play.recipe import EnvRecipe, settings_of
+from cvlctl.play.cameras import Camera, cameras_of
+from cvlctl.play.filming import told_of
+from cvlctl.play.recipe import Cameras, EnvRecipe, settings_of
 from cvlctl.play.settings import Settings
 from cvlctl.recipes.estimates import EPISODE_STEPS, SIMULATED, Update, Work, count, training_seconds, update_of, weights
 from cvlctl.recipes.matrix import expand
@@ -218,18 +220,26 @@ class BuildRecipe(Computed):
     seed: Seed = 0
     horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
     env: EnvRecipe | None = None  # of a task of one's own: how it is made, what of it is read
+    cameras: Cameras = {}  # by name: their frames are recorded, and the simulator's states beside them
 
     @property
     def settings(self) -> Settings | None:
         """Of the environment, for `envs.make`."""
         return settings_of(self.task, self.env)
 
+    @property
+    def filmed_by(self) -> tuple[Camera, ...]:
+        """The cameras, by name."""
+        return cameras_of({name: camera.model_dump() for name, camera in self.cameras.items()})
+
     def attributes(self, env: envs.Env) -> dict[str, Any]:
-        """What the store says of its task: reference returns, and how an environment of one's own is made again."""
+        """What the store says of its task: reference returns, how an environment of one's own is made again, and where
+        its cameras stand."""
+        seen = told_of(env, self.filmed_by)
         if not env.own:
-            return {"reference": envs.references(self.task, self.horizon)}
+            return {"reference": envs.references(self.task, self.horizon), **seen}
         columns = {"observation_columns": list(env.columns)} if env.columns else {}
-        return {"reference": None, "environment": envs.described(env, self.settings), **columns}
+        return {"reference": None, "environment": envs.described(env, self.settings), **columns, **seen}
 
     @model_validator(mode="after")
     def _what_the_task_can(self) -> Self:
@@ -238,6 +248,10 @@ class BuildRecipe(Computed):
             raise ValueError(f"source.hindsight relabels goals, and {self.task} is told none: gym/Fetch... tasks are")
         if getattr(self.source, "backend", "") == "envpool" and not built_in:
             raise ValueError(f"source.backend: EnvPool simulates built-in tasks, and {self.task} is none of them")
+        if self.cameras and getattr(self.source, "backend", "") == "envpool":
+            raise ValueError("cameras: EnvPool renders nothing; leave source.backend out")
+        if self.cameras and isinstance(self.source, StoresSource):
+            raise ValueError("cameras: these episodes are over; render their states with cvlctl data render")
         if self.env is not None and self.task.startswith("metaworld/"):
             raise ValueError("env is for gym/... and py/... tasks: leave it out")
         return self
@@ -246,7 +260,8 @@ class BuildRecipe(Computed):
     def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
         found = handler.resolve_ref_schema(handler(core))
         task = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-        found["properties"]["task"] = {**found["properties"]["task"], **task}
+        one = {key: value for key, value in found["properties"]["task"].items() if key != "type"}
+        found["properties"]["task"] = {**one, **task}
         found["properties"]["processes"] = {
             "anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}],
             "default": "auto",
@@ -292,10 +307,10 @@ class BuildRecipe(Computed):
         return [str(getattr(one, "run", one)) for one in listed if isinstance(one, Path | Reaching)]
 
     def resolved(self) -> dict[str, Any]:
-        """As of every recipe; without `env` where there is none, since an unfinished store of an earlier version goes
-        on by the digest of its recipe alone."""
-        plain = super().resolved()
-        return plain if self.env is not None else {key: value for key, value in plain.items() if key != "env"}
+        """As of every recipe; without `env` and `cameras` where there are none, since an unfinished store of an earlier
+        version goes on by the digest of its recipe alone."""
+        later = ("env", "cameras")
+        return {key: value for key, value in super().resolved().items() if key not in later or value}
 
     def writes(self) -> list[str]:
         return [str(self.out), str(policies_dir(self.out))]

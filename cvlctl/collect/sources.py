@@ -142,7 +142,7 @@ def _noisy(act: envs.Act, scale: float, noise: np.ndarray) -> envs.Act:
 def _mixed(source: MixSource, recipe: BuildRecipe, env: envs.Env, writer: StoreWriter) -> Plan:
     checkpoints, mixer = measured.measured_mixer(source, recipe)
     rates = mixer.rates.tolist()
-    for episode in writer.episodes():  # of a killed collection: the choices are made again
+    for episode in writer.episodes(frames=False):  # of a killed collection: the choices are made again
         mixer.record(mixer.choose(), bool(outcome(episode)[1]))
     facts: dict[str, Any] = {}
 

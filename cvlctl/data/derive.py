@@ -6,8 +6,10 @@ Memory stays flat: one chunk of each array of a parent, and what the writer hold
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +42,9 @@ class Part(NamedTuple):
 class Output(NamedTuple):
     """A store to be written: episodes, label arrays by name ("labels/given/reward"), and the store's task.
 
-    `bounds`: what its actions are rescaled to; None: they stay as they are.
+    `bounds`: what its actions are rescaled to; None: they stay as they are. `cameras`: whose frames are kept; None: of
+    all. `drawn`: frames by camera, beside those, of an episode's states (T+1, n). `told`: attributes beside the
+    parents' own.
     """
 
     path: Path
@@ -48,6 +52,9 @@ class Output(NamedTuple):
     labels: Mapping[str, Rows]
     task: str
     bounds: Bounds | None = None
+    cameras: Collection[str] | None = None
+    drawn: Callable[[np.ndarray], dict[str, np.ndarray]] | None = None
+    told: Mapping[str, Any] = MappingProxyType({})
 
 
 def whole(store: Store) -> Part:
@@ -70,13 +77,15 @@ def column_rows(parts: Sequence[Part], name: str) -> Iterator[np.ndarray]:
             yield column.rows(start, end)
 
 
-def episodes(parts: Sequence[Part], to: Bounds | None = None) -> Iterator[Episode]:
-    """The episodes, without labels, with their frames, and the simulator's states where all have such. Each keeps its
-    task, seed and collected_at. Actions are rescaled to bounds `to`."""
+def episodes(
+    parts: Sequence[Part], to: Bounds | None = None, cameras: Collection[str] | None = None
+) -> Iterator[Episode]:
+    """The episodes, without labels, with their frames (None: of all cameras), and the simulator's states where all have
+    such. Each keeps its task, seed and collected_at. Actions are rescaled to bounds `to`."""
     for part in parts:
         store = part.store
         observation, action = Column(store, "data/observation"), Column(store, "data/action")
-        frames = {camera: Column(store, store.camera_array(camera)) for camera in store.spec.cameras}
+        frames = {camera: Column(store, store.camera_array(camera)) for camera in _kept(store, cameras)}
         states = Column(store, SIM) if has_states(parts) else None
         tasks, terminated = store.episode_tasks(), store.terminated().tolist()
         collected_at, seeds = store.collected_at().tolist(), store.seeds().tolist()
@@ -88,6 +97,10 @@ def episodes(parts: Sequence[Part], to: Bounds | None = None) -> Iterator[Episod
             images = {camera: column.rows(start, end) for camera, column in frames.items()}
             state = states.rows(start, end) if states else None
             yield Episode(observation.rows(start, end), actions, None, None, *about, images, state)
+
+
+def _kept(store: Store, cameras: Collection[str] | None) -> list[str]:
+    return [name for name in store.spec.cameras if cameras is None or name in cameras]
 
 
 def has_states(parts: Sequence[Part]) -> bool:
@@ -219,7 +232,10 @@ def summary(store: Store, status: str = "written") -> dict[str, Any]:
 def _fill(writer: StoreWriter, output: Output) -> None:
     total = sum(len(part.numbers) for part in output.parts)
     with Progress(str(output.path), total, "episodes") as progress:
-        for count, episode in enumerate(episodes(output.parts, output.bounds), start=1):
+        for count, episode in enumerate(episodes(output.parts, output.bounds, output.cameras), start=1):
+            if output.drawn is not None:
+                assert episode.sim_state is not None
+                episode = replace(episode, images={**(episode.images or {}), **output.drawn(episode.sim_state)})
             writer.append(episode)
             progress.update(count)
     for name, rows in output.labels.items():
@@ -232,7 +248,9 @@ def _check_parents(outputs: Sequence[Output]) -> None:
         for part in output.parts:
             labels = [name for name in label_arrays(part.store) if name in output.labels]
             sim = [SIM] if has_states(output.parts) else []
-            part.store.check([*part.store.arrays, *labels, *sim])
+            left = set(part.store.spec.cameras) - set(_kept(part.store, output.cameras))
+            wanted = [name for name in part.store.arrays if name not in map(part.store.camera_array, left)]
+            part.store.check([*wanted, *labels, *sim])
 
 
 def _origin(parents: Sequence[Store], command: str) -> dict[str, Any]:
@@ -255,7 +273,8 @@ def _attributes(output: Output) -> dict[str, Any]:
     stores = [part.store for part in output.parts]
     free = {k: v for k, v in _agreed([_extra(store) for store in stores]).items() if k not in Units._fields}
     together = agreed(stores)
-    return free | (together if output.bounds is None else together._replace(action_bounds=output.bounds)).attributes()
+    units = together if output.bounds is None else together._replace(action_bounds=output.bounds)
+    return free | units.attributes() | dict(output.told)
 
 
 def _about(store: Store) -> dict[str, Any]:

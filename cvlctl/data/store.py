@@ -137,15 +137,15 @@ class Store:
         """(rows,) bool, laid out as `rewards`."""
         return self._label(label, "success")
 
-    def episodes(self, label: str = "given") -> Iterator[Episode]:
+    def episodes(self, label: str = "given", *, frames: bool = True) -> Iterator[Episode]:
         """The episodes in order; rewards and successes are None where the label lacks them. Frames are read chunk by
-        chunk as the episodes come."""
+        chunk as the episodes come; without `frames` neither they nor states of a simulator are."""
         if label != "given" and label not in self.labels:
             raise self._no_label(label, "arrays")
         names = ["data/observation", "data/action", *self.label_arrays(label)]
         rows: dict[str, Rows] = {name: partial(_slice, self._array(name)) for name in names}
         wide = [*map(self.camera_array, self.spec.cameras), *([SIM] if self.has_sim_state else [])]
-        rows |= {name: Column(self, name).rows for name in wide}
+        rows |= {name: Column(self, name).rows for name in wide if frames}
         table = zip(*(self._array(name).tolist() for name in META), strict=True)
         yield from split(rows, table, self.task_names, [f"labels/{label}/{array}" for array in LABEL_ARRAYS])
 

@@ -237,9 +237,11 @@ class StoreWriter:
             tail = Tail(self._identity, self._table, list(self._tasks), chunk_rows, written, rest)
             tails.save(self.partial, tail)
 
-    def episodes(self) -> Iterator[Episode]:
-        """The episodes so far, in order: what a collector needs to fill its replay buffer on resuming."""
-        rows = {name: self._reader(waiting) for name, waiting in self._waiting.items()}
+    def episodes(self, *, frames: bool = True) -> Iterator[Episode]:
+        """The episodes so far, in order: what a collector needs to fill its replay buffer on resuming. Without `frames`
+        neither they nor states of a simulator are read."""
+        left = () if frames else (IMAGES, SIM)
+        rows = {name: self._reader(waiting) for name, waiting in self._waiting.items() if not name.startswith(left)}
         yield from split(rows, self._table, list(self._tasks), self._label_arrays)
 
     def finish(self, **extra_attributes: Any) -> Store:

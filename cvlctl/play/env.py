@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,6 +11,14 @@ from cvlctl.errors import CvlctlError
 from cvlctl.types import Spec
 
 Act = Callable[[np.ndarray, int], np.ndarray]  # (observation (O,), step of the episode) -> action (A,) in [-1, 1]
+
+
+class Film(Protocol):
+    """Who looks at an environment at every instant of an episode: `filming.Film`."""
+
+    def look(self) -> None: ...
+
+    def episode(self) -> dict[str, Any]: ...
 
 
 class Env:
@@ -27,6 +35,9 @@ class Env:
         bounds_given: whether the recipe says what actions are scaled to, rather than the simulator.
         begin: what starts episode number n, and returns its first observation; to be replaced where another start is
             wanted (the parity check's).
+        steps: taken in the episode so far.
+        seen: the latest observation (O,), float32.
+        film: who is shown every instant of an episode, and adds to what is kept of it; or None.
     """
 
     def __init__(
@@ -56,12 +67,24 @@ class Env:
         self._scale = None if np.all(space.high == 1) and np.all(space.low == -1) else (space.high - space.low) / 2
         self._centre = (space.high + space.low) / 2
         self.tells: bool | None = None  # whether the episodes collected so far tell of success
-        self._step: int | None = None  # None: no episode under way
+        self.steps, self._over = 0, True  # of the episode under way, if one is
+        self.seen = np.zeros(self.spec.observation_shape, dtype=np.float32)
+        self.film: Film | None = None
 
     def reset(self, episode: int) -> np.ndarray:
         """Begin episode number `episode` (>= 0); returns its first observation (O,), float32."""
-        self._step = 0
-        return np.array(self.begin(episode), dtype=np.float32)
+        self.at(0, np.array(self.begin(episode), dtype=np.float32))
+        return self.seen
+
+    def at(self, steps: int, seen: np.ndarray) -> None:
+        """The simulator is `steps` into an episode, and this is what is seen of it, (O,)."""
+        self.steps, self.seen, self._over = steps, seen, steps >= self.spec.horizon
+        if self.film is not None:
+            self.film.look()
+
+    def filmed(self) -> dict[str, Any]:
+        """What was filmed of the episode so far, as arguments of `types.Episode`: images, sim_state."""
+        return {} if self.film is None else self.film.episode()
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, bool | None]:
         """One step.
@@ -77,23 +100,22 @@ class Env:
             CvlctlError: where the action is not finite or of another shape: a policy gone wrong.
             RuntimeError: after the end of an episode, before the next `reset`.
         """
-        if self._step is None:
+        if self._over:
             raise RuntimeError(f"{self.task}: the episode is over; call reset(episode) before step")
         action = np.minimum(np.maximum(np.asarray(action, dtype=np.float32), -1.0), 1.0)
         if action.shape != (self.spec.action_dim,) or not np.isfinite(action).all():
             raise CvlctlError(
-                f"{self.task}: action {action} at step {self._step}; expected {self.spec.action_dim} finite numbers",
+                f"{self.task}: action {action} at step {self.steps}; expected {self.spec.action_dim} finite numbers",
                 "the policy may have diverged: look at its training metrics",
             )
         if self._scale is not None:
             action = self._centre + self._scale * action
         observation, reward, terminated, cut, info = self.raw.step(action)
-        self._step += 1
-        truncated = (self._step >= self.spec.horizon or (self.own and bool(cut))) and not terminated
-        if terminated or truncated:
-            self._step = None
+        self.at(self.steps + 1, np.array(observation, dtype=np.float32))
+        truncated = (self._over or (self.own and bool(cut))) and not terminated
+        self._over = bool(terminated) or truncated
         success = bool(info["success"] > 0) if self._has_success else info["success"] if self.own else None
-        return np.array(observation, dtype=np.float32), float(reward), bool(terminated), truncated, success
+        return self.seen, float(reward), bool(terminated), truncated, success
 
     def told(self, episode: int, success: bool) -> None:
         """Hold an episode of a store to those before it: all of them tell of success, or none does.

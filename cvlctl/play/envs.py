@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from cvlctl.errors import CvlctlError
-from cvlctl.play import named_code, own
+from cvlctl.play import named_code, own, states
 from cvlctl.play.env import Act, Env
 from cvlctl.play.settings import Settings
 from cvlctl.types import Goals
@@ -85,8 +85,9 @@ def make(task: str, seed: int, horizon: int | None = None, settings: Settings | 
         raise CvlctlError(f"seed {seed} for {task} is negative", "seeds are 0, 1, 2, ...")
     prefix, _, name = task.partition("/")
     try:
-        known = is_built_in(task, settings)
-        env = ENVS[prefix](task, name, int(seed)) if known else own.make(task, int(seed), horizon, settings)
+        with states.importing_mujoco():
+            known = is_built_in(task, settings)
+            env = ENVS[prefix](task, name, int(seed)) if known else own.make(task, int(seed), horizon, settings)
     except ImportError as error:
         raise CvlctlError(f"{task} cannot be made: {error}", "install the pinned versions: make install") from error
     if horizon is not None:
@@ -277,15 +278,21 @@ def _make_metaworld(task: str, name: str, seed: int) -> Env:
     raw.set_task(goals[0])  # the goal enters the observation and its bounds from here on
     body, site = raw.model.body_pos.copy(), raw.model.site_pos.copy()
 
-    def begin(episode: int) -> np.ndarray:
+    def start(vector: np.ndarray) -> np.ndarray:
+        """Begin where Metaworld's random vector says: all that a reset draws."""
         # Metaworld's reset moves the hand in whatever state the last episode left: start it from the untouched model
         mujoco.mj_resetData(raw.model, raw.data)
         raw.model.body_pos[:], raw.model.site_pos[:] = body, site
+        raw._last_rand_vec = vector
+        return raw.reset()[0]
+
+    def begin(episode: int) -> np.ndarray:
         block, place = divmod(episode, NUM_GOALS)
         order = np.random.default_rng(np.random.SeedSequence([seed, block])).permutation(NUM_GOALS)
         raw.set_task(goals[order[place]])
-        return raw.reset()[0]
+        return start(raw._last_rand_vec)
 
+    raw.start = start
     versions = _versions("gymnasium", "metaworld", "mujoco", "numpy")
     versions |= {"reward_function": raw.reward_function_version, "goals": f"metaworld.MT1(seed={GOAL_SEED})"}
     return Env(task, seed, raw, begin, raw.max_path_length, True, versions)

@@ -146,6 +146,11 @@ class _Checked:
                 raise Misfit(f"the reward is {paid}")
             return self.flat(observation), paid, bool(terminated), bool(truncated), self._said(info)
 
+    def render(self) -> Any:
+        """What it draws, in the render_mode that it was made with."""
+        with self._blamed(f"episode {self._episode}, step {self._step}: render"):
+            return self.inside.render()
+
     def close(self) -> None:
         with self._blamed("close"):
             self.inside.close()

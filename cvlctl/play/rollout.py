@@ -95,7 +95,10 @@ def act_together(
 
 
 def collect_episode(env: Env, act: Act, episode: int, *, collected_at: int = 0) -> Episode:
-    """Episode number `episode` of `env` under `act`, (observation (O,), step) -> action (A,), clipped to [-1, 1]."""
+    """Episode number `episode` of `env` under `act`, (observation (O,), step) -> action (A,), clipped to [-1, 1].
+
+    With what `env.film` saw of it, where there is one.
+    """
     observations, actions, rewards, steps, terminated = roll(env, act, episode)
     successes = flags(steps)
     env.told(episode, successes is not None)
@@ -108,6 +111,7 @@ def collect_episode(env: Env, act: Act, episode: int, *, collected_at: int = 0) 
         task=env.task,
         collected_at=collected_at,
         seed=env.seed,
+        **env.filmed(),
     )
 
 

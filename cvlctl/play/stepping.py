@@ -59,7 +59,7 @@ class Stepper:
             return
         self._file = tempfile.TemporaryFile(dir=MEMORY if MEMORY.is_dir() else None)  # noqa: SIM115 (see __exit__)
         self._file.truncate(num * kind.itemsize)
-        self.table = _table(self._file.fileno(), kind)
+        self.table = table_in(self._file.fileno(), kind)
         self._about = [self._file.fileno(), task, seed, horizon, None if settings is None else settings.as_json()]
         for _ in range(min(workers, num)):
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "pass_fds": (self._file.fileno(),)}
@@ -130,7 +130,8 @@ def _kind(spec: Spec) -> np.dtype:
     ])  # fmt: skip
 
 
-def _table(file: int, kind: np.dtype) -> np.ndarray:
+def table_in(file: int, kind: np.dtype) -> np.ndarray:
+    """The records of a file that several processes share."""
     return np.frombuffer(mmap.mmap(file, os.fstat(file).st_size), kind)
 
 
@@ -138,7 +139,7 @@ def _table(file: int, kind: np.dtype) -> np.ndarray:
 def _part_of(file: int, task: str, seed: int, horizon: int | None, settings: str | None) -> _Part:
     about = (task, seed, horizon, None if settings is None else Settings.from_json(settings))
     first = make(*about)
-    return _Part(_table(file, _kind(first.spec)), about, first)
+    return _Part(table_in(file, _kind(first.spec)), about, first)
 
 
 def _work(request: list[Any]) -> None:

@@ -19,7 +19,7 @@ from cvlctl.version import __version__
 PENDULUM = "gym/Pendulum-v1"
 
 
-def test_doctor_tells_people_and_programs(capsys: Any) -> None:
+def test_doctor_tells_people_and_programs(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert execute(app, ["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["cvlctl"] == __version__ and found["python"].startswith("3.")
@@ -28,8 +28,11 @@ def test_doctor_tells_people_and_programs(capsys: Any) -> None:
     packages = {row["name"]: row for row in found["packages"]}
     assert packages["mujoco"]["wanted"] == "==3.3.0" and packages["torch"]["version"]
     assert "pytest" not in packages and "pytest" not in found["extras"]["dev"]  # this is pytest
+    assert isinstance(found["rendering"]["works"], bool) and found["rendering"]["by"]
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
     assert execute(app, ["doctor"]) == 0
     shown = capsys.readouterr().out
+    assert "none: mujoco cannot be imported with MUJOCO_GL=nonsense" in " ".join(shown.split())
     assert __version__ in shown and "extra dev" in shown
     assert [line for line in shown.splitlines() if line.split()[:2] == ["mujoco", packages["mujoco"]["version"]]]
 
