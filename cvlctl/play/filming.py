@@ -113,12 +113,14 @@ class Film:
 
     Args:
         workers: processes that draw; 0 or 1: none, all in this process.
+        every: so many steps apart are the instants that are kept; 1: all.
 
     Raises:
         CvlctlError: no such camera, or nothing can be rendered here.
     """
 
-    def __init__(self, env: Env, cameras: Iterable[Camera], workers: int = 1) -> None:
+    def __init__(self, env: Env, cameras: Iterable[Camera], workers: int = 1, every: int = 1) -> None:
+        self._every = every
         self._env, self._known = env, states.has_state(env)
         self._studio = Studio(env, cameras, workers if self._known else 1)
         self.shapes = self._studio.shapes
@@ -129,6 +131,8 @@ class Film:
         """Keep this instant."""
         if self._env.steps == 0:
             self._rows = []
+        if self._env.steps % self._every:
+            return
         self._rows.append(states.state_of(self._env) if self._known else self._studio.renderer.frames())
 
     def episode(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _answers(
         for place, (index, episode) in enumerate(items):
             yield place, play(jobs[index], episode)
         return
-    plain = [json.loads(json.dumps(asdict(job), default=str)) for job in jobs]
+    plain = [plain_of(job) for job in jobs]
     requests = [{"job": plain[index], "episode": episode, "seed": seed} for index, episode in items]
     with closing(share_out("cvlctl.play.players:_work", requests, workers)) as answers:
         for place, row in answers:
@@ -82,12 +82,20 @@ def _answers(
 
 def _work(request: dict[str, Any]) -> dict[str, Any]:
     """One episode in a worker: JSON in, JSON out."""
-    plain = request["job"]
+    return asdict(_worker_player(request["seed"])(job_of(request["job"]), request["episode"]))
+
+
+def plain_of(job: PolicyJob) -> dict[str, Any]:
+    """A job as JSON has it."""
+    return json.loads(json.dumps(asdict(job), default=str))
+
+
+def job_of(plain: dict[str, Any]) -> PolicyJob:
+    """The job that `plain_of` was given."""
     goals = plain["goals"] and GoalUse(**plain["goals"])
     paths = {name: plain[name] and Path(plain[name]) for name in ("checkpoint", "copy")}
     env = plain["env"] and Settings.of(plain["env"])
-    job = PolicyJob(**plain | paths | {"goals": goals, "env": env})
-    return asdict(_worker_player(request["seed"])(job, request["episode"]))
+    return PolicyJob(**plain | paths | {"goals": goals, "env": env})
 
 
 def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:

@@ -19,7 +19,7 @@ import numpy as np
 from cvlctl.checkpoints import Saved
 from cvlctl.errors import CvlctlError
 from cvlctl.files import write_atomically
-from cvlctl.play import envpool, envs
+from cvlctl.play import envpool, envs, videos
 from cvlctl.play.lockstep import run_lockstep
 from cvlctl.play.own import probe
 from cvlctl.play.players import job_policy, run_episodes
@@ -54,7 +54,8 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
     """Run what is missing, and compute the tables.
 
     Returns:
-        status ("evaluated" or "finished already"), out, rows (a path), episodes, plots (paths), and lists of records:
+        status ("evaluated" or "finished already"), out, rows (a path), episodes, plots (paths), with `video` videos
+        (algorithm, task, seed, step, episode, return, success, path), and lists of records:
         table (`tables.score_table`), aggregate, pairwise, relative, comparison, offline, tuning, runs, profiles,
         efficiency.
 
@@ -73,10 +74,13 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
         if force:
             kept.clear(recipe.out)
         before = None if force else _earlier(recipe, wanted)  # by now another's, perhaps
+        if recipe.video is not None:
+            videos.check(wanted.jobs, recipe.seed, recipe.video.settings, recipe.video.format)
         rows = _begun(recipe, wanted, before)
         played = _play(recipe, wanted, rows)
         everything = [row for job in wanted.jobs for _, row in sorted(rows[job].items())]
         result = report(recipe, everything, wanted.estimates, wanted.baseline, wanted.record)
+        result |= _filmed(recipe, wanted, rows)
         kept.finish(recipe.out, wanted.record, result)
     again = not played and before is not None and kept.finished(wanted.record, before)
     return {"status": "finished already" if again else "evaluated", **paths, **result}
@@ -211,6 +215,28 @@ def _play(recipe: EvaluateRecipe, wanted: _Wanted, rows: kept.JobRows) -> int:
         finally:
             kept.save(recipe.out, wanted.record, rows)
     return total - start
+
+
+def _filmed(recipe: EvaluateRecipe, wanted: _Wanted, rows: kept.JobRows) -> dict[str, Any]:
+    """Make the videos that the recipe asks for, in the place of earlier ones; what the result says of them."""
+    kept.clear_videos(recipe.out)
+    if recipe.video is None:
+        return {}
+    count, form = min(recipe.video.episodes, recipe.episodes), recipe.video.format
+    workers = None if recipe.workers == "auto" else recipe.workers
+    place = lambda job, episode: recipe.out / kept.VIDEOS / videos.name_of(job, episode, form)  # noqa: E731
+    held = [content for content in wanted.in_training if kept.copy_of(recipe.out, content) in {j.copy for j in rows}]
+    with kept.copies(recipe.out, held), Progress("videos", len(rows) * count, "episodes") as progress:
+        videos.make_videos(
+            list(rows), count, recipe.seed, recipe.video.settings, place, workers=workers, progress=progress.update
+        )
+    told = [
+        {"algorithm": job.algorithm, "task": job.task, "seed": job.seed, "step": job.step, "episode": at,
+         "return": rows[job][at].episode_return, "success": rows[job][at].success, "path": str(place(job, at))}
+        for job in wanted.jobs
+        for at in range(count)
+    ]  # fmt: skip
+    return {"videos": told}
 
 
 def _probe(recipe: EvaluateRecipe, jobs: Iterable[PolicyJob]) -> None:

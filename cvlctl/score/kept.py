@@ -4,6 +4,7 @@
 <out>/goals.npy         with `goals`: the states (N, O) that policies are sent to
 <out>/evaluation.json   the recipe, and which checkpoint (by its sha256) each row is of
 <out>/table.json        what the command returns; its sha256 is in the record, once all else is there
+<out>/videos/           with `video`: episodes as GIF or MP4
 <out>/playing/          while it runs: checkpoints of runs in training, which replace their own
 """
 
@@ -31,7 +32,7 @@ from cvlctl.types import EpisodeResult
 from cvlctl.version import versions
 
 FORMAT = 1
-GOALS = "goals.npy"
+GOALS, VIDEOS = "goals.npy", "videos"
 FILES = (
     "evaluation.json", "rows.jsonl", GOALS, "table.csv", "table.md", "table.json", "curves.csv",
     *(f"{name}.{kind}" for name in ("scores", "curves", "profiles") for kind in ("png", "svg")),
@@ -61,6 +62,21 @@ def clear(out: Path) -> None:
     with disk(out):
         for name in FILES[1:]:
             (out / name).unlink(missing_ok=True)
+    clear_videos(out)
+
+
+def clear_videos(out: Path) -> None:
+    """Remove the videos that evaluations write, and their folder where nothing else is in it."""
+    folder = out / VIDEOS
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    sweep(folder)
+    with disk(folder):
+        for name in entries(folder):
+            if re.fullmatch(r".*_episode-\d+\.(gif|mp4)", name):
+                (folder / name).unlink(missing_ok=True)
+        if not entries(folder):
+            folder.rmdir()
 
 
 def remove(out: Path) -> list[str]:

@@ -15,7 +15,7 @@ from pydantic import (
 
 from cvlctl.data.recipe import SuccessExamples
 from cvlctl.play.envs import check_task
-from cvlctl.play.recipe import EnvRecipe
+from cvlctl.play.recipe import CameraRecipe, Cameras, EnvRecipe
 from cvlctl.recipes.estimates import EPISODE_STEPS, SIMULATED_WITH_WORKERS, Work, count
 from cvlctl.recipes.values import NONE, Count, Device, Name, Others, Out, Pattern, Rate, Seed, Strict, checked, not_bool
 
@@ -52,6 +52,19 @@ class EvaluationGoals(SuccessExamples):
     within: Rate | None = None  # a distance; None: success is the environment's own
 
 
+class VideoRecipe(Strict):
+    """The first episodes of each policy, in <out>/videos."""
+
+    episodes: Annotated[Count, Field(le=1000)] = 2  # of each policy
+    cameras: Annotated[Cameras, Field(min_length=1)] = {"default": CameraRecipe(size=128)}  # side by side
+    format: Literal["gif", "mp4"] = "gif"  # mp4: extra `video`
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The cameras, as plain values."""
+        return {name: camera.model_dump() for name, camera in self.cameras.items()}
+
+
 class EvaluateRecipe(Strict):
     """`cvlctl evaluate`: episodes of every seed of every run, and tables of their scores."""
 
@@ -65,6 +78,7 @@ class EvaluateRecipe(Strict):
     episodes: Annotated[Count, Field(le=1_000_000)] = 50  # of each policy; their numbers and rows are in memory
     seed: Seed = 0
     goals: EvaluationGoals | None = None  # None: the environment commands them, or there are none
+    video: VideoRecipe | None = None  # of episodes of each policy; None: none
     horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
     workers: Literal["auto"] | Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = "auto"  # processes; 0: this one
     device: Device = "cpu"  # cuda: one process answers for all policies; auto: for large ones
@@ -106,6 +120,8 @@ class EvaluateRecipe(Strict):
     def _what_envpool_can(self) -> Self:
         if self.backend == "envpool" and self.goals is not None:
             raise ValueError("backend: EnvPool cannot command goals; use backend: gymnasium for them")
+        if self.backend == "envpool" and self.video is not None:
+            raise ValueError("backend: EnvPool renders nothing; use backend: gymnasium for videos")
         if self.backend == "envpool" and self.device.startswith("cuda"):
             raise ValueError("backend: EnvPool simulates, and policies answer it, on the CPU: leave device out")
         return self

@@ -158,7 +158,8 @@ def can_be_shown(result: dict[str, Any]) -> bool:
     """Whether `result`, as it was read from a file, has what people and programs are shown of it."""
     try:
         as_text(result, "csv"), as_text(result, "markdown")
-        return type(result["episodes"]) is int and all(isinstance(plot, str) for plot in result["plots"])
+        paths = [*result["plots"], *(video["path"] for video in result.get("videos", ()))]
+        return type(result["episodes"]) is int and all(isinstance(path, str) for path in paths)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
         return False
 
@@ -170,6 +171,7 @@ def render(result: dict[str, Any], console: Console) -> None:
             console.print(to_rich(result[name], title))
     for sentence in sentences(result.get("comparison", [])):
         console.print(sentence, markup=False, highlight=False)
-    for name in ("rows", *(["plots"] if result["plots"] else [])):
-        places = [result[name]] if isinstance(result[name], str) else result[name]
-        console.print(f"{name + ':':8}{' '.join(places)}", markup=False, soft_wrap=True)
+    videos = [video["path"] for video in result.get("videos", ())]
+    for name, places in {"rows": [result["rows"]], "plots": result["plots"], "videos": videos}.items():
+        if places:
+            console.print(f"{name + ':':8}{' '.join(places)}", markup=False, soft_wrap=True)

@@ -131,6 +131,9 @@ def _scores(evaluation: Evaluation, figures: Sequence[Figure]) -> str:
                 parts.append(_figure(drawn[figure]))
     if "learning" in drawn:
         parts.append(f"<h3>Learning curves</h3>{_figure(drawn['learning'])}")
+    if videos := tables.get("videos"):
+        listed = "".join(f"<li>{html(video['path'])}</li>" for video in videos)
+        parts.append(f"<details><summary>Videos ({len(videos)} files)</summary><ul>{listed}</ul></details>")
     return "".join(parts)
 
 
