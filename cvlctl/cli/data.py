@@ -351,6 +351,14 @@ def import_(
     control_period: Annotated[
         float | None, typer.Option("--control-period", help="Seconds from one step to the next, such as 0.05.")
     ] = None,
+    camera: Annotated[
+        list[str] | None,
+        typer.Option("--camera", help="Images to import, by name or as OURS=THEIRS; may be repeated; all: every one."),
+    ] = None,
+    image_size: Annotated[
+        tuple[int, int] | None,
+        typer.Option("--image-size", metavar="H W", help="Height and width to bring them to, such as 64 64."),
+    ] = None,
     split: Annotated[str | None, typer.Option("--split", help="Of rlds: which split. Default: train.")] = None,
     drop_episodes_with: Annotated[
         Bad | None, typer.Option("--drop-episodes-with", help="Leave episodes out that hold NaN or infinity: nan.")
@@ -370,6 +378,7 @@ def import_(
         "force": force,
     }
     options |= {"drop_nan": drop_episodes_with is not None, "split": split or ""}
+    options |= {"cameras": camera or (), "image_size": image_size}
 
     def work() -> dict[str, Any]:
         bounds = exchange.bounds_of_words(action_bounds)

@@ -32,6 +32,8 @@ def import_file(
     drop_columns: Sequence[str] = (),
     control_period: float | None = None,
     split: str = "",
+    cameras: Sequence[str] = (),
+    image_size: Sequence[int] | None = None,
     drop_nan: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
@@ -45,6 +47,8 @@ def import_file(
         "action_bounds": action_bounds,
         "clip_actions": clip_actions,
         "observation_keys": list(observation_keys),
+        "cameras": list(cameras),
+        "image_size": image_size,
     }
     options: dict[str, Any] = {key: value for key, value in named.items() if value}
     if keys:
@@ -62,8 +66,10 @@ def import_file(
         "import", format, path, out=out, task=task, horizon=horizon, label=label if label != "given" else None,
         clip_actions=clip_actions or None, observation_key=observation_keys, key=keys,
         columns=",".join(columns) or None, drop_column=drop_columns, control_period=control_period,
-        split=split or None, drop_episodes_with="nan" if drop_nan else None,
+        split=split or None, drop_episodes_with="nan" if drop_nan else None, camera=cameras,
     )  # fmt: skip
+    if image_size:
+        command += " --image-size {} {}".format(*image_size)
     if action_bounds:
         command += f" --action-bounds {' '.join(map(_side, action_bounds))}"
     if done := formats.imported_already(format, path, Path(out), command, horizon=horizon, force=force, **options):

@@ -188,7 +188,7 @@ def test_an_export_that_fails_leaves_what_was_there(
 
 def test_options_of_every_format_are_named() -> None:
     assert formats.options_of("d4rl") == ["horizon", "action_bounds", "clip_actions"]
-    assert formats.options_of("arrays") == ["keys", "horizon", "action_bounds", "clip_actions"]
+    assert formats.options_of("arrays") == ["keys", "horizon", "action_bounds", "clip_actions", "image_size"]
     page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
     for name, entry in formats.FORMATS.items():
         (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |")]

@@ -38,7 +38,7 @@ def test_states_actions_names_tasks_bounds_and_the_period(tmp_path: Path, versio
     assert units.action_bounds == [[-4.0, 0.0], [8.0, 1.0]]
     assert list(units.observation_columns) == ["pan", "lift", "observation.velocity"]
     assert (units.control_period, list(units.dropped_columns)) == (0.1, ["observation.images.top"])
-    assert list(units.remarks) == ["images are not imported: observation.images.top"]
+    assert list(units.remarks) == ["images are not imported: observation.images.top (--camera NAME takes them)"]
     source = store.provenance["source"]
     assert (source["files"], source["codebase_version"], source["robot_type"]) == (
         2 if version == "v3.0" else 3, version, "so100",

@@ -54,7 +54,7 @@ def test_episodes_and_what_is_left_out(tmp_path: Path) -> None:
     assert store.collected_at().tolist() == [0, 3, 5]
     assert list(units_of(store).observation_columns) == ["goal", "state[0]", "state[1]"]
     assert list(units_of(store).dropped_columns) == ["image"]
-    assert list(units_of(store).remarks) == ["images are not imported: observation/image"]
+    assert list(units_of(store).remarks) == ["images are not imported: observation/image (--camera NAME takes them)"]
     assert store.provenance["source"]["files"] == 2
 
 

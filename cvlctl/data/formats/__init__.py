@@ -83,7 +83,8 @@ FORMATS: dict[str, Format] = {
 
 FLAGS = {  # what the command line calls the options of readers
     "horizon": "--horizon", "action_bounds": "--action-bounds", "clip_actions": "--clip-actions",
-    "observation_keys": "--observation-key", "keys": "--key", "split": "--split",
+    "observation_keys": "--observation-key", "keys": "--key", "split": "--split", "cameras": "--camera",
+    "image_size": "--image-size",
 }  # fmt: skip
 
 
@@ -127,6 +128,8 @@ def import_store(
             clip_actions: cut actions off at [-1, 1] rather than refuse those that lie outside.
             observation_keys: for observations in several arrays, those to join, in this order.
             keys: for "arrays", our name -> the file's.
+            cameras: images to import, by the file's names, or as OURS=THEIRS; ["all"]: every one.
+            image_size: height and width to bring them to: scaled, and the middle taken.
 
     Raises:
         CvlctlError: whatever is wrong with the file, naming file and array, the store exists, or an unknown option.

@@ -21,6 +21,7 @@ from cvlctl.data.formats.cutting import flags, flat, with_final
 from cvlctl.data.formats.hdf5 import dataset_column, dataset_in, datasets, hdf5_file, member
 from cvlctl.data.formats.joining import Observations
 from cvlctl.data.formats.making import Maker, continuous
+from cvlctl.data.formats.pictures import Cameras, hdf5_frames, hdf5_images
 from cvlctl.data.formats.segments import check_names
 from cvlctl.data.formats.sources import Facts, Told, files_in, reading, steps_of
 from cvlctl.errors import CvlctlError
@@ -53,6 +54,8 @@ def read(
     observation_keys: Sequence[str] = (),
     action_bounds: Bounds | None = None,
     clip_actions: bool = False,
+    cameras: Sequence[str] = (),
+    image_size: Sequence[int] | None = None,
 ) -> Iterator[Episode]:
     """The episodes of a file, or of a folder's files, by the numbers in their names.
 
@@ -62,8 +65,9 @@ def read(
     """
     path, keys = Path(path), dict(keys or {})
     check_names(keys, list(NAMES))
-    maker, joined, steps = Maker(path, action_bounds, clip_actions, told=told), Observations(path, observation_keys), 0
-    images: set[str] = set()
+    maker, steps = Maker(path, action_bounds, clip_actions, told=told), 0
+    joined = Observations(path, observation_keys, alone=bool(cameras))
+    pictures, images = Cameras(path, cameras, image_size, maker.told), set[str]()
     for file_path in files_of(path):
         maker.path = file_path
         with hdf5_file(file_path) as file:
@@ -71,18 +75,23 @@ def read(
                 parts = _arrays(file_path, group, find)
                 with reading(where):
                     observations = _observations(file_path, group, find("observations"), joined, images)
+                    frames = _frames(file_path, group, find("observations"), pictures, images)
                 length, ended = len(parts["actions"]), bool(parts.pop("terminals", np.zeros(1))[-1:].any())
-                if len(observations) == length:
+                count = length
+                if observations is not None and len(observations) == length:
                     observations, count = with_final(observations, None, ended, length)
-                else:
-                    count = length  # with the final one; another number is told of by the episode
+                for camera, of in frames.items():  # with the final one; another number is told of by the episode
+                    if len(of) == length:
+                        frames[camera], count = with_final(of, None, ended, length)
                 maker.told.columns = maker.told.columns or joined.columns()
                 if count:
                     cut = {name: values[:count] for name, values in parts.items()}
-                    yield from maker.make(where, observations=observations, terminated=ended, collected_at=steps, **cut)
+                    about = {"terminated": ended, "collected_at": steps}
+                    yield from maker.make(where, observations=observations, images=frames, **about, **cut)
                 steps += count
     maker.path = path
-    maker.told.dropped = sorted({*joined.left_out, *images})
+    left = pictures.left_out(images - set(observation_keys))
+    maker.told.dropped = sorted({*(set(joined.left_out) - images), *left})
     maker.finish(joined.columns())
 
 
@@ -174,7 +183,19 @@ def _arrays(path: Path, group: h5py.Group, find: Find) -> dict[str, np.ndarray]:
     return found
 
 
-def _observations(path: Path, group: h5py.Group, name: str, joined: Observations, images: set[str]) -> np.ndarray:
+def _frames(path: Path, group: h5py.Group, name: str, pictures: Cameras, images: set[str]) -> dict[str, np.ndarray]:
+    """The frames of the cameras that are chosen, of a group of observations; `images` gets all there are."""
+    import h5py
+
+    found = member(path, group, name)
+    there = hdf5_images(path, found) if isinstance(found, h5py.Group) else []
+    images |= set(there)
+    return hdf5_frames(path, found, pictures.choose(there), pictures)
+
+
+def _observations(
+    path: Path, group: h5py.Group, name: str, joined: Observations, images: set[str]
+) -> np.ndarray | None:
     """(T+1 or T, ...), of one array or of several."""
     import h5py
 

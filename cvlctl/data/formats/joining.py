@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cvlctl.data.formats.hdf5 import dataset_column, dataset_in, datasets
+from cvlctl.data.formats.pictures import coded
 from cvlctl.data.formats.sources import Column, same_length
 from cvlctl.errors import CvlctlError
 from cvlctl.play.spaces import natural
@@ -26,13 +27,14 @@ class Observations:
         path: the file's, for messages.
         keys: the arrays to join, in this order; none: all of at most two dimensions, by name, numbers in names as
             numbers. A single one of more dimensions (an image) is taken as it is.
+        alone: whether frames of cameras are imported beside, so that without any there is no error.
 
     Raises:
         CvlctlError: a name that is not there, or named twice; an image beside others; a group unlike the first one.
     """
 
-    def __init__(self, path: Path, keys: Sequence[str]) -> None:
-        self._path, self.keys = path, list(keys)
+    def __init__(self, path: Path, keys: Sequence[str], alone: bool = False) -> None:
+        self._path, self.keys, self._alone = path, list(keys), alone
         self._widths: dict[str, tuple[int, ...]] = {}
         self._several: bool | None = None
         self.left_out: list[str] = []  # arrays of the first group that are not joined
@@ -49,19 +51,24 @@ class Observations:
         self._several = found
         return found
 
-    def of(self, group: h5py.Group) -> np.ndarray:
-        """(N, sum of sizes) of a group, in a type that holds all of them; (N, ...) of a single array."""
+    def of(self, group: h5py.Group) -> np.ndarray | None:
+        """(N, sum of sizes) of a group, in a type that holds all of them; (N, ...) of a single array; None of none."""
         columns = {name: dataset_column(self._path, group, name) for name in self._of_group(group)}
+        if not columns:
+            return None
         length = same_length(self._path, columns)
         return beside([column.rest() for column in columns.values()], length)
 
-    def last(self, group: h5py.Group) -> np.ndarray:
+    def last(self, group: h5py.Group) -> np.ndarray | None:
         """(1, ...): the same of a group's last row alone; (0, ...) where it has none."""
-        return beside([np.asarray(dataset_in(self._path, group, name)[-1:]) for name in self._of_group(group)], 1)
+        parts = [np.asarray(dataset_in(self._path, group, name)[-1:]) for name in self._of_group(group)]
+        return beside(parts, 1) if parts else None
 
-    def of_arrays(self, where: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    def of_arrays(self, where: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
         """As `of`, of arrays by name."""
         names = self.chosen(where, {name: values.shape for name, values in arrays.items()})
+        if not names:
+            return None
         length = same_length(where, {name: arrays[name] for name in names})
         return beside([arrays[name] for name in names], length)
 
@@ -73,7 +80,8 @@ class Observations:
         return named
 
     def _of_group(self, group: h5py.Group) -> list[str]:
-        shapes = {name: tuple(dataset.shape or ()) for name, dataset in datasets(self._path, group).items()}
+        there = datasets(self._path, group).items()
+        shapes = {name: tuple(found.shape or ()) for name, found in there if name in self.keys or not coded(found)}
         return self.chosen(f"{self._path}: {group.name.strip('/')}", shapes)
 
     def chosen(self, where: str, arrays: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -89,8 +97,11 @@ class Observations:
             if name not in there:
                 raise CvlctlError(f"{where}: no observation {name!r}", f"it has: {', '.join(sorted(there)[:20])}")
         chosen = self.keys or sorted(shapes, key=natural)
+        if not chosen and self._alone:
+            return []
         if not chosen:
-            raise CvlctlError(f"{where}: nothing but images", f"{CHOOSE}: {', '.join(sorted(there)[:20])}")
+            hint = f"--camera NAME takes them; {CHOOSE}: {', '.join(sorted(there)[:20])}"
+            raise CvlctlError(f"{where}: nothing but images", hint)
         if len(chosen) > 1 and any(len(shapes[name]) > 1 for name in chosen):
             listed = ", ".join(f"{name} {shapes[name]}" for name in chosen)
             raise CvlctlError(f"{where}: an image does not join with others: {listed}", CHOOSE)

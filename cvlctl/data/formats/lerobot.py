@@ -5,9 +5,10 @@ meta/info.json          fps, features (dtype, shape, names), data_path: where th
 meta/tasks.jsonl        or tasks.parquet: texts of the tasks
 meta/stats.json         or episodes_stats.jsonl: what actions lie in
 
-State and action are read, images and videos are said and left out. A frame has no observation after its action, so that
-the last one of an episode gives the final observation (`cutting.with_final`). Whether an episode's end was the
-environment's is not told, but for simulated data (`next.reward` or `next.success`): there `next.done` counts as such.
+State and action are read; images and videos where they are asked for (`lerobot_images`), else said and left out. A
+frame has no observation after its action, so that the last one of an episode gives the final observation
+(`cutting.with_final`). Whether an episode's end was the environment's is not told, but for simulated data
+(`next.reward` or `next.success`): there `next.done` counts as such.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import numpy as np
 
 from cvlctl.data.formats import segments
 from cvlctl.data.formats.joining import Observations, side_by_side
+from cvlctl.data.formats.lerobot_images import image_columns, images_of
 from cvlctl.data.formats.making import Maker
+from cvlctl.data.formats.pictures import Cameras
 from cvlctl.data.formats.rows import episodes_of_rows
 from cvlctl.data.formats.sources import Column, Facts, Told, reading, regular
 from cvlctl.data.formats.tables import Table, open_table, small_parquet
@@ -45,6 +48,8 @@ def read(
     observation_keys: Sequence[str] = (),
     action_bounds: Bounds | None = None,
     clip_actions: bool = False,
+    cameras: Sequence[str] = (),
+    image_size: Sequence[int] | None = None,
 ) -> Iterator[Episode]:
     """The episodes of a LeRobot dataset, given by its folder.
 
@@ -56,12 +61,13 @@ def read(
     info = _info(path)
     features, tasks, files = info["features"], _tasks(path), _files(path, info)
     maker = Maker(path, action_bounds, clip_actions, _bounds(path), told)
-    seen = {name for name, about in features.items() if about.get("dtype") in ("image", "video")}
-    joined = Observations(path, observation_keys)
+    joined, pictures = Observations(path, observation_keys), Cameras(path, cameras, image_size, maker.told)
+    chosen = pictures.choose(images_of(features))
     steps = episodes = 0
     for file in files:
         with open_table(file) as table:
-            columns, names = _columns(table, features, joined)
+            columns, names = _columns(table, features, joined, alone=bool(chosen))
+            columns |= image_columns(path, info, table, chosen, pictures)
             ends = segments.ends_of(file, {"episode_index": table.column(["episode_index"])}, table.length)
             columns["ends"] = segments.last_rows(file, _counted(file, table, ends), table.length)
             maker.told.columns = maker.told.columns or names
@@ -69,9 +75,7 @@ def read(
             yield from episodes_of_rows(maker, columns, horizon=None, tasks=tasks, offset=steps)
             steps, episodes = steps + table.length, episodes + len(ends if ends is not None else ())
     maker.path = path
-    maker.told.dropped = sorted({*joined.left_out, *seen})
-    if seen:
-        maker.told.remarks.append(f"images are not imported: {', '.join(sorted(seen))}")
+    maker.told.dropped = sorted({*joined.left_out, *pictures.left_out(images_of(features))})
     if episodes != info.get("total_episodes", episodes):
         maker.told.remarks.append(f"{INFO} counts {info['total_episodes']} episodes: {episodes} are in this folder")
     maker.finish(maker.told.columns)
@@ -93,8 +97,10 @@ def facts(path: Path) -> Facts:
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-def _columns(table: Table, features: Mapping[str, Any], joined: Observations) -> tuple[dict[str, Column], list[str]]:
-    """The columns that `episodes_of_rows` takes, and names of an observation's."""
+def _columns(
+    table: Table, features: Mapping[str, Any], joined: Observations, alone: bool
+) -> tuple[dict[str, Column], list[str]]:
+    """The columns that `episodes_of_rows` takes, and names of an observation's; `alone`: without a vector will do."""
     for name in ("action", "episode_index", "frame_index"):
         if name not in table.names:
             raise CvlctlError(f"{table.path}: no column {name!r}", f"there are: {', '.join(table.names[:20])}")
@@ -103,14 +109,14 @@ def _columns(table: Table, features: Mapping[str, Any], joined: Observations) ->
         for name, about in features.items()
         if name.startswith("observation.") and name in table.names and about.get("dtype") not in ("image", "video")
     }
-    chosen = joined.chosen(str(table.path), shapes)
+    chosen = joined.chosen(str(table.path), shapes) if shapes or not alone else []
     parts = [table.column([name]) for name in chosen]
     for name, part in zip(chosen, parts, strict=True):
         width = 1 if len(part.shape) == 1 else part.shape[1]
         if (width,) != shapes[name][1:]:
             raise CvlctlError(f"{part.where}: has rows of {width}, in {INFO} it is {list(shapes[name][1:])}")
-    observations = side_by_side(parts)
-    found = {"observations": observations, "actions": side_by_side([table.column(["action"])])}
+    found = {"observations": side_by_side(parts)} if parts else {}
+    found |= {"actions": side_by_side([table.column(["action"])])}
     names = {"rewards": "next.reward", "successes": "next.success", "terminals": "next.done", "task": "task_index"}
     if not {"next.reward", "next.success"} & set(table.names):
         del names["terminals"]  # it marks ends alone

@@ -56,7 +56,8 @@ class Maker:
             return
         try:
             parts["actions"] = self._scaled(parts["actions"])
-            self._compare(parts["observations"])
+            if parts.get("observations") is not None:
+                self._compare(parts["observations"])
             made = Episode(**parts)
         except CvlctlError as error:
             hint = error.hint

@@ -30,6 +30,7 @@ from cvlctl.data.formats.hdf5 import attribute, dataset_column, dataset_in, fixe
 from cvlctl.data.formats.hdf5_out import new_hdf5
 from cvlctl.data.formats.joining import Observations
 from cvlctl.data.formats.making import Maker, continuous
+from cvlctl.data.formats.pictures import Cameras, hdf5_frames, hdf5_images
 from cvlctl.data.formats.seeing import only_array
 from cvlctl.data.formats.sources import Facts, Told, reading, steps_of
 from cvlctl.data.store import Store
@@ -59,6 +60,8 @@ def read(
     observation_keys: Sequence[str] = (),
     action_bounds: Bounds | None = None,
     clip_actions: bool = False,
+    cameras: Sequence[str] = (),
+    image_size: Sequence[int] | None = None,
 ) -> Iterator[Episode]:
     """The episodes of a Minari dataset, given by its folder."""
     folder = _data_folder(Path(path))
@@ -68,7 +71,8 @@ def read(
         which = f"dimensions {', '.join(map(str, unbounded))}" if bounds else "actions"
         say(f"{folder / METADATA}: {which} have no finite bounds, and are taken as they are; --action-bounds says some")
     maker = Maker(file_path, action_bounds, clip_actions, bounds, told)
-    joined = Observations(file_path, observation_keys or _keys(metadata))
+    joined = Observations(file_path, observation_keys or _keys(metadata), alone=bool(cameras))
+    pictures, there_are = Cameras(file_path, cameras, image_size, maker.told), set[str]()
     images = len(_space(metadata, "observation_space").get("shape") or ()) > 1
     ours = metadata.get("cvlctl") or {}
     rewarded = not (isinstance(ours, dict) and ours.get("rewards") is False)
@@ -89,17 +93,23 @@ def read(
             arrays = _arrays(file_path, group, where)
             with reading(f"{where}/observations"):
                 observations = _observations(file_path, group, joined, images)
+                several = member(file_path, group, "observations")
+                names = hdf5_images(file_path, several) if hasattr(several, "keys") else []
+                there_are |= set(names)
+                frames = hdf5_frames(file_path, several, pictures.choose(names), pictures)
             if number == 0:
                 success = next((name for name in SUCCESSES if member(file_path, group, name) is not None), "")
             solved = _solved(file_path, group, success, len(arrays["actions"])) if success else None
             maker.told.columns = maker.told.columns or joined.columns()
             yield from maker.make(
                 where,
-                observations=observations, actions=arrays["actions"], rewards=arrays["rewards"] if rewarded else None,
+                observations=observations, images=frames, actions=arrays["actions"],
+                rewards=arrays["rewards"] if rewarded else None,
                 successes=solved, terminated=bool(arrays["terminations"][-1:].any()), **about,
             )  # fmt: skip
             steps += len(arrays["terminations"])
-        maker.told.dropped = joined.left_out
+        left = pictures.left_out(there_are - set(joined.keys))
+        maker.told.dropped = sorted({*(set(joined.left_out) - there_are), *left})
         maker.finish(joined.columns())
 
 
@@ -216,7 +226,7 @@ def _bounds(metadata: dict[str, Any], where: Path) -> tuple[Bounds | None, list[
         return bounds or ((-1.0, 1.0) if tells else None), unbounded
 
 
-def _observations(path: Path, group: h5py.Group, joined: Observations, images: bool) -> np.ndarray:
+def _observations(path: Path, group: h5py.Group, joined: Observations, images: bool) -> np.ndarray | None:
     import h5py
 
     found = member(path, group, "observations")

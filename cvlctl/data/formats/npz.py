@@ -3,19 +3,20 @@
 `observations` (sum(T+1), ...) with every final observation, `actions` (sum(T), A), `episode_ends` (episodes,): counts
 of *actions* so far, so that the observations of episode i start at `episode_ends[i-1] + i`. Where there are such:
 `rewards`, `successes` (sum(T),); `terminated`, `collected_at`, `seeds`, `tasks` (episodes,); `task`, `horizon`;
-`action_bounds`, low and high of what the actions lie in (else in [-1, 1]): numbers, or one a dimension, (2, A).
+`action_bounds`, low and high of what the actions lie in (else in [-1, 1]): numbers, or one a dimension, (2, A). Frames
+are `images/CAMERA` (sum(T+1), H, W, C) uint8, of any number of cameras, beside observations or instead of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cvlctl.data.formats import segments
+from cvlctl.data.formats import pictures, segments
 from cvlctl.data.formats.archives import open_npz
 from cvlctl.data.formats.cutting import flags, flat
 from cvlctl.data.formats.making import Maker, continuous
@@ -42,6 +43,7 @@ def read(
     keys: Mapping[str, str] | None = None,
     action_bounds: Bounds | None = None,
     clip_actions: bool = False,
+    image_size: Sequence[int] | None = None,
 ) -> Iterator[Episode]:
     """The episodes of a plain npz file.
 
@@ -50,9 +52,11 @@ def read(
             of `segments.NAMES`.
     """
     keys = dict(keys or {})
-    check_names(keys, (*STEPS, *TABLE, "tasks", *segments.NAMES))
+    vectors = {ours: theirs for ours, theirs in keys.items() if not ours.startswith(pictures.KEY)}
+    check_names(vectors, (*STEPS, *TABLE, "tasks", *segments.NAMES))
     with open_npz(Path(path)) as arrays:
-        need_keys(arrays, keys, "observations", "actions")
+        images = pictures.images_of(arrays, keys)
+        need_keys(arrays, keys, *images, *([] if images else ["observations"]), "actions")
         arrays = renamed(arrays, keys)
         said = [name for name in segments.NAMES if name in arrays.names]
         if said not in ([], ["episode_ends"]) or "episode_ends" in keys:
@@ -62,7 +66,7 @@ def read(
         else:
             arrays.need("episode_ends")
             ends = integers(arrays.column("episode_ends"))
-        yield from episodes_of(arrays, ends, told, action_bounds, clip_actions)
+        yield from episodes_of(arrays, ends, told, action_bounds, clip_actions, image_size)
 
 
 def renamed(arrays: Arrays, keys: Mapping[str, str]) -> Arrays:
@@ -75,14 +79,21 @@ def renamed(arrays: Arrays, keys: Mapping[str, str]) -> Arrays:
 
 
 def episodes_of(
-    arrays: Arrays, ends: list[int], told: Told | None, action_bounds: Bounds | None, clip_actions: bool
-) -> Iterator[Episode]:
+    arrays: Arrays, ends: list[int], told: Told | None, action_bounds: Bounds | None, clip_actions: bool,
+    image_size: Sequence[int] | None = None,
+) -> Iterator[Episode]:  # fmt: skip
     """The episodes of arrays under the names of this layout; `ends` counts the actions up to each one's end."""
-    observations, actions = arrays.column("observations"), continuous(arrays.column("actions"))
+    actions, images = continuous(arrays.column("actions")), pictures.images_of(arrays, {})
+    seen = {name: arrays.column(name) for name in images}
+    seen = pictures.fitted_columns(arrays.path, seen, image_size)
+    if "observations" in arrays.names or not images:
+        seen["observations"] = arrays.column("observations")
     steps: dict[str, Column] = {name: arrays.column(name) for name in ("rewards", "successes") if name in arrays.names}
     total = same_length(arrays.path, {"actions": actions} | steps)
-    if len(ends) == 0 or ends[-1] != total or len(observations) != total + len(ends):
-        what = f"{total} actions and {len(observations)} observations, but {len(ends)} episodes"
+    for name, column in seen.items():
+        if len(ends) and ends[-1] == total and len(column) == total + len(ends):
+            continue
+        what = f"{total} actions and {len(column)} {name}, but {len(ends)} episodes"
         raise CvlctlError(f"{arrays.path}: {what} of {ends[-1] if len(ends) else 0} actions in episode_ends",
                           "each episode has one observation more than it has actions")  # fmt: skip
     table = read_table(arrays, len(ends))
@@ -92,9 +103,11 @@ def episodes_of(
             raise CvlctlError(f"{arrays.path}: episode_ends: episode {number} has {end - start} actions")
         count = end - start
         parts = {name: column.take(count) for name, column in steps.items()}
+        rows = {name: column.take(count + 1) for name, column in seen.items()}
         yield from maker.make(
             f"{arrays.path}: episode {number}",
-            observations=observations.take(count + 1), actions=actions.take(count),
+            observations=rows.pop("observations", None), actions=actions.take(count),
+            images={name.removeprefix(pictures.KEY): frames for name, frames in rows.items()},
             rewards=flat(parts["rewards"], "rewards") if "rewards" in parts else None,
             successes=flags(parts["successes"], "successes") if "successes" in parts else None,
             **({"collected_at": start} | table[number]),
@@ -180,7 +193,7 @@ def write(store: Store, path: Path, label: str) -> None:
     """Write a store as a plain npz."""
     row = np.delete(np.arange(store.num_rows), store.episode_ends() - 1)
     bounds = bounds_of(store)
-    arrays = {"observations": store.array(only_array(store)), "actions": physical(store.actions()[row], bounds),
+    arrays = {**_seen(store), "actions": physical(store.actions()[row], bounds),
               "episode_ends": np.cumsum(store.lengths()),
               **table_arrays(store, bounds, export_digest("npz", store, label))}  # fmt: skip
     if store.has_label(label):
@@ -188,6 +201,16 @@ def write(store: Store, path: Path, label: str) -> None:
     if store.has_label(label, "success"):
         arrays["successes"] = store.successes(label)[row]
     save(path, arrays)
+
+
+def _seen(store: Store) -> dict[str, np.ndarray]:
+    """What a policy sees: observations, and images/CAMERA."""
+    if list(store.spec.cameras) in ([], ["pixels"]) and (
+        not store.spec.cameras or store.spec.observation_shape == (0,)
+    ):
+        return {"observations": store.array(only_array(store))}
+    found = {} if store.spec.observation_shape == (0,) else {"observations": store.observations()}
+    return found | {f"{pictures.KEY}{camera}": store.images(camera) for camera in store.spec.cameras}
 
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:

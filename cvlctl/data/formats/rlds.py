@@ -4,7 +4,7 @@ features.json                              names, shapes and types of what a ste
 NAME-SPLIT.tfrecord-00000-of-00004, ...    records: `steps/observation/...`, `steps/action`, `steps/reward`, ...
 
 Observations are the tensors of a step's `observation` that are numbers, joined by name (`joining`); actions its
-`action`, or of several all that are floats, by name. Images are said and left out.
+`action`, or of several all that are floats, by name. Images are said, and are frames of `cameras` where asked for.
 
 An episode of T steps has T observations. RLDS means nothing by the action and the reward of the last; Open X's datasets
 mean them, and often reward there alone. So, where the environment ended the episode (`is_terminal`) and the last step
@@ -25,6 +25,7 @@ import numpy as np
 from cvlctl.data.formats.cutting import flags, flat, with_final
 from cvlctl.data.formats.joining import Observations, beside
 from cvlctl.data.formats.making import Maker
+from cvlctl.data.formats.pictures import Cameras
 from cvlctl.data.formats.segments import check_names
 from cvlctl.data.formats.sources import Facts, Told, reading, regular, same_length
 from cvlctl.data.formats.tfrecord import Feature, example, records
@@ -57,6 +58,8 @@ def read(
     split: str = "",
     action_bounds: Bounds | None = None,
     clip_actions: bool = False,
+    cameras: Sequence[str] = (),
+    image_size: Sequence[int] | None = None,
 ) -> Iterator[Episode]:
     """The episodes of a dataset, given by its folder, or of one of its files.
 
@@ -68,7 +71,10 @@ def read(
     check_names(keys, list(NAMES))
     files, others = _files(path, split)
     leaves = _leaves(files[0].parent)
-    maker, joined = Maker(path, action_bounds, clip_actions, told=told), Observations(path, observation_keys)
+    maker = Maker(path, action_bounds, clip_actions, told=told)
+    joined = Observations(path, observation_keys, alone=bool(cameras))
+    pictures, images = Cameras(path, cameras, image_size, maker.told), _images(leaves)
+    chosen = pictures.choose(images)
     shapes = _observations(files[0].parent / FEATURES, leaves, observation_keys)
     seen = joined.chosen(
         f"{files[0].parent / FEATURES}: observation", {k: (0, *leaf.shape) for k, leaf in shapes.items()}
@@ -79,31 +85,34 @@ def read(
         if ours != "actions" and single[ours] not in leaves:
             raise CvlctlError(f"--key {ours}={keys[ours]}: a step has no such value", f"it has: {', '.join(leaves)}")
     text = next((name for name in TASKS if name in leaves and leaves[name].kind == "text"), "")
-    wanted = {f"steps/{name}" for name in [*(_full(k, leaves) for k in seen), *acts, *single.values(), text] if name}
+    names = [*(_full(k, leaves) for k in seen), *acts, *single.values(), *chosen.values(), text]
+    wanted = {f"steps/{name}" for name in names if name}
     maker.told.columns = maker.told.columns or joined.columns()
     steps = 0
     for file in files:
         for number, record in enumerate(records(file)):
             where = f"{file}: record {number}"
             found = {k.removeprefix("steps/"): v for k, v in example(record, wanted, where).items()}
+            coded = {k: found.pop(k) for k in chosen.values() if k in found}
             arrays = {k: _shaped(f"{where}: {k}", v, leaves[k]) for k, v in found.items() if k != text and k in leaves}
             for name in [*(_full(k, leaves) for k in seen), *acts]:
                 if name not in arrays:
                     raise CvlctlError(
                         f"{where}: no steps/{name}, which {FEATURES} speaks of", "fetch the dataset again"
                     )
-            length = same_length(where, arrays)
+            frames = {camera: _frames(f"{where}: {k}", coded.get(k), pictures) for camera, k in chosen.items()}
+            length = same_length(where, arrays | frames)
             observations = joined.of_arrays(where, {k: arrays[_full(k, leaves)] for k in seen})
             parts: dict[str, Any] = {ours: arrays[name] for ours, name in single.items() if name in arrays}
             actions = beside([arrays[name] for name in acts], length).reshape(length, -1)
             steps += yield from _episode(
-                maker, where, observations, actions, parts, steps, _task(where, found.get(text))
+                maker, where, observations, frames, actions, parts, steps, _task(where, found.get(text))
             )
     maker.told.dropped = sorted(
-        {k.removeprefix("observation/") for k in leaves if k.startswith("observation/")} - {*seen}
+        {k.removeprefix("observation/") for k in leaves if k.startswith("observation/")}
+        - {*seen, *(k.removeprefix("observation/") for k in chosen.values())}
     )
-    if images := sorted(name for name, leaf in leaves.items() if leaf.kind in ("images", "videos")):
-        maker.told.remarks.append(f"images are not imported: {', '.join(images)}")
+    pictures.left_out(images)
     if len(acts) > 1:
         maker.told.remarks.append(f"actions are joined of {', '.join(acts)}")
     if others:
@@ -114,7 +123,8 @@ def read(
 def _episode(
     maker: Maker,
     where: str,
-    observations: np.ndarray,
+    observations: np.ndarray | None,
+    frames: dict[str, np.ndarray],
     actions: np.ndarray,
     parts: dict[str, Any],
     begun: int,
@@ -125,10 +135,14 @@ def _episode(
     solved = flags(parts["successes"], where) if "successes" in parts else None
     ended = "terminals" in parts and bool(flags(parts["terminals"], where)[-1:].any())
     meant = bool(actions[-1:].any()) or (rewards is not None and bool(rewards[-1:].any()))
-    observations, count = with_final(observations, None, ended and meant, len(actions))
+    count = len(actions)
+    if observations is not None:
+        observations, count = with_final(observations, None, ended and meant, len(actions))
+    for camera, of in frames.items():
+        frames[camera], count = with_final(of, None, ended and meant, len(actions))
     if count:
         yield from maker.make(
-            where, observations=observations, actions=actions[:count], terminated=ended,
+            where, observations=observations, images=frames, actions=actions[:count], terminated=ended,
             rewards=None if rewards is None else rewards[:count],
             successes=None if solved is None else solved[:count], collected_at=begun, task=task,
         )  # fmt: skip
@@ -218,6 +232,16 @@ def _walk(node: Mapping[str, Any], name: str, depth: int) -> Iterator[tuple[str,
     else:
         known = {"text": "text", "image": "images", "video": "videos"}
         yield name, Leaf(next((words for key, words in known.items() if key in node), "something that is not read"))
+
+
+def _images(leaves: Mapping[str, Leaf]) -> list[str]:
+    return [name for name, leaf in leaves.items() if leaf.kind in ("images", "videos")]
+
+
+def _frames(where: str, found: Feature | None, pictures: Cameras) -> np.ndarray:
+    if not isinstance(found, list):
+        raise CvlctlError(f"{where}: there are no pictures, which {FEATURES} speaks of", "fetch the dataset again")
+    return pictures.of_files(where, found)
 
 
 def _full(name: str, leaves: Mapping[str, Leaf]) -> str:

@@ -3,7 +3,8 @@
 Its relatives too: MimicGen's, LIBERO's (no next_obs; the instruction is the episodes' task) and IsaacLab's (no rewards,
 no dones; a demonstration whose `success` is set was ended by its last step, which succeeded).
 
-Observations are joined from `observation_keys`, default all that are not images, by name (`joining`). The final
+Observations are joined from `observation_keys`, default all that are not images, by name (`joining`); images are frames
+of `cameras`. The final
 one comes from next_obs; `cutting.with_final` says what becomes of a demonstration without. An episode counts as
 terminated where its last `dones` says so; earlier ones (robomimic marks states of success) do not end it.
 """
@@ -23,6 +24,7 @@ from cvlctl.data.formats.cutting import flags, flat, with_final
 from cvlctl.data.formats.hdf5 import attribute, dataset_column, hdf5_file, member
 from cvlctl.data.formats.joining import Observations
 from cvlctl.data.formats.making import Maker, continuous
+from cvlctl.data.formats.pictures import Cameras, hdf5_frames, hdf5_images
 from cvlctl.data.formats.sources import Facts, Told, reading, same_length
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Episode
@@ -36,6 +38,8 @@ def read(
     observation_keys: Sequence[str] = (),
     action_bounds: Bounds | None = None,
     clip_actions: bool = False,
+    cameras: Sequence[str] = (),
+    image_size: Sequence[int] | None = None,
 ) -> Iterator[Episode]:
     """The demonstrations of a robomimic file, by their numbers."""
     path = Path(path)
@@ -46,7 +50,9 @@ def read(
                 raise CvlctlError(f"{path}: no group 'data', where robomimic keeps its demonstrations")
             names = sorted(data, key=_number)
             task = _instruction(attribute(data, "problem_info", ragged=True))
-        maker, joined = Maker(path, action_bounds, clip_actions, told=told), Observations(path, observation_keys)
+        maker = Maker(path, action_bounds, clip_actions, told=told)
+        joined = Observations(path, observation_keys, alone=bool(cameras))
+        pictures, there_are = Cameras(path, cameras, image_size, maker.told), set[str]()
         steps = 0
         for name in names:
             where = f"{path}: data/{name}"
@@ -63,21 +69,31 @@ def read(
             same_length(path, columns)
             arrays = {key: column.rest() for key, column in columns.items()}
             ended = bool(flags(arrays["dones"], f"{where}/dones")[-1:].any()) if "dones" in arrays else bool(said)
+            length = len(arrays["actions"])
             with reading(f"{where}/obs"):
                 observations = joined.of(here["obs"])
+                there_are |= set(images := hdf5_images(path, here["obs"]))
+                chosen = pictures.choose(images)
+                frames = hdf5_frames(path, here["obs"], chosen, pictures)
             with reading(f"{where}/next_obs"):
-                after = None if here["next_obs"] is None else joined.last(here["next_obs"])
-                observations, count = with_final(observations, after, ended, len(arrays["actions"]))
+                next_obs = here["next_obs"]
+                after = None if next_obs is None else joined.last(next_obs)
+                seen = {} if next_obs is None else hdf5_frames(path, next_obs, chosen, pictures, last=True)
+                count = length if next_obs is not None or ended else length - 1
+                if observations is not None:
+                    observations, count = with_final(observations, after, ended, length)
+                frames = {name: with_final(of, seen.get(name), ended, length)[0] for name, of in frames.items()}
             maker.told.columns = maker.told.columns or joined.columns()
             yield from maker.make(
                 where,
-                observations=observations, actions=arrays["actions"][:count],
+                observations=observations, images=frames, actions=arrays["actions"][:count],
                 rewards=flat(arrays["rewards"], f"{where}/rewards")[:count] if "rewards" in arrays else None,
                 successes=None if said is None else _only_last(count, len(arrays["actions"])) & bool(said),
                 terminated=ended, collected_at=steps, task=task,
             )  # fmt: skip
             steps += len(arrays["actions"])
-        maker.told.dropped = joined.left_out
+        vectors = set(joined.left_out) - there_are
+        maker.told.dropped = sorted({*vectors, *pictures.left_out(there_are - set(observation_keys))})
         maker.finish(joined.columns())
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from cvlctl.data.formats.cutting import Rows, cut, cut_at, flags, flat, with_final
 from cvlctl.data.formats.making import Maker, continuous
+from cvlctl.data.formats.pictures import KEY, framed
 from cvlctl.data.formats.sources import Column, same_length
 from cvlctl.errors import CvlctlError
 from cvlctl.progress import say
@@ -58,13 +59,16 @@ def episodes_of_rows(
     Args:
         columns: observations, actions, and where the file has them rewards, successes, terminals, timeouts,
             next_observations, ends (last rows as `segments` has them), and collected_at, seed, task (index into
-            `tasks`), which are taken from the first row.
+            `tasks`), which are taken from the first row; frames as images/CAMERA, beside observations or alone.
         horizon: where there are neither timeouts nor ends, the length at which the time limit cut the episodes off.
             Needed unless there are next_observations.
         stride, offset: row i was the collector's environment step i * stride + offset.
     """
     path, cuts = maker.path, Cuts()
-    length = same_length(path, columns)
+    length, cameras = same_length(path, columns), [name for name in columns if name.startswith(KEY)]
+    if cameras and "next_observations" in columns:
+        what = f"{path}: {cameras[0]} beside next_observations: there are no next frames for the final ones"
+        raise CvlctlError(what, "leave next_observations out, and say where episodes end")
     continuous(columns["actions"])
     if not {"timeouts", "next_observations", "ends"} & set(columns) and horizon is None:
         what = f"{path}: neither timeouts nor next_observations say where time limits cut episodes off"
@@ -98,7 +102,11 @@ def episodes_of_rows(
         elif first + count < length:
             cuts += Cuts(unmarked=1, row=first + count - 1)
         after = last.get("next_observations")
-        observations, steps = with_final(rows.pop("observations"), after, terminated, count)
+        observations = images = None
+        if "observations" in rows:
+            observations, steps = with_final(rows.pop("observations"), after, terminated, count)
+        if cameras:
+            images, steps = framed(rows, cameras, terminated, count)
         if not steps:
             continue
         told = [name for name in ("collected_at", "seed") if name in rows]
@@ -112,6 +120,7 @@ def episodes_of_rows(
         yield from maker.make(
             f"{path}: episode {number} (rows {first}-{first + count - 1})",
             observations=observations,
+            images=images,
             actions=rows["actions"][:steps],
             rewards=flat(rows["rewards"], columns["rewards"].where)[:steps] if "rewards" in rows else None,
             successes=flags(rows["successes"], columns["successes"].where)[:steps] if "successes" in rows else None,

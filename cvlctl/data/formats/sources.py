@@ -133,9 +133,14 @@ class Column:
             return parts[0]
         return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self.dtype)
 
+    @property
+    def left(self) -> int:
+        """How many rows were not taken yet."""
+        return len(self) - self._at + len(self._block) - self._used
+
     def rest(self) -> np.ndarray:
         """All rows that were not taken yet."""
-        return self.take(len(self) - self._at + len(self._block) - self._used)
+        return self.take(self.left)
 
     def _next_block(self, wanted: int) -> None:
         size = min(max(1, BLOCK_BYTES // max(1, self.row_bytes)), len(self) - self._at)

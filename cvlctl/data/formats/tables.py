@@ -30,6 +30,7 @@ class Table(NamedTuple):
     path: Path
     names: list[str]
     length: int
+    blobs: Callable[[str], Iterator[bytes]]  # of a column of pictures: objects {bytes, path}
     column: Callable[[Sequence[str]], Column]  # of several names side by side, (N, sum of widths); of one also (N,)
 
     def matching(self, pattern: str, wanted: str) -> list[str]:
@@ -108,18 +109,30 @@ def _open_parquet(path: Path) -> Iterator[Table]:
             sample = _beside(first)
             return Column(where, (length, *sample.shape[1:]), sample.dtype, blocks(several))
 
-        yield Table(path, list(schema.names), length, column)
+        def blobs(name: str) -> Iterator[bytes]:
+            where, row = f"{path}: {name}", 0
+            with _memory(path), reading(where):
+                for batch in file.iter_batches(2**6, columns=[name], use_threads=False):
+                    for one in batch.column(0).to_pylist():
+                        data = one.get("bytes") if isinstance(one, dict) else one
+                        if not isinstance(data, bytes):
+                            raise CvlctlError(f"{where}, row {row}: holds no picture", "its files lie elsewhere")
+                        yield data
+                        row += 1
+
+        yield Table(path, list(schema.names), length, blobs, column)
 
 
-def small_parquet(path: Path) -> list[dict[str, Any]]:
-    """The rows of a small parquet file, as Python has them."""
+def small_parquet(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of a small parquet file, as Python has them; of `columns` alone, those of them that are there."""
     parquet = _pyarrow(path)
     with reading(str(path)), _memory(path):
         regular(path, "a parquet file")
         with parquet.ParquetFile(path) as file:
             if file.metadata.num_rows > 1_000_000:
                 raise CvlctlError(f"{path}: has {file.metadata.num_rows:,} rows, too many to be true")
-            return list(file.read(use_threads=False).to_pylist())
+            names = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            return list(file.read(names, use_threads=False).to_pylist())
 
 
 def _pyarrow(path: Path) -> Any:
@@ -185,7 +198,10 @@ def _open_csv(path: Path) -> Iterator[Table]:
         shape = (length,) if len(at) == 1 else (length, len(at))
         return Column(where, shape, np.dtype(np.float64), blocks(_numbers(path, names, at)))
 
-    yield Table(path, names, length, column)
+    def blobs(name: str) -> Iterator[bytes]:
+        raise CvlctlError(f"{path}: {name}: a table of text holds no pictures")
+
+    yield Table(path, names, length, blobs, column)
 
 
 def _count(path: Path) -> tuple[list[str], int]:

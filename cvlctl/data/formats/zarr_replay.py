@@ -18,6 +18,7 @@ import numpy as np
 from cvlctl.data.formats import segments
 from cvlctl.data.formats.joining import Observations, side_by_side
 from cvlctl.data.formats.making import Maker
+from cvlctl.data.formats.pictures import KEY, Cameras, fitted_column, image_names
 from cvlctl.data.formats.rows import episodes_of_rows
 from cvlctl.data.formats.segments import check_names
 from cvlctl.data.formats.sources import Arrays, Column, Facts, Told
@@ -40,6 +41,8 @@ def read(
     observation_keys: Sequence[str] = (),
     action_bounds: Bounds | None = None,
     clip_actions: bool = False,
+    cameras: Sequence[str] = (),
+    image_size: Sequence[int] | None = None,
 ) -> Iterator[Episode]:
     """The episodes of a replay buffer.
 
@@ -57,12 +60,19 @@ def read(
             ours: theirs for ours, theirs in keys.items() if ours != "actions"
         }
         arrays.need(*(f"data/{theirs}" for ours, theirs in keys.items() if ours != "actions"))
-        joined, maker = Observations(path, observation_keys), Maker(path, action_bounds, clip_actions, told=told)
+        maker = Maker(path, action_bounds, clip_actions, told=told)
+        joined = Observations(path, observation_keys, alone=bool(cameras))
+        pictures = Cameras(path, cameras, image_size, maker.told)
+        images = image_names(shapes, {name: arrays.column(f"data/{name}").dtype for name in shapes})
+        chosen = pictures.choose(images)
         apart = set(singles.values()) | (set() if following else set(acts))
         seen = joined.chosen(f"{path}: data", {name: shape for name, shape in shapes.items() if name not in apart})
         actions = side_by_side([arrays.column(f"data/{name}") for name in acts])
-        columns = {"observations": side_by_side([arrays.column(f"data/{name}") for name in seen]),
-                   "actions": _following(actions) if following else actions}  # fmt: skip
+        columns = {"actions": _following(actions) if following else actions}
+        if seen:
+            columns["observations"] = side_by_side([arrays.column(f"data/{name}") for name in seen])
+        for camera, name in chosen.items():
+            columns[f"{KEY}{camera}"] = fitted_column(arrays.column(f"data/{name}"), pictures)
         columns |= {ours: arrays.column(f"data/{name}") for ours, name in singles.items() if name}
         total = len(columns["actions"])
         columns |= segments.marked(path, {"episode_ends": arrays.column(ENDS)}, total)
@@ -70,7 +80,8 @@ def read(
         if following:
             maker.told.remarks.append(f"actions are the next row's {', '.join(acts)}")
         yield from episodes_of_rows(maker, columns, horizon=None)
-        maker.told.dropped = joined.left_out
+        left = pictures.left_out(set(images) - set(observation_keys))
+        maker.told.dropped = sorted({*(set(joined.left_out) - set(images)), *left})
         maker.finish(joined.columns())
 
 
