@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -162,29 +162,51 @@ def _sound(where: str) -> Iterator[None]:
         raise CvlctlError(f"{where}: is damaged: {error}", "give another copy of it") from error
 
 
-def write_mp4(target: IO[bytes], frames: Iterator[np.ndarray], fps: float) -> None:
-    """Encode frames (H, W, 3) uint8 of even height and width as H.264, to a file that can be sought in.
+class Mp4:
+    """Encodes frames (H, W, 3) uint8, all of one size, as H.264: into a path, or a file that can be sought in.
 
-    The bytes depend on the frames, their rate and the version of the encoder alone.
+    The bytes depend on the frames, their rate, the options and the version of the encoder alone.
+
+    Args:
+        options: of the encoder x264.
 
     Raises:
-        CvlctlError: PyAV, or its H.264, is missing.
+        CvlctlError: PyAV is missing.
     """
-    try:
-        import av
-    except ImportError as error:
-        raise CvlctlError("videos need PyAV", "pip install 'cvlctl[video]', or end the file in .gif or .png") from error
-    with av.open(target, "w", format="mp4") as container:
-        stream = None
-        for frame in frames:
-            if stream is None:
-                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000))
-                stream.height, stream.width = frame.shape[:2]
-                stream.pix_fmt, stream.options = "yuv420p", {"crf": "18", "threads": "1"}
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
-                container.mux(packet)
-        if stream is not None:
-            container.mux(stream.encode())
+
+    def __init__(self, target: IO[bytes] | str, fps: float, options: Mapping[str, str]) -> None:
+        try:
+            import av
+        except ImportError as error:
+            hint = "pip install 'cvlctl[video]', or end the file in .gif or .png"
+            raise CvlctlError("videos need PyAV", hint) from error
+        self._frame = av.VideoFrame.from_ndarray
+        self._container = av.open(target, "w", format="mp4")
+        self._stream = self._container.add_stream("libx264", rate=Fraction(fps).limit_denominator(10_000))
+        self._stream.options = dict(options)
+        self._stream.height = self._stream.width = 0
+
+    def add(self, frame: np.ndarray) -> None:
+        """The next one."""
+        if not self._stream.height:
+            height, width = frame.shape[:2]
+            self._stream.height, self._stream.width = height, width
+            self._stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+        self._container.mux(self._stream.encode(self._frame(np.ascontiguousarray(frame), format="rgb24")))
+
+    def close(self) -> None:
+        """Write what the encoder still holds, and the file's end."""
+        if self._stream.height:
+            self._container.mux(self._stream.encode())
+        self._container.close()
+
+
+def write_mp4(target: IO[bytes], frames: Iterator[np.ndarray], fps: float) -> None:
+    """Encode frames (H, W, 3) uint8 of even height and width, to be looked at; as `Mp4` does."""
+    video = Mp4(target, fps, {"crf": "18", "threads": "1"})
+    for frame in frames:
+        video.add(frame)
+    video.close()
 
 
 def _rgb(frame: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from cvlctl.data.formats import (
     hdf5_episodes,
     imitation,
     lerobot,
+    lerobot_out,
     minari,
     npz,
     ogbench,
@@ -72,7 +73,7 @@ FORMATS: dict[str, Format] = {
     ),
     "sb3": Format("a Stable-Baselines3 replay buffer, saved as npz (docs/formats.md)", sb3.read, sb3.facts),
     "npz": Format("plain npz: arrays and episode_ends (docs/formats.md)", npz.read, npz.facts, npz.write),
-    "lerobot": Format("a LeRobot dataset's folder, v2.0 to v3.0", lerobot.read, lerobot.facts),
+    "lerobot": Format("a LeRobot dataset's folder, v2.0 to v3.0", lerobot.read, lerobot.facts, lerobot_out.write),
     "rlds": Format("an RLDS dataset's folder (Open X), of TFRecord files", rlds.read, rlds.facts),
     "zarr": Format("a replay buffer of Diffusion Policy or UMI, Zarr v2", zarr_replay.read, zarr_replay.facts),
     "imitation": Format("imitation's npz of trajectories", imitation.read, imitation.facts),
@@ -196,7 +197,7 @@ def export_store(format: str, store: Store, out: str | Path, *, label: str = "gi
 
     Args:
         label: which rewards and successes to write; a store without any gives a file of zero rewards, or of none.
-        force: replace what is at `out`, if it is a file or a Minari dataset.
+        force: replace what is at `out`, if it is a file, or a dataset's folder of that format.
 
     Raises:
         CvlctlError: the format is not written, `out` exists, the label is unknown, the store is not what its
@@ -211,11 +212,14 @@ def export_store(format: str, store: Store, out: str | Path, *, label: str = "gi
         store.require_label(label)
     if out.exists() and not force:
         raise CvlctlError(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
-    if out.is_dir() and not (format == "minari" and minari.is_dataset(out)):
+    ours = {"minari": minari.is_dataset, "lerobot": lerobot_out.is_dataset}
+    if out.is_dir() and not (format in ours and ours[format](out)):
         raise CvlctlError(f"{out} is a directory", "choose another path: nothing in it was touched")
     store.check([*store.arrays, *store.label_arrays(label)])
     write(store, out, label)
     units.say_units(store)
+    if store.has_sim_state:
+        say(f"{store.path}: its states of the simulator are not exported")
     return out
 
 

@@ -17,6 +17,7 @@ import json
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,12 +29,12 @@ from cvlctl.data.formats.lerobot_images import image_columns, images_of
 from cvlctl.data.formats.making import Maker
 from cvlctl.data.formats.pictures import Cameras
 from cvlctl.data.formats.rows import episodes_of_rows
-from cvlctl.data.formats.sources import Column, Facts, Told, reading, regular
+from cvlctl.data.formats.sources import Column, Facts, Told, reading, regular, steps_of
 from cvlctl.data.formats.tables import Table, open_table, small_parquet
 from cvlctl.errors import CvlctlError
 from cvlctl.play.spaces import natural
 from cvlctl.types import Episode
-from cvlctl.units import Bounds
+from cvlctl.units import KEY, Bounds, plain
 
 INFO = Path("meta") / "info.json"
 FIELDS = ("episode_chunk", "episode_index", "chunk_index", "file_index")  # that a data_path may be made of
@@ -60,7 +61,9 @@ def read(
     path = Path(path)
     info = _info(path)
     features, tasks, files = info["features"], _tasks(path), _files(path, info)
-    maker = Maker(path, action_bounds, clip_actions, _bounds(path), told)
+    ours = _ours(path, info)
+    cameras = ["all"] if ours and not cameras and images_of(features) else cameras
+    maker = Maker(path, action_bounds, clip_actions, _bounds(path, info), told)
     joined, pictures = Observations(path, observation_keys), Cameras(path, cameras, image_size, maker.told)
     chosen = pictures.choose(images_of(features))
     steps = episodes = 0
@@ -72,7 +75,10 @@ def read(
             columns["ends"] = segments.last_rows(file, _counted(file, table, ends), table.length)
             maker.told.columns = maker.told.columns or names
             maker.path = file
-            yield from episodes_of_rows(maker, columns, horizon=None, tasks=tasks, offset=steps)
+            if ours:  # whose last rows are final observations, whatever ended the episode
+                columns.pop("terminals", None)
+            for i, episode in enumerate(episodes_of_rows(maker, columns, horizon=None, tasks=tasks, offset=steps)):
+                yield replace(episode, **ours[episodes + i]) if ours else episode
             steps, episodes = steps + table.length, episodes + len(ends if ends is not None else ())
     maker.path = path
     maker.told.dropped = sorted({*joined.left_out, *pictures.left_out(images_of(features))})
@@ -84,14 +90,36 @@ def read(
 def facts(path: Path) -> Facts:
     """Frames a second, the task where there is one, the robot, and what actions lie in."""
     info, tasks = _info(path), [task for task in _tasks(path) if task]
+    if isinstance(said := info.get("cvlctl"), dict):
+        where, environment = str(path / INFO), said.get("environment")
+        return Facts(
+            int(info.get("total_frames", 0)), str(said.get("task", "")), steps_of(said.get("horizon"), where), {},
+            _files(path, info), plain(said[KEY], where) if said.get(KEY) is not None else None,
+            environment if isinstance(environment, dict) else None, str(said.get("exported", "")),
+            dict(said.get("units", {})),
+        )  # fmt: skip
     fps = info.get("fps")
     kept: dict[str, Any] = {key: info[key] for key in ("codebase_version", "robot_type", "fps") if key in info}
     period = {"control_period": 1 / fps} if isinstance(fps, int | float) and fps > 0 else {}
     frames = info.get("total_frames")
     return Facts(
         frames if isinstance(frames, int) else 0, tasks[0] if len(tasks) == 1 else path.resolve().name, None, kept,
-        _files(path, info), _bounds(path), units=period,
+        _files(path, info), _bounds(path, info), units=period,
     )  # fmt: skip
+
+
+def _ours(path: Path, info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a folder that we wrote says of its episodes, by the names that `Episode` has for it; of another nothing."""
+    if not isinstance(info.get("cvlctl"), dict):
+        return []
+    names = {"terminated": bool, "collected_at": int, "seed": int}
+    files = sorted((path / "meta" / "episodes").rglob("*.parquet"), key=lambda file: natural(str(file)))
+    with reading(str(path / "meta" / "episodes")):
+        rows = [row for file in files for row in small_parquet(file, [f"cvlctl/{name}" for name in names])]
+        found = [{name: kind(row[f"cvlctl/{name}"]) for name, kind in names.items()} for row in rows]
+        if len(found) != info.get("total_episodes"):
+            raise ValueError(f"it tells of {len(found)} episodes, {INFO} of {info.get('total_episodes')}")
+        return found
 
 
 # --------------------------------------------------------------------------------------------------------------- rows
@@ -232,8 +260,10 @@ def _tasks(path: Path) -> list[str]:
     return [tasks.get(i, "") for i in range(max(tasks, default=-1) + 1)]
 
 
-def _bounds(path: Path) -> Bounds | None:
-    """What actions lie in, of the statistics; None where that is [-1, 1], or nothing tells."""
+def _bounds(path: Path, info: Mapping[str, Any]) -> Bounds | None:
+    """What actions lie in, as we said or of the statistics; None where that is [-1, 1], or nothing tells."""
+    if isinstance(said := info.get("cvlctl"), dict):
+        return plain(said[KEY], str(path / INFO)) if said.get(KEY) is not None else None
     whole, lines = path / "meta" / "stats.json", path / "meta" / "episodes_stats.jsonl"
     where = whole if whole.is_file() else lines
     if not where.is_file():

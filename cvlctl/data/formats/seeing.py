@@ -18,4 +18,4 @@ def only_array(store: Store) -> str:
     if list(store.spec.cameras) == ["pixels"] and store.spec.observation_shape == (0,):
         return PIXELS
     what = f"{store.path} has cameras ({', '.join(store.spec.cameras)}), for which this format has no place"
-    raise CvlctlError(what, "export it as lerobot")
+    raise CvlctlError(what, "export it as lerobot, or as npz")

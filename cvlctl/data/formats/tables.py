@@ -82,7 +82,7 @@ def blocks(pieces: Iterator[np.ndarray]) -> Callable[[int, int], np.ndarray]:
 
 @contextlib.contextmanager
 def _open_parquet(path: Path) -> Iterator[Table]:
-    parquet = _pyarrow(path)
+    parquet = pyarrow_parquet(path)
     hint = "expected a parquet file, whole: it may be cut short, or of another kind"
     with reading(str(path), hint), _memory(path):
         file = parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
@@ -125,7 +125,7 @@ def _open_parquet(path: Path) -> Iterator[Table]:
 
 def small_parquet(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """The rows of a small parquet file, as Python has them; of `columns` alone, those of them that are there."""
-    parquet = _pyarrow(path)
+    parquet = pyarrow_parquet(path)
     with reading(str(path)), _memory(path):
         regular(path, "a parquet file")
         with parquet.ParquetFile(path) as file:
@@ -135,7 +135,8 @@ def small_parquet(path: Path, columns: Sequence[str] | None = None) -> list[dict
             return list(file.read(names, use_threads=False).to_pylist())
 
 
-def _pyarrow(path: Path) -> Any:
+def pyarrow_parquet(path: Path) -> Any:
+    """pyarrow.parquet; raises a CvlctlError about `path` where it is not installed."""
     try:
         import pyarrow.parquet
     except ImportError as error:
