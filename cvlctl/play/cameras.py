@@ -156,6 +156,8 @@ class _Scene:
         self._known = states.has_state(env)
         # a state moves bodies of the model; of an environment of one's own, its code may change what things look like
         self._model = model = copy.deepcopy(raw.model) if self._known else raw.model
+        if self._known:  # Fetch's cross-hair, a metre long, says where the hand is pulled to: no camera would see it
+            model.geom_rgba[model.body_mocapid[model.geom_bodyid] >= 0, 3] = 0
         self._data = mujoco.MjData(model)
         self._views = [(camera, *_view(raw, camera, env.task)) for camera in cameras]
         quality = model.vis.global_

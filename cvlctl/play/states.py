@@ -66,7 +66,9 @@ def layout(env: Env) -> dict[str, int]:
     if hasattr(env.raw, "start"):
         moved = {"body_pos": raw.model.body_pos.size, "site_pos": raw.model.site_pos.size}
         return parts | moved | {"start": len(raw._last_rand_vec)}
-    return parts | ({"goal": len(raw.goal)} if hasattr(raw, "goal") else {})
+    if hasattr(raw, "goal"):  # which is empty before the first reset
+        parts["goal"] = raw.observation_space["desired_goal"].shape[0]
+    return parts
 
 
 def state_of(env: Env) -> np.ndarray:

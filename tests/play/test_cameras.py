@@ -57,7 +57,9 @@ def walked(env: Env, episode: int, steps: int, seed: int = 0) -> None:
 
 def test_a_state_restored_elsewhere_looks_the_same_is_seen_the_same_and_goes_on_the_same(task: str) -> None:
     one, other = envs.make(task, 0), envs.make(task, 7)
+    layout = states.layout(one)  # also before anything is played
     walked(one, 3, 12)
+    assert states.layout(one) == layout == states.layout(other)
     walked(other, 11, 5, seed=1)
     state = states.state_of(one)
     with Renderer(one, cameras_of(settings(task))) as first:
