@@ -193,7 +193,7 @@ def finished_already(
 
 
 def _content(store: Store) -> list[Any]:
-    return [store.digest(), {label: store.label_digest(label) for label in store.labels}]
+    return [store.digest(), {label: store.label_digest(label) for label in store.labels}, store.sim_digest()]
 
 
 def _same(provenance: dict[str, Any], parents: list[Any], inputs: dict[str, str]) -> bool:
@@ -203,7 +203,7 @@ def _same(provenance: dict[str, Any], parents: list[Any], inputs: dict[str, str]
         return False
     pairs = zip(written, parents, strict=True)
     return all(
-        now is None or (isinstance(before, dict) and [before.get("digest"), before.get("labels")] == now)
+        now is None or (isinstance(before, dict) and [before.get(key) for key in ("digest", "labels", "sim")] == now)
         for before, now in pairs
     )
 
@@ -260,6 +260,7 @@ def _origin(parents: Sequence[Store], command: str) -> dict[str, Any]:
             "path": str(store.path),
             "digest": store.digest(),
             "labels": {label: store.label_digest(label) for label in store.labels},
+            **({"sim": store.sim_digest()} if store.has_sim_state else {}),
             "provenance": store.provenance,
             "attributes": _extra(store),
         }

@@ -195,6 +195,10 @@ class Store:
             raise self._no_label(label, "arrays")
         return self._digest(names, {})
 
+    def sim_digest(self) -> str | None:
+        """sha256 of the simulator's states; None where there are none."""
+        return self._checksums[SIM] if self.has_sim_state else None
+
     def _digest(self, names: list[str], extra: dict[str, Any]) -> str:
         spec: list[Any] = [self._said.observation_shape, self._said.action_dim, self._said.pixels]
         spec += [self._said.cameras] if self._said.cameras else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,21 @@ def test_pictures_in_the_rows(tmp_path: Path) -> None:
     (folder / "meta/info.json").write_text(json.dumps(info))
     store = imported(folder, cameras=["top"])
     assert store.images("top")[:, 20, 20, 1].tolist() == list(range(0, 240, 20))
+
+
+@pytest.mark.parametrize("version", ["v21", "v30"])
+def test_what_lerobot_itself_wrote(tmp_path: Path, version: str) -> None:
+    """`tests/fixtures/make_lerobot.py` says what is in it."""
+    with tarfile.open(Path(__file__).parents[1] / "fixtures" / "lerobot.tar.gz") as file:
+        file.extractall(tmp_path, filter="data")
+    store = imported(tmp_path / version, cameras=["all"])
+    assert store.spec.cameras == {"side": (64, 64, 3), "top": (64, 64, 3)}
+    assert store.lengths().tolist() == [2, 4, 3] and store.episode_tasks() == ["pull", "pull", "push"]
+    levels = 20 * np.arange(12)
+    np.testing.assert_array_equal(store.observations()[:, 0], np.arange(12))
+    assert np.abs(store.images("top")[:, 40, 40].astype(int) - levels[:, None]).max() <= 4
+    assert np.abs(store.images("side")[:, 40, 40].astype(int) - (250 - levels)[:, None]).max() <= 4
+    assert store.images("top")[:, 4, 4].min() > 240
 
 
 # ------------------------------------------------------------------------------------------------------------- amiss
