@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from cvlctl.cli.app import app
 from cvlctl.cli.console import execute
 from cvlctl.data.writer import write_store
 from cvlctl.errors import CvlctlError
+from cvlctl.experiments.reports import page as page_module
+from cvlctl.experiments.reports.cards import card
 from cvlctl.frames import beside, enlarged, sheet, write_frames, write_mp4
 from cvlctl.types import Episode
 
@@ -106,3 +109,15 @@ def test_preview(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert code == 2 and message in said
     plain = write_store(tmp_path / "p.zarr", [Episode(np.zeros((2, 1)), np.zeros((1, 1)))], task="toy").path
     assert execute(app, ["data", "preview", str(plain)]) == 2 and "has no images" in capsys.readouterr().err
+
+
+def test_a_dataset_card_shows_frames(tmp_path: Path) -> None:
+    images = {"corner": FRAMES, "large": np.broadcast_to(LEVELS[:, None, None, None], (5, 600, 800, 3))}
+    store = write_store(tmp_path / "a.zarr", [Episode(None, np.zeros((4, 1)), images=images)] * 2, task="toy").path
+    found = card(str(store), {})
+    with Image.open(io.BytesIO(found.frames)) as image:  # 5 frames of 70 + 800 by 600, of which every fourth pixel is
+        assert image.size == (5 * (218 + 4) - 4, 150)
+    page = page_module._card(found)
+    assert f'src="data:image/png;base64,{base64.b64encode(found.frames).decode()}"' in page
+    assert ("camera corner", "50x70x3") in found.facts
+    assert "<img" not in page_module._card(card(str(store), {}, draw=False))

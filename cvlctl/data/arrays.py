@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.sync import sync as zarr_sync
 
-from cvlctl.data.chunks import chunks, hexadecimal, open_array, read_chunk
-from cvlctl.data.layout import IMAGES
+from cvlctl.data.chunks import Sliced, chunks, hexadecimal, open_array, read_chunk
+from cvlctl.data.layout import IMAGES, Rows
 
 AT_ONCE = 4  # chunks, which zarr encodes side by side
 
@@ -29,10 +30,12 @@ class Waiting:
     def __init__(self, name: str, like: np.ndarray, chunk_rows: int, written: int = 0) -> None:
         self.name, self.like, self.chunk_rows, self.written = name, like[:0].copy(), chunk_rows, written
         self._parts: list[np.ndarray] = []
+        self._count = 0
 
     def add(self, rows: np.ndarray) -> None:
         """Take more of them; they are the caller's until `keep`."""
         self._parts.append(rows)
+        self._count += len(rows)
 
     def keep(self) -> None:
         """Copy what is left of the rows that came last: their array may change, or be large."""
@@ -45,8 +48,8 @@ class Waiting:
 
     def write_full(self, folder: Path) -> None:
         """Write the full chunks among them, some at a time. Where that fails, the rows are still here."""
-        while chunks_ready := min(sum(map(len, self._parts)) // self.chunk_rows, AT_ONCE):
-            size = chunks_ready * self.chunk_rows
+        while ready := min(self._count // self.chunk_rows, AT_ONCE):
+            size = ready * self.chunk_rows
             write_arrays(folder, self.written, {self.name: self._first(size)}, self.chunk_rows)
             self._drop(size)
             self.written += size
@@ -54,6 +57,21 @@ class Waiting:
     def write_rest(self, folder: Path) -> None:
         """Write what is left as the last chunk, or the array's metadata alone."""
         write_arrays(folder, self.written, {self.name: self.rest()}, self.chunk_rows)
+
+    def reader(self, folder: Path) -> Rows:
+        """All rows so far, from chunks and from what waits for one."""
+        rest, written, sliced = self.rest(), self.written, None
+        if written:
+            array = open_array(folder, self.name)
+            sliced = Sliced(list(chunks(folder, self.name, array)), partial(read_chunk, array))
+
+        def rows(start: int, stop: int) -> np.ndarray:
+            waits = rest[max(start - written, 0) : max(stop - written, 0)]
+            if sliced is None or start >= written:
+                return waits
+            return np.concatenate([sliced.rows(start, min(stop, written)), waits])
+
+        return rows
 
     def _first(self, size: int) -> np.ndarray:
         taken, missing = [], size
@@ -65,11 +83,14 @@ class Waiting:
         return taken[0] if len(taken) == 1 else np.concatenate(taken)
 
     def _drop(self, size: int) -> None:
-        while size:
-            size, part = size - len(self._parts[0]), self._parts.pop(0)
-            if size < 0:
-                self._parts.insert(0, part[size:])
-                size = 0
+        self._count -= size
+        gone = 0
+        while size and size >= len(self._parts[gone]):
+            size -= len(self._parts[gone])
+            gone += 1
+        del self._parts[:gone]
+        if size:
+            self._parts[0] = self._parts[0][size:]
 
 
 def write_arrays(folder: Path, start: int, rows: dict[str, np.ndarray], chunk_rows: int) -> None:

@@ -41,6 +41,17 @@ def spec_of(said: SpecAttribute) -> Spec:
     return Spec((0,), said.action_dim, said.horizon, {"pixels": size})
 
 
+def rows_of(episode: Episode, labels: Sequence[str]) -> dict[str, np.ndarray]:
+    """An episode's T+1 rows of each array that it has; `labels` are the names of rewards and of successes."""
+    rows = {OBSERVATION: episode.observations} if episode.observations.shape[1:] != (0,) else {}
+    values = (episode.actions, episode.rewards, episode.successes)
+    for name, value in zip((ACTION, *labels), values, strict=True):
+        if value is not None:  # a row of zeros goes beside the final observation
+            rows[name] = np.concatenate([value, np.zeros_like(value[:1])])
+    rows |= {f"{IMAGES}{camera}": frames for camera, frames in (episode.images or {}).items()}
+    return rows if episode.sim_state is None else rows | {SIM: episode.sim_state}
+
+
 def split(
     rows: Mapping[str, Rows], table: Iterable[tuple[int, ...]], tasks: Sequence[str], labels: Sequence[str]
 ) -> Iterator[Episode]:
@@ -58,3 +69,23 @@ def split(
             collected_at, seed, images, of(SIM, end),
         )  # fmt: skip
         start = end
+
+
+def problem(name: str, values: np.ndarray, num_rows: int, num_tasks: int) -> str:
+    """What is wrong with an array's values, "" if nothing: what would garble training, and costs next to nothing to
+    find. That they are those that were written is for the checksums to say."""
+    if values.dtype.kind == "f" and values.size:
+        low, high = values.min(), values.max()  # NaN if any is NaN
+        if not np.isfinite([low, high]).all():
+            return "NaN or infinity"
+        if name == ACTION and max(-low, high) > 1.0:
+            return "actions outside [-1, 1]"
+    elif name == "meta/episode_ends":
+        lengths = np.diff(values, prepend=0) - 1
+        if len(values) == 0 or (lengths < 1).any():
+            return f"episode {int(np.argmax(lengths < 1)) if len(values) else 0} has fewer than 2 rows"
+        if values[-1] != num_rows:
+            return f"the last episode ends at row {int(values[-1])} of {num_rows}"
+    elif name == "meta/task" and len(values) and (values.min() < 0 or values.max() >= num_tasks):
+        return f"indices outside the {num_tasks} task names"
+    return ""

@@ -17,7 +17,7 @@ import zarr
 
 from cvlctl.data.attributes import parsed, read_attributes
 from cvlctl.data.chunks import Chunk, Foreign, Sliced, chunks, damaged, listed, open_array, read_array, read_chunk
-from cvlctl.data.layout import IMAGES, LABEL_ARRAYS, META, PIXELS, SIM, Rows, spec_of, split
+from cvlctl.data.layout import IMAGES, LABEL_ARRAYS, META, PIXELS, SIM, Rows, problem, spec_of, split
 from cvlctl.errors import CvlctlError
 from cvlctl.progress import Progress
 from cvlctl.types import Episode
@@ -54,7 +54,7 @@ class Store:
     def observations(self) -> np.ndarray:
         """(rows, *observation_shape) float32, without columns where frames are all there is; an episode's last row is
         its final observation."""
-        return self._array("data/observation")
+        return self.array("data/observation")
 
     def images(self, camera: str) -> np.ndarray:
         """(rows, H, W, C) uint8: the frames of one camera, laid out as `observations`.
@@ -62,7 +62,7 @@ class Store:
         Raises:
             CvlctlError: no such camera, damage, or not enough memory: `Column` reads them piece by piece.
         """
-        return self._array(self.camera_array(camera))
+        return self.array(self.camera_array(camera))
 
     def camera_array(self, camera: str) -> str:
         """Name of a camera's array, as `Column` takes it; raises a CvlctlError that lists the cameras there are."""
@@ -80,15 +80,15 @@ class Store:
         """(rows, n) float64: what brings the simulator back to each observation."""
         if not self.has_sim_state:
             raise CvlctlError(f"{self.path} has no states of the simulator", "collect with cameras or sim_state")
-        return self._array(SIM)
+        return self.array(SIM)
 
     def actions(self) -> np.ndarray:
         """(rows, A) float32 in [-1, 1]; zero in the row of a final observation."""
-        return self._array("data/action")
+        return self.array("data/action")
 
     def episode_ends(self) -> np.ndarray:
         """(episodes,) int64: cumulative row counts; an episode of T transitions has T+1 rows."""
-        return self._array("meta/episode_ends")
+        return self.array("meta/episode_ends")
 
     def lengths(self) -> np.ndarray:
         """(episodes,) int64: transitions of each episode."""
@@ -96,19 +96,19 @@ class Store:
 
     def terminated(self) -> np.ndarray:
         """(episodes,) bool: the environment ended the episode (False: it was cut off)."""
-        return self._array("meta/terminated")
+        return self.array("meta/terminated")
 
     def collected_at(self) -> np.ndarray:
         """(episodes,) int64: the collector's environment step at which the episode began."""
-        return self._array("meta/collected_at")
+        return self.array("meta/collected_at")
 
     def seeds(self) -> np.ndarray:
         """(episodes,) int64: the collector's seed."""
-        return self._array("meta/seed")
+        return self.array("meta/seed")
 
     def episode_tasks(self) -> list[str]:
         """Task name of each episode."""
-        return [self.task_names[i] for i in self._array("meta/task")]
+        return [self.task_names[i] for i in self.array("meta/task")]
 
     @property
     def labels(self) -> list[str]:
@@ -143,10 +143,10 @@ class Store:
         if label != "given" and label not in self.labels:
             raise self._no_label(label, "arrays")
         names = ["data/observation", "data/action", *self.label_arrays(label)]
-        rows: dict[str, Rows] = {name: partial(_slice, self._array(name)) for name in names}
+        rows: dict[str, Rows] = {name: partial(_slice, self.array(name)) for name in names}
         wide = [*map(self.camera_array, self.spec.cameras), *([SIM] if self.has_sim_state else [])]
         rows |= {name: Column(self, name).rows for name in wide if frames}
-        table = zip(*(self._array(name).tolist() for name in META), strict=True)
+        table = zip(*(self.array(name).tolist() for name in META), strict=True)
         yield from split(rows, table, self.task_names, [f"labels/{label}/{array}" for array in LABEL_ARRAYS])
 
     def futures(
@@ -207,7 +207,7 @@ class Store:
 
     def _label(self, label: str, array: str) -> np.ndarray:
         self.require_label(label, array)
-        return self._array(f"labels/{label}/{array}")
+        return self.array(f"labels/{label}/{array}")
 
     def _no_label(self, label: str, wanted: str) -> CvlctlError:
         found = [f"{name}/{array}" for name in self.labels for array in LABEL_ARRAYS if self.has_label(name, array)]
@@ -220,17 +220,14 @@ class Store:
         seen = ["data/observation", *map(self.camera_array, self.spec.cameras)]
         return [*dict.fromkeys(filter(None, map(self._on_disk, seen))), "data/action", *META]
 
-    def array(self, name: str) -> np.ndarray:
-        """One array, whole, by a name that `Column` takes."""
-        return self._array(name)
-
     def _on_disk(self, name: str) -> str:
         """The name that an array has on disk; "" where it has no columns, and is not written."""
         if name == "data/observation" and self.spec.observation_shape == (0,):
             return ""
         return "data/observation" if self._said.pixels and name == PIXELS else name
 
-    def _array(self, name: str) -> np.ndarray:
+    def array(self, name: str) -> np.ndarray:
+        """One array, whole, by a name that `Column` takes."""
         if not (stored := self._on_disk(name)):
             return np.zeros((self.num_rows, 0), np.float32)
         if name != stored:
@@ -263,8 +260,8 @@ class Store:
     def _check_values(self, name: str, where: str, values: np.ndarray) -> None:
         """Values of an array, or of a chunk of it. Of a foreign chunk, what is wrong with its values tells more."""
         judged = values.dtype.kind == "f" or len(values) == self.num_episodes  # a table is, as a whole
-        if judged and (problem := self._problem(name, values)):
-            raise damaged(self.path, f"{where}: {problem}", self.path / name)
+        if judged and (found := self._problem(name, values)):
+            raise damaged(self.path, f"{where}: {found}", self.path / name)
 
     def _listed(self, name: str) -> Sequence[str]:
         """What the store lists of an array's chunks: the crc32c of each."""
@@ -298,23 +295,7 @@ class Store:
             self._compare(name, total.hexdigest())
 
     def _problem(self, name: str, values: np.ndarray) -> str:
-        """What is wrong with an array's values, "" if nothing: what would garble training, and costs next to nothing
-        to find. That they are those that were written is for the checksums to say."""
-        if values.dtype.kind == "f" and values.size:
-            low, high = values.min(), values.max()  # NaN if any is NaN
-            if not np.isfinite([low, high]).all():
-                return "NaN or infinity"
-            if name == "data/action" and max(-low, high) > 1.0:
-                return "actions outside [-1, 1]"
-        elif name == "meta/episode_ends":
-            lengths = np.diff(values, prepend=0) - 1
-            if len(values) == 0 or (lengths < 1).any():
-                return f"episode {int(np.argmax(lengths < 1)) if len(values) else 0} has fewer than 2 rows"
-            if values[-1] != self.num_rows:
-                return f"the last episode ends at row {int(values[-1])} of {self.num_rows}"
-        elif name == "meta/task" and len(values) and (values.min() < 0 or values.max() >= len(self.task_names)):
-            return f"indices outside the {len(self.task_names)} task names"
-        return ""
+        return problem(name, values, self.num_rows, len(self.task_names))
 
     def _open(self, name: str) -> zarr.Array:
         """An array on disk, of the type and shape that the attributes say."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from cvlctl import files
 from cvlctl.errors import CvlctlError
 from cvlctl.folders import TAIL
 
-__all__ = ["TAIL", "Tail", "discard_hint", "load", "save"]
+__all__ = ["TAIL", "Tail", "discard_hint", "load", "prune", "save"]
 
 
 class Tail(NamedTuple):
@@ -59,3 +60,14 @@ def _of_each(value: Any, rest: dict[str, np.ndarray]) -> dict[str, int]:
 
 def discard_hint(folder: Path) -> str:
     return f"delete {folder}, or discard it by --force (in Python, force=True)"
+
+
+def prune(folder: Path, kept: set[Path]) -> None:
+    """Remove all but `kept` and what is above: it came after the last flush, and power may have cut it off."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink() and entry not in kept:
+            prune(entry, kept)
+            with contextlib.suppress(OSError):  # it holds some of them
+                entry.rmdir()
+        elif entry not in kept:
+            entry.unlink()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,8 +15,7 @@ from cvlctl.data import tails
 from cvlctl.data.arrays import Waiting, described, form, trailers, write_arrays
 from cvlctl.data.arrays import checksum as _checksum
 from cvlctl.data.attributes import FORMAT, VERSION, read_attributes, spec_attribute
-from cvlctl.data.chunks import Sliced, chunks, open_array, read_chunk
-from cvlctl.data.layout import ACTION, IMAGES, LABEL_ARRAYS, META, OBSERVATION, SIM, Rows, cameras_of, split
+from cvlctl.data.layout import ACTION, IMAGES, LABEL_ARRAYS, META, OBSERVATION, SIM, cameras_of, rows_of, split
 from cvlctl.data.provenance import environment, jsonable
 from cvlctl.data.store import Store, json_digest, open_store
 from cvlctl.data.tails import TAIL, Tail
@@ -178,7 +175,7 @@ class StoreWriter:
             raise CvlctlError(f"{where} is a {type(episode).__name__}", "give cvlctl.Episode objects")
         if self._horizon is not None and len(episode) > self._horizon:
             raise CvlctlError(f"{where} has {len(episode)} steps; the horizon is {self._horizon}", "raise the horizon")
-        rows = self._rows(episode)
+        rows = rows_of(episode, self._label_arrays)
         earlier = {name: waiting.like for name, waiting in self._waiting.items()} or rows
         for name in rows | earlier:
             if form(name, rows) != form(name, earlier):
@@ -241,7 +238,9 @@ class StoreWriter:
         """The episodes so far, in order: what a collector needs to fill its replay buffer on resuming. Without `frames`
         neither they nor states of a simulator are read."""
         left = () if frames else (IMAGES, SIM)
-        rows = {name: self._reader(waiting) for name, waiting in self._waiting.items() if not name.startswith(left)}
+        rows = {
+            name: waiting.reader(self.partial) for name, waiting in self._waiting.items() if not name.startswith(left)
+        }
         yield from split(rows, self._table, list(self._tasks), self._label_arrays)
 
     def finish(self, **extra_attributes: Any) -> Store:
@@ -321,20 +320,10 @@ class StoreWriter:
             self._waiting[name].add(rows)
             full = range(tail.written[name] // tail.chunk_rows[name])
             flushed |= {self.partial / name / "c" / str(i) for i in full}
-        _prune(self.partial, {*flushed, *(self.partial / name for name in (LOCK, MARKER, TAIL))})
+        tails.prune(self.partial, {*flushed, *(self.partial / name for name in (LOCK, MARKER, TAIL))})
         for name, waiting in self._waiting.items():
             if waiting.written:
                 write_arrays(self.partial, waiting.written, {name: waiting.like}, waiting.chunk_rows)
-
-    def _rows(self, episode: Episode) -> dict[str, np.ndarray]:
-        """An episode's T+1 rows of each array."""
-        rows = {OBSERVATION: episode.observations} if episode.observations.shape[1:] != (0,) else {}
-        values = (episode.actions, episode.rewards, episode.successes)
-        for name, value in zip((ACTION, *self._label_arrays), values, strict=True):
-            if value is not None:  # a row of zeros goes beside the final observation
-                rows[name] = np.concatenate([value, np.zeros_like(value[:1])])
-        rows |= {f"{IMAGES}{camera}": frames for camera, frames in (episode.images or {}).items()}
-        return rows if episode.sim_state is None else rows | {SIM: episode.sim_state}
 
     def _chunk_rows_beside(self, name: str, rows: np.ndarray) -> int:
         """Rows of a chunk of an array that comes after the episodes."""
@@ -342,21 +331,6 @@ class StoreWriter:
             raise CvlctlError(f"{self.path}: no episodes to write", "a store holds at least one episode")
         most = self._waiting[ACTION].chunk_rows
         return min(most, _chunk_rows(name, {name: rows}))
-
-    def _reader(self, waiting: Waiting) -> Rows:
-        """Rows of an array so far, from chunks and what waits for one."""
-        rest, written, sliced = waiting.rest(), waiting.written, None
-        if written:
-            array = open_array(self.partial, waiting.name)
-            sliced = Sliced(list(chunks(self.partial, waiting.name, array)), partial(read_chunk, array))
-
-        def rows(start: int, stop: int) -> np.ndarray:
-            waits = rest[max(start - written, 0) : max(stop - written, 0)]
-            return waits if sliced is None or start >= written else np.concatenate([
-                sliced.rows(start, min(stop, written)), waits
-            ])  # fmt: skip
-
-        return rows
 
     def _write_full_chunks(self) -> None:
         for waiting in self._waiting.values():
@@ -380,14 +354,3 @@ def _chunk_rows(name: str, rows: dict[str, np.ndarray]) -> int:
         return min(CHUNK_ROWS, max(1, FRAME_BYTES // rows[name][0].nbytes))
     row = rows[OBSERVATION][0].nbytes if OBSERVATION in rows else 1
     return min(CHUNK_ROWS, max(1, CHUNK_BYTES // max(1, row)))
-
-
-def _prune(folder: Path, kept: set[Path]) -> None:
-    """Remove all but `kept` and what is above: it came after the last flush, and power may have cut it off."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink() and entry not in kept:
-            _prune(entry, kept)
-            with contextlib.suppress(OSError):  # it holds some of them
-                entry.rmdir()
-        elif entry not in kept:
-            entry.unlink()

@@ -102,6 +102,9 @@ def _inputs(rewards: str, store: Store, examples: Path | None, seed: int) -> dic
     if rewards in LABELLERS:
         if examples is None:
             raise CvlctlError(f"--rewards {rewards} is learned from success examples", "give --examples FILE.npy")
+        if store.spec.observation_shape == (0,):
+            what = f"{store.path} has no vector, and --rewards {rewards} is learned of vectors here"
+            raise CvlctlError(what, "finetune with rewards: oril or purl, and take its labels")
         source = SuccessExamples.model_validate({"file": examples, "num": 10**9})
         return {"examples": success_examples(source, store.spec, "--examples")}
     if (Path(rewards) / LABELS_FILE).is_file():

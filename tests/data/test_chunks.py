@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 def test_zarr_reads_what_the_store_reads(written: Path) -> None:
     store = open_store(written)
     for name in (*open_store(written).arrays, "labels/given/reward", "labels/given/success"):
-        values = store._array(name)
+        values = store.array(name)
         np.testing.assert_array_equal(values, zarr.open_array(written / name, mode="r")[:])
         assert values.flags.writeable and values.flags.c_contiguous
 

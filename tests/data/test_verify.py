@@ -78,7 +78,7 @@ def test_verify_finds_wrong_values_behind_sound_chunks(written: Path) -> None:
 def test_verify_checks_the_episode_table(
     written: Path, name: str, change: Callable[[np.ndarray], np.ndarray], message: str
 ) -> None:
-    replace_array(written, name, change(open_store(written)._array(name)))
+    replace_array(written, name, change(open_store(written).array(name)))
     assert any(p.startswith(name) and message in p for p in verify_store(written))
 
 
@@ -98,7 +98,7 @@ def test_verify_checks_the_episode_table(
 def test_values_that_would_garble_training_are_refused_when_read(
     written: Path, name: str, row: int, value: float, message: str
 ) -> None:
-    values = open_store(written)._array(name).copy()
+    values = open_store(written).array(name).copy()
     values[row] = value
     replace_array(written, name, values)
     store = open_store(written)

@@ -10,14 +10,17 @@ import numpy as np
 
 from cvlctl.data.look import episode_returns, facts, info
 from cvlctl.data.plots import observations, plane
+from cvlctl.data.preview import episode_frames
 from cvlctl.data.store import Store, open_store
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.reports.marks import INK, Axis, Figure, Mark, Panel, axis, thinned
+from cvlctl.frames import png, sheet
 
 MOST_FIGURES = 24  # stores whose figures are drawn: others are told of in numbers
 EPISODES = 400  # dots of a panel
 ACROSS, DOWN, LEVELS = 36, 24, 6  # cells of the coverage, and shades of them
 BINS = 24  # of lengths
+FRAMES, FRAME_SIDE = 6, 192  # of a card, and the most pixels of their shorter side
 
 
 class Card(NamedTuple):
@@ -28,6 +31,7 @@ class Card(NamedTuple):
     provenance: Sequence[tuple[str, str]]  # what it says of where it came from
     figure: Figure | None
     problem: str
+    frames: bytes = b""  # a PNG of some, where it has cameras
 
 
 def card(path: str, digests: Mapping[str, Sequence[str]], draw: bool = True) -> Card:
@@ -39,7 +43,9 @@ def card(path: str, digests: Mapping[str, Sequence[str]], draw: bool = True) -> 
     """
     try:
         about = info(Path(path))
-        figure = _figure(path, open_store(Path(path))) if draw else None
+        store = open_store(Path(path))
+        figure = _figure(path, store) if draw else None
+        frames = _frames(store) if draw and store.spec.cameras else b""
     except CvlctlError as error:
         gone = "it is gone" if not Path(path).exists() else error.what
         used = _few([name for names in digests.values() for name in names])
@@ -48,7 +54,15 @@ def card(path: str, digests: Mapping[str, Sequence[str]], draw: bool = True) -> 
     problem = f"it is not what was trained on any more: {_few(others)} saw another digest" if others else ""
     told = facts(about)
     num = len(told) - len(about["provenance"])
-    return Card(path, told[:num], told[num:], figure, problem)
+    return Card(path, told[:num], told[num:], figure, problem, frames)
+
+
+def _frames(store: Store) -> bytes:
+    """A PNG of the first episode's frames: all cameras side by side, large ones made smaller."""
+    seen = episode_frames(store, 0, list(store.spec.cameras))
+    step = -(-min(seen[0].shape[:2]) // FRAME_SIDE)
+    chosen = sorted({round(i * (len(seen) - 1) / (FRAMES - 1)) for i in range(FRAMES)})
+    return png(sheet([seen[i][::step, ::step] for i in chosen]))
 
 
 def _few(names: Sequence[str], most: int = 5) -> str:

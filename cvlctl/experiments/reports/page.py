@@ -155,7 +155,9 @@ def _card(card: Card) -> str:
     problem = f'<div class="warn">{html(card.problem)}</div>' if card.problem else ""
     more = f"<details><summary>Provenance</summary>{_facts(card.provenance)}</details>" if card.provenance else ""
     figure = _figure(card.figure) if card.figure else ""
-    return f"<h3>{html(card.path)}</h3>{problem}{_facts(card.facts)}{figure}{more}"
+    frames = base64.b64encode(card.frames).decode()
+    seen = f'<figure><img class="frames" alt="frames" src="data:image/png;base64,{frames}"></figure>' if frames else ""
+    return f"<h3>{html(card.path)}</h3>{problem}{_facts(card.facts)}{seen}{figure}{more}"
 
 
 def _facts(facts: Sequence[tuple[str, str]]) -> str:
