@@ -54,7 +54,7 @@ def build(
     try:
         if env.own:
             probe(env)
-        if recipe.cameras:
+        if recipe.is_filmed:
             film = Film(env, recipe.filmed_by, num_cpus() if workers is None else workers)
         provenance = {"recipe": plain, "environment": _versions(recipe, env), "seeds": [recipe.seed],
                       units.KEY: units.plain(units.finite(*env.action_bounds)[0] or (-1.0, 1.0))}  # fmt: skip

@@ -221,11 +221,17 @@ class BuildRecipe(Computed):
     horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
     env: EnvRecipe | None = None  # of a task of one's own: how it is made, what of it is read
     cameras: Cameras = {}  # by name: their frames are recorded, and the simulator's states beside them
+    sim_state: Flag = False  # these states also without cameras: `cvlctl data render` makes frames of them
 
     @property
     def settings(self) -> Settings | None:
         """Of the environment, for `envs.make`."""
         return settings_of(self.task, self.env)
+
+    @property
+    def is_filmed(self) -> bool:
+        """Whether episodes are looked at as they are played."""
+        return bool(self.cameras) or self.sim_state
 
     @property
     def filmed_by(self) -> tuple[Camera, ...]:
@@ -235,7 +241,7 @@ class BuildRecipe(Computed):
     def attributes(self, env: envs.Env) -> dict[str, Any]:
         """What the store says of its task: reference returns, how an environment of one's own is made again, and where
         its cameras stand."""
-        seen = told_of(env, self.filmed_by)
+        seen = told_of(env, self.filmed_by) if self.is_filmed else {}
         if not env.own:
             return {"reference": envs.references(self.task, self.horizon), **seen}
         columns = {"observation_columns": list(env.columns)} if env.columns else {}
@@ -248,9 +254,9 @@ class BuildRecipe(Computed):
             raise ValueError(f"source.hindsight relabels goals, and {self.task} is told none: gym/Fetch... tasks are")
         if getattr(self.source, "backend", "") == "envpool" and not built_in:
             raise ValueError(f"source.backend: EnvPool simulates built-in tasks, and {self.task} is none of them")
-        if self.cameras and getattr(self.source, "backend", "") == "envpool":
-            raise ValueError("cameras: EnvPool renders nothing; leave source.backend out")
-        if self.cameras and isinstance(self.source, StoresSource):
+        if self.is_filmed and getattr(self.source, "backend", "") == "envpool":
+            raise ValueError("cameras: EnvPool renders nothing, and keeps no states; leave source.backend out")
+        if self.is_filmed and isinstance(self.source, StoresSource):
             raise ValueError("cameras: these episodes are over; render their states with cvlctl data render")
         if self.env is not None and self.task.startswith("metaworld/"):
             raise ValueError("env is for gym/... and py/... tasks: leave it out")
@@ -307,9 +313,9 @@ class BuildRecipe(Computed):
         return [str(getattr(one, "run", one)) for one in listed if isinstance(one, Path | Reaching)]
 
     def resolved(self) -> dict[str, Any]:
-        """As of every recipe; without `env` and `cameras` where there are none, since an unfinished store of an earlier
-        version goes on by the digest of its recipe alone."""
-        later = ("env", "cameras")
+        """As of every recipe; without `env`, `cameras` and `sim_state` where there are none, since an unfinished store
+        of an earlier version goes on by the digest of its recipe alone."""
+        later = ("env", "cameras", "sim_state")
         return {key: value for key, value in super().resolved().items() if key not in later or value}
 
     def writes(self) -> list[str]:

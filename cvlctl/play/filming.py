@@ -119,11 +119,12 @@ class Film:
         CvlctlError: no such camera, or nothing can be rendered here.
     """
 
-    def __init__(self, env: Env, cameras: Iterable[Camera], workers: int = 1, every: int = 1) -> None:
-        self._every = every
-        self._env, self._known = env, states.has_state(env)
-        self._studio = Studio(env, cameras, workers if self._known else 1)
-        self.shapes = self._studio.shapes
+    def __init__(self, env: Env, cameras: Sequence[Camera], workers: int = 1, every: int = 1) -> None:
+        self._env, self._every, self._known = env, every, states.has_state(env)
+        if not cameras:
+            states.layout(env)  # says so where there are no states either
+        self._studio = Studio(env, cameras, workers if self._known else 1) if cameras else None
+        self.shapes = {} if self._studio is None else self._studio.shapes
         self._rows: list[Any] = []
         env.film = self
 
@@ -133,28 +134,30 @@ class Film:
             self._rows = []
         if self._env.steps % self._every:
             return
-        self._rows.append(states.state_of(self._env) if self._known else self._studio.renderer.frames())
+        if self._known:
+            self._rows.append(states.state_of(self._env))
+        elif self._studio is not None:
+            self._rows.append(self._studio.renderer.frames())
 
     def episode(self) -> dict[str, Any]:
-        """Of the episode so far: images, (T+1, H, W, 3) uint8 by camera, and sim_state, (T+1, n) or None."""
+        """Of the episode so far: images, (T+1, H, W, 3) uint8 by camera, and sim_state, (T+1, n); or None."""
         if self._known:
             rows = np.stack(self._rows)
-            return {"images": self._studio.frames(rows), "sim_state": rows}
+            return {"images": None if self._studio is None else self._studio.frames(rows), "sim_state": rows}
         images = {name: np.stack([frames[name] for frames in self._rows]) for name in self.shapes}
         return {"images": images, "sim_state": None}
 
     def close(self) -> None:
         """Look no more."""
         self._env.film = None
-        self._studio.close()
+        if self._studio is not None:
+            self._studio.close()
 
 
 def told_of(env: Env, cameras: Sequence[Camera]) -> dict[str, Any]:
-    """What a store says of its cameras and states; nothing where there are none."""
-    if not cameras:
-        return {}
-    parts = {"sim_state": states.layout(env)} if states.has_state(env) else {}
-    return {"cameras": {camera.name: camera.about() for camera in cameras}, **parts}
+    """What a store says of its cameras and states, where there are any."""
+    seen = {"cameras": {camera.name: camera.about() for camera in cameras}} if cameras else {}
+    return {**seen, **({"sim_state": states.layout(env)} if states.has_state(env) else {})}
 
 
 # --- in a worker

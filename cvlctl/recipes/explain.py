@@ -55,6 +55,10 @@ def explain(
         return CvlctlError(f"{where}: unknown key {name}", nearest(key[-1], legal, "keys here"))
     if kind == "union_tag_not_found" and isinstance(given, Mapping):
         return CvlctlError(f"{where}: missing key {name}.name", "add `name: ...`")
+    if kind == "missing" and isinstance(key[-1], int):  # of a list of so many
+        count = 1 + max(int(other["loc"][-1]) for other in faults if other["loc"][:-1] == fault["loc"][:-1])
+        expected = f"expected a list of {count}, given {shown(given)}"
+        return CvlctlError(f"{source.where(full[:-1])}: {dotted(full[:-1])}: {expected}")
     if kind in ("missing", "missing_argument"):
         return CvlctlError(f"{where}: missing key {name}", f"add `{key[-1]}: ...`")
     if kind == "union_tag_invalid":
@@ -88,8 +92,9 @@ def _data_key(data: Any, fault: Any) -> Key:
     """The fault's place in the data: pydantic's own, less the tags of unions and names of types between."""
     key: list[str | int] = []
     for place, part in enumerate(fault["loc"]):
-        there = part in data if isinstance(data, Mapping) else isinstance(part, int) and isinstance(data, Sequence)
-        if there and not isinstance(data, str):
+        listed = isinstance(data, Sequence) and not isinstance(data, str)
+        there = part in data if isinstance(data, Mapping) else listed and isinstance(part, int) and part < len(data)
+        if there:
             key.append(part)
             data = data[part]
         elif place == len(fault["loc"]) - 1 and fault["type"] in ("missing", "missing_argument"):
@@ -105,6 +110,8 @@ def _expected(fault: Any) -> str:
         return f"a number {_BOUNDS[kind]} {next(iter(context.values()))}"
     if kind in ("too_short", "string_too_short"):
         return "text" if kind == "string_too_short" else f"a list of at least {context['min_length']}"
+    if kind == "too_long":
+        return f"a list of at most {context['max_length']}"
     if kind == "string_pattern_mismatch":
         return "auto, cpu, cuda or cuda:N"
     return next((words for start, words in _EXPECTED.items() if kind.startswith(start)), fault["msg"])
@@ -116,10 +123,17 @@ def _legal_names(schema: Mapping[str, Any], data: Any, key: Key) -> list[str]:
     for part in (*key, None):
         nodes = [branch for node in nodes for branch in _branches(schema, node, data)]
         if part is not None:
-            nodes = [node["properties"][part] if isinstance(part, str) else node["items"] for node in nodes
-                     if part in node.get("properties", {}) or (isinstance(part, int) and "items" in node)]  # fmt: skip
+            nodes = [inner for node in nodes if (inner := _inner(node, part)) is not None]
             data = data[part]
     return sorted({name for node in nodes for name in node.get("properties", {})})
+
+
+def _inner(node: Mapping[str, Any], part: str | int) -> Any:
+    """What a schema says of the value at `part`; None where it says nothing."""
+    if isinstance(part, int):
+        return node.get("items")
+    more = node.get("additionalProperties")
+    return node.get("properties", {}).get(part, more if isinstance(more, Mapping) else None)
 
 
 def _branches(schema: Mapping[str, Any], node: Mapping[str, Any], data: Any) -> Iterator[Mapping[str, Any]]:

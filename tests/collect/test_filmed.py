@@ -17,6 +17,7 @@ from cvlctl.collect.recipe import BuildRecipe
 from cvlctl.collect.render_store import render
 from cvlctl.data.store import Store, open_store
 from cvlctl.errors import CvlctlError
+from cvlctl.experiments.commands import load
 from cvlctl.play.cameras import probe
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
@@ -145,6 +146,34 @@ def test_recipes_that_cannot_be_are_refused(about: dict[str, Any], wrong: str, t
     plain = {"task": HOPPER, "source": RANDOM, "cameras": CAMERAS, "out": tmp_path / "x.zarr"} | about
     with pytest.raises(ValueError, match=wrong):
         BuildRecipe.model_validate(plain)
+
+
+@pytest.mark.parametrize(
+    ("cameras", "what", "hint"),
+    [
+        ("{corner3: {siez: 64}}", "unknown key cameras.corner3.siez", "did you mean size? "),
+        ("{corner3: {size: [1, 2, 3]}}", "cameras.corner3.size: expected a whole number or a list of at most 2", ""),
+        ("{m: {lookat: [1, 2]}}", "cameras.m.lookat: expected a list of 3, given the list [1, 2]", ""),
+        ("{m: {lookat: []}}", "cameras.m.lookat: expected a list of 3, given the list []", ""),
+        ("{m: 64}", "cameras.m: expected a mapping", ""),
+    ],
+)
+def test_what_is_wrong_in_a_mapping_of_names_is_named(cameras: str, what: str, hint: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(f"task: {HOPPER}\nsource: {{name: random, episodes: 1}}\nout: x.zarr\n")
+    with pytest.raises(CvlctlError) as caught:
+        load(tmp_path / "x.yaml", [f"cameras={cameras}"], "build-dataset")
+    assert what in caught.value.what and caught.value.hint.startswith(hint)
+
+
+def test_states_may_be_kept_without_frames(filmed: Path, tmp_path: Path) -> None:
+    build(recipe_of(tmp_path / "states.zarr", RANDOM, {}, sim_state=True), workers=1)
+    states, store = open_store(tmp_path / "states.zarr"), open_store(filmed)
+    assert not states.spec.cameras and "cameras" not in states.attributes
+    assert np.array_equal(states.sim_state(), store.sim_state())
+    render(tmp_path / "states.zarr", tmp_path / "track.zarr", ["track"], size="16", workers=0)
+    assert frames_of(open_store(tmp_path / "track.zarr"))["track"] == frames_of(store)["track"]
+    with pytest.raises(CvlctlError, match="no state of its simulator"):
+        build(recipe_of(tmp_path / "x.zarr", RANDOM, {}, sim_state=True, task="gym/Pendulum-v1"))
 
 
 def test_what_an_environment_lacks_is_said_before_anything_is_collected(tmp_path: Path) -> None:
