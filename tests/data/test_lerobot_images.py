@@ -97,6 +97,12 @@ def test_chosen_ones_by_name_in_another_size(tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert execute(app, [*line, "--camera", "hand=wrist", "--image-size", "16", "16"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "finished already"
+    file = folder / V30.format(video_key=TOP, chunk_index=0, file_index=1)
+    whole = file.read_bytes()
+    file.write_bytes(whole + b"\0")  # another video: what stands there is not of this one
+    assert execute(app, [*line, "--camera", "hand=wrist", "--image-size", "16", "16"]) == 2
+    file.write_bytes(whole)
+    capsys.readouterr()
     store = open_store(tmp_path / "b.zarr")
     assert store.spec.cameras == {"hand": (16, 16, 3)}
     assert np.abs(store.images("hand")[:, 8, 8, 0] - (200.0 - 10 * np.arange(12))).max() <= 3

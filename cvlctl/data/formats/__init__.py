@@ -263,7 +263,7 @@ def _attributes(facts: Facts, options: dict[str, Any]) -> dict[str, Any]:
 def _source(format: str, path: Path, facts: Facts, given: dict[str, Any]) -> dict[str, Any]:
     """Which content is imported how, as JSON has it."""
     source: dict[str, Any] = {"format": format, "file": str(path), **facts.provenance}
-    files = list(facts.data) or [path]
+    files = [*(facts.data or [path]), *(facts.videos if given.get("cameras") else ())]
     digests = [sha256(file) for file in files]
     digest = digests[0] if len(files) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
     source |= {"bytes": sum(file.stat().st_size for file in files), "sha256": digest}

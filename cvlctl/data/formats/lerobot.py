@@ -94,9 +94,9 @@ def facts(path: Path) -> Facts:
         where, environment = str(path / INFO), said.get("environment")
         return Facts(
             int(info.get("total_frames", 0)), str(said.get("task", "")), steps_of(said.get("horizon"), where), {},
-            _files(path, info), plain(said[KEY], where) if said.get(KEY) is not None else None,
+            [*_files(path, info), *_videos(path)], plain(said[KEY], where) if said.get(KEY) is not None else None,
             environment if isinstance(environment, dict) else None, str(said.get("exported", "")),
-            dict(said.get("units", {})),
+            units=dict(said.get("units", {})),
         )  # fmt: skip
     fps = info.get("fps")
     kept: dict[str, Any] = {key: info[key] for key in ("codebase_version", "robot_type", "fps") if key in info}
@@ -104,7 +104,7 @@ def facts(path: Path) -> Facts:
     frames = info.get("total_frames")
     return Facts(
         frames if isinstance(frames, int) else 0, tasks[0] if len(tasks) == 1 else path.resolve().name, None, kept,
-        _files(path, info), _bounds(path, info), units=period,
+        _files(path, info), _bounds(path, info), units=period, videos=_videos(path),
     )  # fmt: skip
 
 
@@ -236,6 +236,10 @@ def _files(path: Path, info: Mapping[str, Any]) -> list[Path]:
     if not files:
         raise CvlctlError(f"{path}: no {template}", "the rows are missing: download data/ of the dataset as well")
     return files
+
+
+def _videos(path: Path) -> list[Path]:
+    return sorted((file for file in (path / "videos").rglob("*.mp4") if file.is_file()), key=str)
 
 
 def _literal(text: str) -> str:

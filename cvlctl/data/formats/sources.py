@@ -33,6 +33,7 @@ class Facts(NamedTuple):
     environment: dict[str, Any] | None = None  # that it came from, as the store's attribute of that name says it
     exported: str = ""  # `units.export_digest` of what we wrote it from
     units: Mapping[str, Any] = {}  # what else it says of its numbers: by the names of `cvlctl.units.Units`
+    videos: Sequence[Path] = ()  # files beside those of `data`, which are read where cameras are imported
 
 
 @dataclass
