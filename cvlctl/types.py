@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union
 
 import numpy as np
 
@@ -66,6 +66,36 @@ class Spec:
         """As JSON has it, for headers of checkpoints; without cameras nothing is said of them."""
         found = asdict(self)
         return found if self.cameras else {key: value for key, value in found.items() if key != "cameras"}
+
+
+@dataclass(frozen=True)
+class Observe:
+    """What of a store's cameras is seen, and by what."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    cameras: tuple[str, ...] = ()  # of the stores, one or more
+    vector: Flag = False  # whether the vector is seen too
+    stack: Whole = 1  # frames of each camera, the latest and those before it
+    encoder: Literal["small", "drq", "impala"] = "small"  # small: ten times as fast on a CPU; impala: CVL's
+    features: Whole = 64  # that it makes of each camera
+    shift: Whole = 4  # pixels by which frames are shifted at random while one learns; 0: not at all
+    actor_encoder: Literal["critic", "own"] = "critic"  # the actor takes the critic's features, or learns its own
+
+    def __post_init__(self) -> None:
+        if not self.cameras:
+            raise ValueError("cameras must name one or more; to see the vector alone, leave observe out")
+        if len(set(self.cameras)) < len(self.cameras):
+            raise ValueError("cameras names one of them twice")
+        if min(self.stack, self.features) < 1 or self.shift < 0:
+            raise ValueError("stack and features must be at least 1, and shift at or above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seeing(Spec):
+    """A Spec for networks behind encoders: `observation_shape` is the width of the vector and of all features."""
+
+    observe: Observe
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,23 +282,33 @@ class Goals(NamedTuple):
         return -distance if self.dense else -(distance > self.radius).float()
 
 
+class Views(NamedTuple):
+    """Observations from cameras."""
+
+    vector: Tensor  # (E, B, O); O may be 0
+    frames: tuple[Tensor, ...]  # of each camera (E, B, S, H, W, C) uint8, stacks of S; or features of them, (E, B, F)
+
+
+Observation = Union["Tensor", Views]  # (E, B, O), or from cameras
+
+
 class TransitionBatch(NamedTuple):
     """Transitions for behaviour cloning and TD learners; `discount` is gamma * (1 - terminated)."""
 
-    observation: Tensor  # (E, B, O)
+    observation: Observation
     action: Tensor  # (E, B, A)
     reward: Tensor  # (E, B)
     discount: Tensor  # (E, B)
-    next_observation: Tensor  # (E, B, O)
+    next_observation: Observation
 
 
 class OccupancyBatch(NamedTuple):
     """State-action pairs with one future each, and a bank of futures with rewards; (E, 0, ...) where not asked for."""
 
-    observation: Tensor  # (E, B, O)
+    observation: Observation
     action: Tensor  # (E, B, A)
-    future_observation: Tensor  # (E, B, O), drawn from the discounted occupancy of (observation, action)
-    bank_observation: Tensor  # (E, M, O), drawn from the marginal p(s+) or from the success examples
+    future_observation: Observation  # drawn from the discounted occupancy of (observation, action)
+    bank_observation: Observation  # M a member, drawn from the marginal p(s+) or from the success examples
     bank_reward: Tensor  # (E, M)
     time: Tensor  # (E, B) int64: steps since the episode began
     bank_time: Tensor  # (E, M) int64: the same of the transitions whose futures the bank holds

@@ -113,6 +113,13 @@ def data_of(episodes: Sequence[Episode], examples: Array | None = None) -> sampl
     )
 
 
+def states_of(observation: torch.Tensor, examples: torch.Tensor) -> samplers.Data:
+    """States (rows, O), and examples (X, O) of success: one row after the other, without actions and rewards."""
+    where = samplers.layout(np.array([len(observation)]), np.array([False]))
+    nothing, none = torch.zeros(len(observation), 1), torch.arange(0)
+    return samplers.Data(observation, nothing, nothing.T, where, none, examples)
+
+
 def state_of(mdp: MDP, observations: Array) -> Array:
     """Index of each observation's state."""
     return ((observations[:, None] - mdp.states[None]) ** 2).sum(-1).argmin(1)

@@ -20,7 +20,7 @@ from cvlctl.collect.recipe import BuildRecipe, MixSource, Reaching
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ONLINE
 from cvlctl.play import envs
-from cvlctl.play.policies import NumpyPolicy, policy_of
+from cvlctl.play.policies import NumpyPolicy, vector_policy_of
 from cvlctl.play.rollout import EVALUATION_SEED, Outcome, check_fit, collect_episode, outcome
 from cvlctl.progress import Progress, say
 from cvlctl.runs import read_run
@@ -79,7 +79,7 @@ def checkpoints_of(run: Path, env: envs.Env) -> list[Checkpoint]:
 
 def _checkpoint(file: Path, step: int, seed: int) -> Checkpoint:
     content = read(file)
-    return Checkpoint(file, step, policy_of(content, seed), content)
+    return Checkpoint(file, step, vector_policy_of(content, seed), content)
 
 
 def measure(checkpoint: Checkpoint, env: envs.Env, episodes: int) -> list[Outcome]:

@@ -26,7 +26,7 @@ from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
 from cvlctl.interrupts import held
 from cvlctl.play import envpool, envs
-from cvlctl.play.policies import RandomPolicy, policy_of
+from cvlctl.play.policies import RandomPolicy, vector_policy_of
 from cvlctl.play.rollout import Outcome, PolicyAct, check_fit, collect_episode, in_words, outcome
 from cvlctl.progress import Progress, say
 from cvlctl.types import Episode
@@ -118,7 +118,7 @@ def _actors(
         contents = [chosen.content]
     else:
         contents = [read(checkpoint_file(path)) for path in source.checkpoints]
-    policies = [policy_of(content, source.seed) for content in contents]
+    policies = [vector_policy_of(content, source.seed) for content in contents]
     for content, policy in zip(contents, policies, strict=True):
         check_fit(content.path, policy, env)
     facts["sha256"] = [content.sha256 for content in contents]

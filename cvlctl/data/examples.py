@@ -103,9 +103,9 @@ def _choice(count: int, num: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(count)[:num])
 
 
-def array_digest(array: np.ndarray) -> str:
-    """sha256 of an array's bytes."""
-    return hashlib.sha256(array.tobytes()).hexdigest()
+def array_digest(*arrays: np.ndarray) -> str:
+    """sha256 of the bytes of arrays, one after the other."""
+    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
 
 def examples(

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvlctl.types import OccupancyBatch, TransitionBatch
+from cvlctl.types import Observation, OccupancyBatch, TransitionBatch, Views
 
 BLOCK = 64  # steps whose randomness is drawn together: part of what "the same batches" means, so a constant
 
@@ -145,6 +145,10 @@ class Data(NamedTuple):
     layout: Layout
     labelled: Tensor  # (L,) int64: transitions of the episodes whose reward labels may be read
     examples: Tensor  # (X, O): success examples, or (0, O)
+    frames: tuple[Tensor, ...] = ()  # of each camera (rows, H, W, C) uint8, each once; or features of all, (rows, E, K)
+    example_frames: tuple[Tensor, ...] = ()  # of each camera (X, S, H, W, C) uint8; or (X, 1, E, K)
+    stack: int = 1  # [S] frames of a camera in an observation, the latest last; an episode's first one is repeated
+    shift: int = 0  # frames are shifted by up to so many pixels, drawn anew for every observation of a batch
 
 
 class Draws(NamedTuple):
@@ -161,6 +165,9 @@ class Draws(NamedTuple):
     noise: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
+NO_SHIFT = torch.zeros(1, 0, 2, dtype=torch.bool)  # of frames, as `observed` takes it
+
+
 class Indices(NamedTuple):
     """Row numbers for the batches of n steps, (n, E, B) and (n, E, M)."""
 
@@ -172,6 +179,7 @@ class Indices(NamedTuple):
     bank_source: Tensor  # the transition's row whose future it is
     cut: Tensor  # (n, E, B) the episode was cut off after the transition; as `ends`, (n, E, 0) where not asked for
     bank_ends: Tensor  # (n, E, M) the bank's state is terminal; (n, E, 0) likewise
+    shift: Tensor = NO_SHIFT  # (n, E, K, 2) int64 pixels down and right: of what is seen, what follows, and the bank
 
 
 def draw(
@@ -219,7 +227,11 @@ def draw(
             else:
                 bank_row = torch.arange(count, device=device).expand(num_steps, count)
             absorbed = torch.zeros_like(bank_row, dtype=torch.bool)
-        columns.append([row, ends, future_row, bank_row, absorbed, source, cut, bank_ends])
+        shift = torch.zeros((num_steps, 0, 2), dtype=torch.bool, device=device)
+        if data.shift:
+            g, seen = generator(seed, "shift", block, device), 2 * draws.batch_size + bank_row.shape[1]
+            shift = torch.randint(-data.shift, data.shift + 1, (num_steps, seen, 2), generator=g, device=device)
+        columns.append([row, ends, future_row, bank_row, absorbed, source, cut, bank_ends, shift])
     indices = Indices(*(torch.stack(parts, dim=1) for parts in zip(*columns, strict=True)))
     noise = {}
     for name, shape in draws.noise:
@@ -252,14 +264,16 @@ def batches(
 
 def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | TransitionBatch:
     """The batch of one step, from indices without the leading step axis."""
-    observation, action = _rows(data.observation, indices.row), _rows(data.action, indices.row)
+    size = indices.row.shape[1]
+    of_row, of_next, of_bank = (indices.shift[:, a:b] for a, b in ((0, size), (size, 2 * size), (2 * size, None)))
+    observation, action = observed(data, indices.row, of_row), _rows(data.action, indices.row)
     if draws.transitions:
         return TransitionBatch(
             observation,
             action,
             reward=_rewards(data, indices.row + 1),
             discount=torch.where(indices.ends, 0.0, draws.gamma),
-            next_observation=_rows(data.observation, indices.row + 1),
+            next_observation=observed(data, indices.row + 1, of_next),
         )
     bank_reward = (
         _rewards(data, indices.bank_row)
@@ -271,8 +285,8 @@ def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | Trans
     return OccupancyBatch(
         observation,
         action,
-        future_observation=_rows(data.observation, indices.future_row),
-        bank_observation=_rows(data.examples if draws.examples else data.observation, indices.bank_row),
+        future_observation=observed(data, indices.future_row, of_next[:, : indices.future_row.shape[1]]),
+        bank_observation=(observed_example if draws.examples else observed)(data, indices.bank_row, of_bank),
         bank_reward=torch.where(indices.bank_absorbed, 0.0, bank_reward),
         time=_times(data, indices.row) if draws.times else indices.row[:, :0],
         bank_time=_times(data, indices.bank_source) if draws.times else indices.row[:, :0],
@@ -282,10 +296,56 @@ def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | Trans
     )
 
 
+def observed(data: Data, row: Tensor, shift: Tensor) -> Observation:
+    """What is seen at rows (E, N), frames shifted by `shift` (E, N, 2) pixels, or (E, 0, 2)."""
+    vector = _rows(data.observation, row)
+    if not data.frames:
+        return vector
+    back = torch.arange(data.stack - 1, -1, -1, device=row.device)
+    stacked = torch.maximum(row.unsqueeze(-1) - back, _first(data, row).unsqueeze(-1))  # (E, N, S)
+    return Views(vector, tuple(_frames(camera, stacked, shift, data.shift) for camera in data.frames))
+
+
+def observed_example(data: Data, number: Tensor, shift: Tensor) -> Observation:
+    """What success examples (E, N) show; as `observed`."""
+    vector = _rows(data.examples, number)
+    if not data.example_frames:
+        return vector
+    stacked = number.unsqueeze(-1) * data.stack + torch.arange(data.stack, device=number.device)
+    cameras = (camera.flatten(0, 1) for camera in data.example_frames)
+    return Views(vector, tuple(_frames(camera, stacked, shift, data.shift) for camera in cameras))
+
+
+def _frames(camera: Tensor, index: Tensor, shift: Tensor, most: int) -> Tensor:
+    """Of frames (rows, H, W, C) those of `index` (E, N, S): (E, N, S, H, W, C); each stack shifted by its own `shift`
+    (E, N, 2) of at most so many pixels, the edge repeated. Of features (rows, E, K), each member's own: (E, N, K)."""
+    if camera.dim() == 3:
+        members = torch.arange(camera.shape[1], device=index.device).unsqueeze(1)
+        return _rows(camera.flatten(0, 1), index[..., -1] * camera.shape[1] + members)
+    if shift.shape[1] == 0:
+        return _rows(camera, index)
+    height, width, channels = camera.shape[1:]
+    down, right = shift[..., 0, None, None], shift[..., 1, None, None]  # (E, N, 1, 1)
+    line = (torch.arange(height, device=index.device) - down).clamp(0, height - 1)
+    lines = _rows(camera.flatten(0, 1), index.unsqueeze(-1) * height + line)  # (E, N, S, H, W, C)
+    sides = [lines[..., place, :].expand(*lines.shape[:-2], most, -1) for place in (slice(1), slice(-1, None))]
+    wide = torch.cat([sides[0], lines, sides[1]], dim=-2).flatten()
+    # each line begins elsewhere: the bytes from every place on, of which the lines' own are taken
+    size, step = width * channels, (width + 2 * most) * channels
+    begins = torch.arange(lines.shape[:-2].numel(), device=index.device).unflatten(0, lines.shape[:-2]) * step
+    windows = wide.as_strided((len(wide) - size + 1, size), (1, 1))
+    return _rows(windows, begins + (most - right) * channels).unflatten(-1, (width, channels))
+
+
+def _first(data: Data, row: Tensor) -> Tensor:
+    """The first row of the episode of each of rows (E, N)."""
+    first = data.layout.first
+    return first[torch.searchsorted(first, row, right=True) - 1]
+
+
 def _times(data: Data, row: Tensor) -> Tensor:
     """Steps since the episode began, of rows (E, N)."""
-    first = data.layout.first
-    return row - first[torch.searchsorted(first, row, right=True) - 1]
+    return row - _first(data, row)
 
 
 def _rows(source: Tensor, index: Tensor) -> Tensor:

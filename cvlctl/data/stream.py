@@ -11,6 +11,7 @@ What an update sees depends on its number alone, so that a stopped run goes on e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -20,29 +21,36 @@ import numpy as np
 import torch
 
 from cvlctl.data import samplers
+from cvlctl.data.examples import Examples
 from cvlctl.data.recipe import StoreUse
 from cvlctl.data.samplers import Data, Layout
 from cvlctl.data.store import Column, Store
 from cvlctl.errors import CvlctlError
 from cvlctl.machine import free_memory
+from cvlctl.types import Observe
 
 SLOTS = 8  # segments of a window: of neighbouring episodes, so that a window of few is a poor sample of the stores
 INDEX_BYTES = 50  # a row of Layout, of each segment and of the window, and of `labelled`
 
 
-def row_bytes(store: Store) -> int:
-    """Memory of one row of a store of vectors: observation, action, reward and index."""
-    return 4 * (store.spec.observation_shape[0] + store.spec.action_dim + 1) + INDEX_BYTES
+def row_bytes(store: Store, observe: Observe | None = None) -> int:
+    """Memory of one row of a store: what is seen of it, action, reward and index."""
+    frames = 0 if observe is None else sum(math.prod(store.spec.cameras[camera]) for camera in observe.cameras)
+    return frames + 4 * (_width(store, observe) + store.spec.action_dim + 1) + INDEX_BYTES
 
 
-def window_rows(stores: Sequence[Store], memory_gb: float | str, device: str) -> int:
+def _width(store: Store, observe: Observe | None) -> int:
+    return store.spec.observation_shape[0] if observe is None or observe.vector else 0
+
+
+def window_rows(stores: Sequence[Store], memory_gb: float | str, device: str, observe: Observe | None = None) -> int:
     """Rows that may lie in memory at once; 0 where all of the stores' rows may.
 
     Args:
         memory_gb: what data may take; "auto" is half of what is free (the other half is for what is computed with it).
     """
     allowed = _free(device) / 2 if isinstance(memory_gb, str) else memory_gb * 1e9
-    rows, size = sum(store.num_rows for store in stores), row_bytes(stores[0])
+    rows, size = sum(store.num_rows for store in stores), row_bytes(stores[0], observe)
     return 0 if rows * size <= allowed else int(allowed // size)
 
 
@@ -82,24 +90,32 @@ class Stream:
         self,
         stores: Sequence[Store],
         uses: Sequence[StoreUse],
-        examples: np.ndarray | None,
+        examples: Examples | None,
         rewards: bool,
         rows: int,
         draws_per_block: int,
         device: str,
+        observe: Observe | None = None,
     ) -> None:
         _refuse(uses, rewards)
         self._stores, self._uses, self._rewards, self._device = stores, uses, rewards, device
         self._capacity = rows // (SLOTS + 1)
         self._kept = [use.kept(store.num_episodes) for store, use in zip(stores, uses, strict=True)]
         self._steps = [store.lengths() for store in stores]  # of each episode
-        self._segments = [s for i in range(len(stores)) for s in _segments(stores[i], i, self._capacity)]
+        self._observe = observe
+        self._segments = [
+            s
+            for i in range(len(stores))
+            for s in _segments(stores[i], i, self._capacity, row_bytes(stores[i], observe))
+        ]
         self._columns = [self._open(i) for i in range(len(stores))]
-        observation_dim, action_dim = stores[0].spec.observation_shape[0], stores[0].spec.action_dim
-        empty = np.zeros((0, observation_dim), dtype=np.float32)
-        self._examples = torch.from_numpy(empty if examples is None else examples).to(device)
-        count = (SLOTS + 1) * self._capacity
-        self._arrays = [torch.zeros(count, width, device=device) for width in (observation_dim, action_dim, 1)]
+        count, spec, width = (SLOTS + 1) * self._capacity, stores[0].spec, _width(stores[0], observe)
+        shown, frames_shown = example_arrays(examples, width, observe)
+        self._examples, self._example_frames = shown.to(device), tuple(camera.to(device) for camera in frames_shown)
+        self._arrays = [torch.zeros(count, wide, device=device) for wide in (1, spec.action_dim, width)]
+        for camera in () if observe is None else observe.cameras:
+            frames = torch.zeros((count, *spec.cameras[camera]), dtype=torch.uint8, device=device)
+            self._arrays.append(frames)
         self._lengths = np.array([self._steps[s.store][s.first : s.end].sum() for s in self._segments])  # transitions
         # each transition is drawn once a pass for each seed; more often where a window would not serve one block
         self._blocks_per_transition = 1 / (SLOTS * min(draws_per_block, float(self._lengths.mean())))
@@ -171,31 +187,48 @@ class Stream:
         ends = store.episode_ends()
         begin, stop = (int(ends[segment.first - 1]) if segment.first else 0), int(ends[segment.end - 1])
         mine = ends[segment.first : segment.end] - begin
-        observation, action, reward = self._columns[segment.store]
-        self._put(0, offset, observation.rows(begin, stop))
-        self._put(1, offset, action.rows(begin, stop))
+        reward, *columns = self._columns[segment.store]
         rewards = np.zeros(stop - begin, dtype=np.float32)
         if reward is not None:
             kept = self._kept[segment.store][segment.first : segment.end]
             rewards = arrival_reward(reward.rows(begin, stop), mine, kept)
-        self._put(2, offset, rewards)
+        read = [None if column is None else column.rows(begin, stop) for column in columns]
+        for array, rows in zip(self._arrays, [rewards, *read], strict=True):
+            if rows is not None:
+                values = torch.from_numpy(np.ascontiguousarray(rows))
+                array[offset : offset + len(rows)] = values.view(-1, *array.shape[1:])
         where = samplers.layout(mine, store.terminated()[segment.first : segment.end])
         return Layout(where.row + offset, where.last + offset, where.terminated, where.first + offset)
 
-    def _put(self, array: int, offset: int, rows: np.ndarray) -> None:
-        values = torch.from_numpy(np.ascontiguousarray(rows.reshape(len(rows), -1)))
-        self._arrays[array][offset : offset + len(rows)] = values
-
-    def _open(self, i: int) -> tuple[Column, Column, Column | None]:
+    def _open(self, i: int) -> list[Column | None]:
+        """Reward, action, vector, and frames of each camera; None for what is not read."""
         store, use = self._stores[i], self._uses[i]
-        reward = Column(store, f"labels/{use.rewards}/reward") if self._rewards and use.from_store else None
-        return Column(store, "data/observation"), Column(store, "data/action"), reward
+        reward = f"labels/{use.rewards}/reward" if self._rewards and use.from_store else None
+        vector = "data/observation" if _width(store, self._observe) else None
+        cameras = () if self._observe is None else self._observe.cameras
+        names = (reward, "data/action", vector, *(f"data/images/{camera}" for camera in cameras))
+        return [None if name is None else Column(store, name) for name in names]
 
     def _joined(self, layouts: Sequence[Layout], rows: int) -> Data:
-        observation, action, reward = (array[:rows] for array in self._arrays)
+        reward, action, observation, *frames = (array[:rows] for array in self._arrays)
         where = Layout(*(torch.cat(parts).to(self._device) for parts in zip(*layouts, strict=True)))
         labelled = torch.arange(len(where.row) if self._rewards else 0, device=self._device)
-        return Data(observation, action, reward.reshape(1, -1), where, labelled, self._examples)
+        stack, shift = (self._observe.stack, self._observe.shift) if self._observe else (1, 0)
+        return Data(
+            observation, action, reward.reshape(1, -1), where, labelled, self._examples, tuple(frames),
+            self._example_frames, stack, shift,
+        )  # fmt: skip
+
+
+def example_arrays(
+    examples: Examples | None, width: int, observe: Observe | None
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Success examples (X, O), or none of `width` columns, and what the cameras show of them, or features of that."""
+    if examples is None:
+        return torch.zeros(0, width), ()
+    images = examples.images
+    names = observe.cameras if observe is not None and images.keys() >= set(observe.cameras) else images
+    return torch.from_numpy(examples.observations), tuple(torch.from_numpy(images[name]) for name in names)
 
 
 def arrival_reward(stored: np.ndarray, ends: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -217,11 +250,11 @@ def _order(number: int, count: int) -> np.ndarray:
     return np.random.default_rng([0, number]).permutation(count)
 
 
-def _segments(store: Store, number: int, capacity: int) -> list[Segment]:
-    """A store's episodes, in stretches of at most `capacity` rows."""
+def _segments(store: Store, number: int, capacity: int, size: int) -> list[Segment]:
+    """A store's episodes, in stretches of at most `capacity` rows of `size` bytes."""
     lengths = store.lengths() + 1
     if lengths.max() > capacity:
-        least = int(lengths.max()) * (SLOTS + 1) * row_bytes(store) / 1e9
+        least = int(lengths.max()) * (SLOTS + 1) * size / 1e9
         what = f"{store.path}: its longest episode ({int(lengths.max()) - 1} steps) does not fit in a {SLOTS + 1}th"
         raise CvlctlError(f"{what} of memory_gb", f"give memory_gb: {least:.2g} or more")
     found, first, rows = [], 0, 0

@@ -12,20 +12,27 @@ from torch import Tensor
 
 from cvlctl import checkpoints
 from cvlctl.errors import CvlctlError
-from cvlctl.learn import networks
+from cvlctl.learn import encoders, networks
 from cvlctl.learn.algorithms import occupancy
 from cvlctl.learn.losses import occupancy_q
 from cvlctl.learn.networks import State
-from cvlctl.types import Spec, require_finite
+from cvlctl.play.sights import FRAMES_AT_ONCE, VECTOR, Shown, checked, seen_by
+from cvlctl.types import Observation, Seeing, Spec, Views, require_finite
+
+Seen = np.ndarray | Shown
 
 CHUNK = 4096  # state-action pairs against the whole bank at a time: bounds memory
 
 
 class Critic:
-    """One seed of an occupancy critic."""
+    """One seed of an occupancy critic.
 
-    def __init__(self, config: occupancy.Config, state: State) -> None:
-        self.config, self._state = config, state
+    Observations and futures are arrays (N, O); of a critic that learned from frames what `load_policy` takes: by camera
+    (N, H, W, C) uint8, or (N, S, H, W, C) of stacks, and "vector" (N, O) where it sees one.
+    """
+
+    def __init__(self, config: occupancy.Config, spec: Spec, state: State) -> None:
+        self.config, self.spec, self._state = config, spec, state
 
     @property
     def gamma(self) -> float:
@@ -37,7 +44,7 @@ class Critic:
         """Whether its p(s+) is the law of next states (a td_ loss): `Store.futures(..., next_states=True)`."""
         return occupancy.by_next(self.config)
 
-    def log_ratio(self, observations: np.ndarray, actions: np.ndarray, futures: np.ndarray) -> np.ndarray:
+    def log_ratio(self, observations: Seen, actions: np.ndarray, futures: Seen) -> np.ndarray:
         """f(s, a, s+) = log p(s+ | s, a) / p(s+); of a spectral critic, whose f is the ratio, its logarithm (of 1e-6
         where it comes out below).
 
@@ -53,9 +60,9 @@ class Critic:
 
     def q(
         self,
-        observations: np.ndarray,
+        observations: Seen,
         actions: np.ndarray,
-        futures: np.ndarray,
+        futures: Seen,
         rewards: np.ndarray,
         normaliser: str = "self",
         weights: np.ndarray | None = None,
@@ -102,22 +109,33 @@ class Critic:
         return total.hexdigest()
 
     @torch.no_grad()
-    def _psi(self, futures: np.ndarray) -> Tensor:
-        return occupancy.bank_psi(self.config, self._state, self._batch("futures", futures, "observation_mean"))[0]
+    def _psi(self, futures: Seen) -> Tensor:
+        parts = [occupancy.bank_psi(self.config, self._state, part) for part in self._shown("futures", futures)]
+        return torch.cat(parts, dim=-2)[0]
 
     @torch.no_grad()
-    def _phi(self, observations: np.ndarray, actions: np.ndarray) -> list[Tensor]:
-        observation = networks.normalise(self._state, self._batch("observations", observations, "observation_mean"))
+    def _phi(self, observations: Seen, actions: np.ndarray) -> list[Tensor]:
+        shown = (networks.normalise(self._state, part) for part in self._shown("observations", observations))
+        observation = torch.cat([occupancy.seen(self._state, part) for part in shown], dim=1)
         action = self._batch("actions", actions, None)
         if action.shape[1] != observation.shape[1]:
             raise CvlctlError(f"{observation.shape[1]} observations, but {action.shape[1]} actions")
         pairs = zip(observation.split(CHUNK, dim=1), action.split(CHUNK, dim=1), strict=True)
         return [occupancy.phi(self.config, self._state, o, a)[0] for o, a in pairs]
 
+    def _shown(self, name: str, value: Seen) -> list[Observation]:
+        """As networks see it, not normalised; frames in pieces that fit in memory."""
+        if not isinstance(self.spec, Seeing):
+            return [self._batch(name, np.asarray(value), "observation_mean")]
+        seen = checked(value, self.spec.observe, self.spec.cameras, encoders.vector_size(self.spec))
+        own = [np.require(seen[key], requirements=("C", "W")) for key in (VECTOR, *self.spec.observe.cameras)]
+        arrays = [torch.from_numpy(array) for array in own]
+        pieces = zip(*(array.unsqueeze(0).split(FRAMES_AT_ONCE, dim=1) for array in arrays), strict=True)
+        return [Views(vector, tuple(frames)) for vector, *frames in pieces]
+
     def _batch(self, name: str, value: np.ndarray, statistic: str | None) -> Tensor:
         array = np.asarray(value, dtype=np.float32)
-        action_dim = self._state["phi.0.weight"].shape[-2] - self._state["observation_mean"].shape[1]
-        width = self._state[statistic].shape[1] if statistic else action_dim
+        width = self._state[statistic].shape[1] if statistic else self.spec.action_dim
         if array.ndim != 2 or array.shape[1] != width:
             raise CvlctlError(f"{name} have shape {array.shape}; expected (N, {width})")
         require_finite(name, array)
@@ -149,10 +167,10 @@ def critics_of(found: checkpoints.Saved, run: Path) -> Trained:
         what = f"{run} ({metadata.get('algorithm')}) has no occupancy critic"
         raise CvlctlError(what, "name a run of cvlctl pretrain, or one finetuned by cvl or laeo")
     try:
-        values, raw = metadata["critic"], metadata["spec"]
+        values = metadata["critic"]
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         config = occupancy.Config(**settings)
-        spec = Spec(tuple(raw["observation_shape"]), raw["action_dim"], raw["horizon"])
+        spec = encoders.seeing(*seen_by(metadata))
         seeds = [int(seed) for seed in metadata["seeds"]]
         for name, shape in _shapes(config, spec, state).items():
             if tuple(state[name].shape) != (len(seeds), *shape):
@@ -170,12 +188,12 @@ def critics_of(found: checkpoints.Saved, run: Path) -> Trained:
 
 def _shapes(config: occupancy.Config, spec: Spec, state: State) -> dict[str, tuple[int, ...]]:
     """What a checkpoint of critics has to hold of each member; moments all together, or none in a numbered one."""
-    encoders = {name: tuple(value.shape[1:]) for name, value in occupancy.encoders(config, spec, [0]).items()}
-    shapes = dict.fromkeys(("observation_mean", "observation_std"), spec.observation_shape) | encoders
+    expected = {name: tuple(value.shape[1:]) for name, value in occupancy.weights(config, spec, [0]).items()}
+    shapes = dict.fromkeys(("observation_mean", "observation_std"), (encoders.vector_size(spec),)) | expected
     if config.ema_rate > 0:
-        shapes |= {f"ema/{name}": shape for name, shape in encoders.items() if name.startswith("psi.")}
+        shapes |= {f"ema/{name}": shape for name, shape in expected.items() if name.startswith("psi.")}
     if any(name.startswith("adam/critic/") for name in state):
-        shapes |= {f"adam/critic/{part}/{name}": shape for name, shape in encoders.items() for part in ("m", "v")}
+        shapes |= {f"adam/critic/{part}/{name}": shape for name, shape in expected.items() for part in ("m", "v")}
     return shapes
 
 
@@ -200,4 +218,4 @@ def critic_of(found: Trained, seed: int, run: str | Path) -> Critic:
     member = found.seeds.index(seed)
     keep = ("phi.", "psi.", "ema/", "observation_")
     kept = {name: value[member : member + 1] for name, value in found.state.items() if name.startswith(keep)}
-    return Critic(found.config, kept)
+    return Critic(found.config, found.spec, kept)

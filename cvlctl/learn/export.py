@@ -24,7 +24,7 @@ from cvlctl.checkpoints import Saved, checkpoint_file, read
 from cvlctl.data.store import Column, open_store
 from cvlctl.errors import CvlctlError
 from cvlctl.files import write_result
-from cvlctl.play.policies import NumpyPolicy, in_units, policy_of
+from cvlctl.play.policies import NumpyPolicy, head_in_units, vector_policy_of
 from cvlctl.progress import say
 from cvlctl.runs import called, read_run
 from cvlctl.units import Bounds
@@ -62,9 +62,9 @@ def export(
     if missing:
         raise CvlctlError(f"--format {format} needs {' and '.join(missing)}", f"pip install 'cvlctl[{format}]'")
     found = read(checkpoint_file(run, int(checkpoint) if checkpoint.isdigit() else checkpoint))
-    policy = policy_of(found, seed)
+    policy: NumpyPolicy = vector_policy_of(found, seed)
     if units == "physical":
-        policy = in_units(policy, action_bounds, str(run))
+        policy = head_in_units(policy, action_bounds, str(run))
     observations, checked_on = _observations(found, policy)
     about = _about(run, found, policy, seed, units, checked_on)
     data = write(arrays_of(policy), about)

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from cvlctl import checkpoints
-from cvlctl.data.examples import array_digest, success_examples
-from cvlctl.data.load import Reading, open_stores
+from cvlctl.data.examples import array_digest, found_examples
+from cvlctl.data.load import Reading, open_stores, seen_spec
 from cvlctl.data.samplers import Data
 from cvlctl.data.store import Store
 from cvlctl.errors import CvlctlError
 from cvlctl.learn import labellers, methods
 from cvlctl.learn.algorithms import ALGORITHMS
 from cvlctl.learn.critics import critics_of
+from cvlctl.learn.encoded import encoded
+from cvlctl.learn.encoders import seeing
 from cvlctl.learn.labellers import LABELLERS
 from cvlctl.learn.loop import Learner, train
 from cvlctl.learn.networks import State
@@ -32,15 +34,16 @@ from cvlctl.types import Spec
 def finetune(recipe: FinetuneRecipe, *, force: bool = False, unfinished: bool = False) -> dict[str, Any]:
     """Train, resume, or find the run finished. `unfinished`: so may be the run that `init_from` names."""
     name, config = recipe.algorithm.name, recipe.algorithm.config
-    stores = open_stores(recipe.stores)
-    spec, learns_from = stores[0].spec, ALGORITHMS[name].LEARNS_FROM
+    stores, observe = open_stores(recipe.stores, recipe.observe), recipe.sees
+    learns_from, seen = ALGORITHMS[name].LEARNS_FROM, seen_spec(stores[0].spec, observe)
+    spec = seeing(seen, observe)
     inputs = {**_inputs(recipe, stores), **methods.digests(name)}
     labeller = next((use.rewards for use in recipe.stores if use.rewards in LABELLERS), None)
     examples = None
     if recipe.success_examples is not None and (learns_from == "examples" or labeller):
-        examples = success_examples(recipe.success_examples, spec)
+        examples = found_examples(recipe.success_examples, seen, stack=observe.stack if observe else 0)
         origin = recipe.success_examples.file or recipe.success_examples.from_
-        inputs[f"examples:{origin}"] = array_digest(examples)
+        inputs[f"examples:{origin}"] = array_digest(examples.observations, *examples.images.values())
     config, initial, found = _begun_from(config, recipe, spec, unfinished)
     if found is not None:
         assert recipe.init_from is not None
@@ -48,9 +51,12 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False, unfinished: bool = 
         inputs[f"init_from:{recipe.init_from}"] = found.sha256
     plain = {**recipe.resolved(), "mode": getattr(config, "mode", "scratch")}
     run = Run(recipe.out, plain, inputs, recipe.with_defaults)
-    reading = Reading(stores, recipe.stores, examples, learns_from == "rewards")
+    reading = Reading(stores, recipe.stores, examples, learns_from == "rewards", observe=observe)
+    still = getattr(config, "mode", "") == "frozen" and labeller is None  # the encoders, and all that is seen by them
+    if observe and still and initial and not observe.shift and observe.actor_encoder == "critic":
+        reading = reading._replace(encode=lambda r, device: encoded(r, config.critic, initial, run.out, device))
     if labeller is not None and learns_from == "rewards":
-        reading = reading._replace(relabel=partial(labels, labeller, recipe, reading, run.out))
+        reading = reading._replace(relabel=partial(labels, labeller, recipe, reading, spec, run.out))
     about = next((s for u, s in zip(recipe.stores, stores, strict=True) if u.rewards != "none"), stores[0])
     critic = getattr(config, "critic", None)
     environment = about.attributes.get("environment")
@@ -72,7 +78,9 @@ def _inputs(recipe: FinetuneRecipe, stores: Sequence[Store]) -> dict[str, str]:
     return inputs
 
 
-def labels(name: str, recipe: FinetuneRecipe, reading: Reading, out: Path, data: Data, device: str) -> Tensor:
+def labels(
+    name: str, recipe: FinetuneRecipe, reading: Reading, spec: Spec, out: Path, data: Data, device: str
+) -> Tensor:
     """Learned rewards (E, rows), kept in the run as LABELS_FILE: learned once, and read again on resume."""
     file, shape = out / LABELS_FILE, (len(recipe.seeds), len(data.observation))
     if file.exists():
@@ -81,7 +89,7 @@ def labels(name: str, recipe: FinetuneRecipe, reading: Reading, out: Path, data:
             what = f"{file} holds no rewards of {shape[0]} seeds and {shape[1]} rows"
             raise CvlctlError(what, "delete it, and they are learned again")
         return reward
-    reward = labellers.learn(name, recipe.labeller, data.observation, data.examples, recipe.seeds, device)
+    reward = labellers.learn(name, recipe.labeller, spec, data, recipe.seeds, device)
     paths, digest = [str(use.path) for use in recipe.stores], " ".join(store.digest() for store in reading.stores)
     metadata = {"labeller": name, "seeds": list(recipe.seeds), "stores": paths, "digest": digest}
     checkpoints.save(file, {"reward": reward}, metadata)

@@ -21,8 +21,8 @@ from cvlctl.data.derive import (
     summary,
     whole,
 )
-from cvlctl.data.examples import success_examples
-from cvlctl.data.recipe import SuccessExamples
+from cvlctl.data.examples import Examples, success_examples
+from cvlctl.data.recipe import StoreUse, SuccessExamples
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import check_label
 from cvlctl.errors import CvlctlError
@@ -97,7 +97,8 @@ def _inputs(rewards: str, store: Store, examples: Path | None, seed: int) -> dic
         return {"rewards": _reward_file(Path(rewards), store)}
     if rewards in ("successes", "zeros"):
         return {}
-    from cvlctl.learn.labellers import LABELLERS  # and with it torch, which the others do without
+    from cvlctl.data.load import seen_spec  # and with it torch, which the others do without
+    from cvlctl.learn.labellers import LABELLERS
 
     if rewards in LABELLERS:
         if examples is None:
@@ -106,7 +107,7 @@ def _inputs(rewards: str, store: Store, examples: Path | None, seed: int) -> dic
             what = f"{store.path} has no vector, and --rewards {rewards} is learned of vectors here"
             raise CvlctlError(what, "finetune with rewards: oril or purl, and take its labels")
         source = SuccessExamples.model_validate({"file": examples, "num": 10**9})
-        return {"examples": success_examples(source, store.spec, "--examples")}
+        return {"examples": success_examples(source, seen_spec(store.spec, None), "--examples")}
     if (Path(rewards) / LABELS_FILE).is_file():
         return {"rewards": _learned_in(Path(rewards) / LABELS_FILE, store, seed)}
     return {}
@@ -129,12 +130,12 @@ def _reward_file(path: Path, store: Store) -> np.ndarray:
 
 def _learn(labeller: str, store: Store, examples: np.ndarray, seed: int) -> np.ndarray:
     """(rows,) rewards by a labeller of default settings, in the store's own order; examples (X, O)."""
-    import torch
-
+    from cvlctl.data.load import join, open_stores
     from cvlctl.learn import labellers
 
-    seen, given = torch.from_numpy(store.observations()), torch.from_numpy(examples)
-    learned = labellers.learn(labeller, labellers.Config(), seen, given, [seed], "cpu")
+    use = StoreUse(path=store.path, rewards="none")
+    data = join(open_stores([use]), [use], Examples(examples, np.arange(len(examples)), None), rewards=False)
+    learned = labellers.learn(labeller, labellers.Config(), store.spec, data, [seed], "cpu")
     return _as_stored(learned[0].numpy())
 
 

@@ -11,21 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvlctl.data.samplers import generator
-from cvlctl.learn import networks
+from cvlctl.data.load import to_device
+from cvlctl.data.samplers import NO_SHIFT, Data, generator, observed, observed_example
+from cvlctl.learn import encoders, networks
 from cvlctl.learn.losses import rewards
 from cvlctl.learn.networks import State
 from cvlctl.learn.settings import flush_denormals
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.progress import Progress
-from cvlctl.types import Number, Whole, check_widths
+from cvlctl.types import Number, Observation, Spec, Whole, check_widths
 
 LABELLERS = {
     "oril": "binary cross-entropy of examples against the store's states (Zolna et al. 2020)",
     "purl": "non-negative positive-unlabelled loss (Xu and Denil 2019)",
 }
 BLOCK = 64  # steps whose randomness is drawn together
-CHUNK = 65_536  # rows labelled at a time
+CHUNK, LOOKED_AT = 65_536, 512  # rows labelled at a time, and rows with frames
 
 
 @dataclass(frozen=True)
@@ -46,32 +47,34 @@ class Config:
             raise ValueError("positive_prior must lie in (0, 1)")
 
 
-def learn(
-    name: str, config: Config, observation: Tensor, examples: Tensor, seeds: Sequence[int], device: str
-) -> Tensor:
+def learn(name: str, config: Config, spec: Spec, data: Data, seeds: Sequence[int], device: str) -> Tensor:
     """Rewards (E, rows) in (0, 1), one labelling a seed, on the CPU: sigmoid of a classifier of states.
 
     Args:
         name: a key of `LABELLERS`.
-        observation: (rows, O), all states of the stores: what is not known to be success.
-        examples: (X, O) of success.
+        spec: what the classifier is made for (`encoders.seeing`).
+        data: all rows of which are not known to be success, and the examples of it.
     """
     flush_denormals()
-    observation, examples = observation.to(device), examples.to(device)
-    state = networks.normaliser_of(seeds, observation)
-    classifier = networks.mlp_init("reward", seeds, [observation.shape[1], *config.hidden, 1])
+    data = to_device(data._replace(shift=0), device)
+    rows, examples = len(data.observation), len(data.examples)
+    state = networks.normaliser_of(seeds, data.observation)
+    classifier = networks.mlp_init("reward", seeds, [*spec.observation_shape, *config.hidden, 1])
+    classifier |= encoders.init("reward", spec, seeds)
     state |= classifier | adam_init(classifier, "reward", classifier)
     state = {key: value.to(device) for key, value in state.items()}
     with Progress(f"labeller {name} ({len(seeds)} seeds)", config.steps, "updates") as progress, torch.no_grad():
         for step in range(config.steps):
             if step % BLOCK == 0:
-                drawn = _draw(config, len(observation), len(examples), seeds, step // BLOCK, device)
+                drawn = _draw(config, rows, examples, seeds, step // BLOCK, device)
             unlabelled, positive = (index[:, step % BLOCK] for index in drawn)
-            metrics = _update(name, config, state, list(classifier), observation[unlabelled], examples[positive])
+            states, shown = observed(data, unlabelled, NO_SHIFT), observed_example(data, positive, NO_SHIFT)
+            metrics = _update(name, config, state, list(classifier), states, shown)
             if step % 100 == 99:
                 progress.update(step + 1, f"loss {float(metrics['loss'].mean()):.3g}")
         progress.update(config.steps)
-        return torch.cat([_label(state, rows) for rows in observation.split(CHUNK)], dim=1).cpu()
+        size = LOOKED_AT if data.frames else CHUNK
+        return torch.cat([_label(state, data, part) for part in torch.arange(rows, device=device).split(size)], 1).cpu()
 
 
 def _draw(
@@ -87,11 +90,14 @@ def _draw(
     return unlabelled, positive
 
 
-def _logits(state: State, params: State, observation: Tensor) -> Tensor:
-    return networks.mlp(params, "reward", networks.normalise(state, observation)).squeeze(-1)
+def _logits(state: State, params: State, observation: Observation) -> Tensor:
+    seen = networks.see(params, "reward", networks.normalise(state, observation))
+    return networks.mlp(params, "reward", seen).squeeze(-1)
 
 
-def _update(name: str, config: Config, state: State, names: list[str], unlabelled: Tensor, positive: Tensor) -> Metrics:
+def _update(
+    name: str, config: Config, state: State, names: list[str], unlabelled: Observation, positive: Observation
+) -> Metrics:
     def loss(params: State) -> tuple[Tensor, Metrics]:
         of_positive, of_unlabelled = _logits(state, params, positive), _logits(state, params, unlabelled)
         if name == "oril":
@@ -105,6 +111,6 @@ def _update(name: str, config: Config, state: State, names: list[str], unlabelle
     return metrics
 
 
-def _label(state: State, rows: Tensor) -> Tensor:
+def _label(state: State, data: Data, rows: Tensor) -> Tensor:
     members = len(state["observation_mean"])
-    return torch.sigmoid(_logits(state, state, rows.expand(members, *rows.shape)))
+    return torch.sigmoid(_logits(state, state, observed(data, rows.expand(members, -1), NO_SHIFT)))

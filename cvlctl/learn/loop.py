@@ -22,6 +22,7 @@ from cvlctl.data.units import column_names
 from cvlctl.errors import CvlctlError
 from cvlctl.files import read_json
 from cvlctl.interrupts import interruptible
+from cvlctl.learn.encoders import seeing
 from cvlctl.learn.networks import NEVER_VARIED, State
 from cvlctl.learn.pictures import HELD_OUT, plot_metrics
 from cvlctl.learn.programs import Program, programs_of
@@ -31,6 +32,7 @@ from cvlctl.learn.trackers import Tell, check_installed, tracking
 from cvlctl.learn.updates import Metrics
 from cvlctl.progress import Progress, say
 from cvlctl.runs import Run, read_metrics
+from cvlctl.types import Spec
 
 Recipe = PretrainRecipe | FinetuneRecipe
 HeldOut = Callable[[State], dict[str, list[float]]]  # metrics of each member
@@ -64,13 +66,14 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
     if status == "finished":
         return finished_already(run, recipe.steps, learner.name)
     try:
+        spec = seeing(reading.spec, reading.observe)
         job = _resumed(run, recipe) if status == "resume" else _begun(recipe, reading, learner.critic)
         configure(job.settings)
         with opened(reading, job.settings.window_rows, BLOCK * recipe.batch_size, job.settings.device) as source:
             if isinstance(source, Stream):
                 rows = sum(store.num_rows for store in reading.stores)
                 say(f"{run.out}: streaming: of {rows:,} rows {job.settings.window_rows:,} in memory")
-            draws = learner.module.draws(learner.config, reading.spec, recipe.batch_size)
+            draws = learner.module.draws(learner.config, spec, recipe.batch_size)
             programs = programs_of(learner.module, learner.config, job.settings)
             held_out: HeldOut | None = None
             if recipe.validation:
@@ -80,7 +83,7 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
             low, high = observation_range(sample.observation)
             if job.state is None:
                 _warn(reading, low, high, streamed=isinstance(source, Stream))
-            job = job._replace(state=_state(job, recipe, learner, reading, sample, run.last))
+            job = job._replace(state=_state(job, recipe, learner, spec, sample, run.last))
             trained = updates(recipe, draws, programs, source, job)
             metadata = {
                 "algorithm": learner.name, "task": learner.task, "spec": reading.spec.plain(),
@@ -89,6 +92,7 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
                 "settings": job.settings.as_dict(), "units": reading.units.attributes(),
                 "observation_range": [low.tolist(), high.tolist()],
                 **({} if learner.environment is None else {"environment": learner.environment}),
+                **({} if reading.observe is None else {"observe": asdict(reading.observe)}),
             }  # fmt: skip
             with tracking(recipe.loggers, run.out, recipe.seeds, run.recipe, job.start) as tell:
                 seconds = _save_along(trained, held_out, tell, recipe, run, job, metadata)
@@ -129,7 +133,9 @@ def _begun(recipe: Recipe, reading: Reading, critic: Any) -> Job:
         device=recipe.device, threads=recipe.num_threads, precision=recipe.precision, compile=recipe.compile,
         steps=recipe.steps, update=recipe.update(critic), say=say,
     )  # fmt: skip
-    rows = window_rows(reading.stores, recipe.memory_gb, settings.device)
+    rows = window_rows(
+        reading.stores, recipe.memory_gb, settings.device, (reading.encode is None and reading.observe) or None
+    )
     return Job(replace(settings, window_rows=rows), 0, None)
 
 
@@ -143,9 +149,9 @@ def _resumed(run: Run, recipe: Recipe) -> Job:
     return Job(settings, start, state)
 
 
-def _state(job: Job, recipe: Recipe, learner: Learner, reading: Reading, sample: Data, last: Path) -> State:
+def _state(job: Job, recipe: Recipe, learner: Learner, spec: Spec, sample: Data, last: Path) -> State:
     """The state that the first update sees, on its device; statistics are those of `sample`."""
-    state = learner.module.init(learner.config, reading.spec, list(recipe.seeds), sample) | (learner.beside or {})
+    state = learner.module.init(learner.config, spec, list(recipe.seeds), sample) | (learner.beside or {})
     if learner.initial is not None:
         fresh, state = state, take_over(state, learner.initial)
         if not hasattr(learner.module, "STARTS_FROM"):  # which evaluates a policy as it is

@@ -10,14 +10,16 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cvlctl.data.samplers import generator, never_varied, observation_statistics
-
-State = dict[str, Tensor]
+from cvlctl.learn import encoders
+from cvlctl.learn.encoders import State
+from cvlctl.types import Observation, Views
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 _layer_dtype: torch.dtype | None = None  # that layers multiply in; None: their weights' own
@@ -92,10 +94,29 @@ def mlp(params: State, name: str, x: Tensor, start: int = 0) -> Tensor:
         i += 1
 
 
-def normalise(state: State, observation: Tensor) -> Tensor:
-    """clip((s - mean) / std, +-10) with the statistics of the training data, saved beside the weights. (E, B, O)."""
+@overload
+def normalise(state: State, observation: Tensor) -> Tensor: ...
+@overload
+def normalise(state: State, observation: Observation) -> Observation: ...
+def normalise(state: State, observation: Observation) -> Observation:
+    """clip((s - mean) / std, +-10) with the statistics of the training data, saved beside the weights. (E, B, O); of
+    what cameras show beside a vector, the vector alone."""
+    if isinstance(observation, Views):
+        return observation._replace(vector=normalise(state, observation.vector))
     mean, std = state["observation_mean"].unsqueeze(1), state["observation_std"].unsqueeze(1)
     return ((observation - mean) / std).clamp(-CLIP, CLIP)
+
+
+def see(params: State, name: str, observation: Observation) -> Tensor:
+    """What the network `name` sees (E, B, F) of *normalised* observations: vectors, or features, as they are; of frames
+    what its encoder makes of them, which learns where `params` are those of a loss."""
+    return encoders.features(params, name, observation, _layer_dtype)
+
+
+def shown(state: State, observation: Observation, features: Tensor) -> Observation:
+    """What the actor is shown: the critic's features, through which no gradient goes back, or where it has an encoder
+    of its own the *normalised* observation. Of vectors both are the same."""
+    return observation if encoders.has(state, "actor") else features
 
 
 def normaliser_init(seeds: Sequence[int], mean: Tensor, std: Tensor, constant: Tensor | None = None) -> State:
@@ -131,9 +152,10 @@ def actor_init(
     return mlp_init(name, seeds, [observation_dim, *hidden, 2 * action_dim])
 
 
-def actor(params: State, observation: Tensor, name: str = "actor") -> tuple[Tensor, Tensor]:
-    """Mean and log std (E, B, A) before the tanh, from *normalised* observations (E, B, O)."""
-    mean, log_std = mlp(params, name, observation).chunk(2, dim=-1)
+def actor(params: State, observation: Observation, name: str = "actor") -> tuple[Tensor, Tensor]:
+    """Mean and log std (E, B, A) before the tanh, from *normalised* observations (E, B, O), of frames by an encoder of
+    its own."""
+    mean, log_std = mlp(params, name, see(params, name, observation)).chunk(2, dim=-1)
     return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
 
 

@@ -8,6 +8,7 @@ from cvlctl.data.load import Reading, open_stores
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import occupancy
 from cvlctl.learn.critics import critics_of
+from cvlctl.learn.encoders import seeing
 from cvlctl.learn.loop import Learner, train
 from cvlctl.learn.recipe import PretrainRecipe
 from cvlctl.learn.starting import members, policy, read_start, require_scale
@@ -19,16 +20,17 @@ def pretrain(recipe: PretrainRecipe, *, force: bool = False, unfinished: bool = 
 
     `unfinished`: so may be the runs that `init_from` and `policy` name.
     """
-    stores = open_stores(recipe.stores)
+    stores = open_stores(recipe.stores, recipe.observe)
     inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
-    critic, initial = recipe.critic, None
+    critic, initial, reading = recipe.critic, None, Reading(stores, recipe.stores, observe=recipe.observe)
+    spec = seeing(reading.spec, recipe.observe)
     if recipe.init_from is not None:
         try:
             found = read_start(recipe.init_from, unfinished=unfinished)
             before = critics_of(found, recipe.init_from)
         except CvlctlError as error:
             raise CvlctlError(f"init_from: {error.what}", error.hint) from error
-        critic, spec = before.config, stores[0].spec
+        critic = before.config
         initial = members(recipe.init_from, recipe.seeds, before.state, before.seeds, before.spec, spec)
         require_scale(recipe.init_from, found, stores)
         inputs[f"init_from:{recipe.init_from}"] = found.sha256
@@ -36,7 +38,7 @@ def pretrain(recipe: PretrainRecipe, *, force: bool = False, unfinished: bool = 
     if (other := recipe.policy_run) is not None:
         try:
             found = read_start(other, unfinished=unfinished)
-            actor = policy(other, found, recipe.seeds, stores[0].spec)
+            actor = policy(other, found, recipe.seeds, spec)
         except CvlctlError as error:
             raise CvlctlError(f"policy: {error.what.removeprefix('init_from: ')}", error.hint) from error
         require_scale(other, found, stores)
@@ -44,4 +46,4 @@ def pretrain(recipe: PretrainRecipe, *, force: bool = False, unfinished: bool = 
         inputs[f"policy:{other}"] = found.sha256
     run = Run(recipe.out, recipe.resolved(), inputs, recipe.with_defaults)
     learner = Learner("occupancy", stores[0].task, occupancy, critic, critic, initial, beside=beside)
-    return train(recipe, learner, Reading(stores, recipe.stores), run, force=force)
+    return train(recipe, learner, reading, run, force=force)

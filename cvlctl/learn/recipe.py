@@ -27,6 +27,7 @@ from cvlctl.recipes.estimates import Update, Work, count, training_seconds, upda
 from cvlctl.recipes.values import NONE, Computed, Count, Name, Others, Out, Place, Rate, Seeds, Steps, Strict, fields_of
 from cvlctl.recipes.yamlfile import Source
 from cvlctl.recipes.yamltext import Key
+from cvlctl.types import Observe
 
 CALLS = 200  # of PyTorch in an update of a method that does not say: for estimates of time
 HELD_OUT_BATCHES = 4  # batches that held-out losses are the mean of
@@ -39,6 +40,7 @@ def _critic_weights(critic: occupancy.Config) -> int:
 
 class _TrainRecipe(Computed):
     stores: Annotated[tuple[StoreUse, ...], Field(min_length=1)]
+    observe: Observe | None = None  # what of the stores' cameras is seen; None: the vector alone
     steps: Steps
     seeds: Seeds = (0,)
     checkpoint_every_steps: Count | None = None  # numbered checkpoints are kept: learning curves; None: the last alone
@@ -222,6 +224,13 @@ class FinetuneRecipe(_TrainRecipe):
             plain["algorithm"].pop("critic", None)  # the pretrained run's counts
         return plain
 
+    @property
+    def sees(self) -> Observe | None:
+        """What is seen of cameras, and by what; a method without a critic learns the actor's own encoder."""
+        if self.observe is None or ALGORITHMS[self.algorithm.name].SEES_BY != "actor":
+            return self.observe
+        return dataclasses.replace(self.observe, actor_encoder="own")
+
     def learning(self, others: Others = NONE) -> tuple[int, Update]:
         critic = getattr(self.algorithm.config, "critic", None)
         if self.init_from is not None and self.init_from in others:
@@ -248,6 +257,8 @@ class FinetuneRecipe(_TrainRecipe):
     @model_validator(mode="after")
     def _fits_together(self) -> FinetuneRecipe:
         config, name = self.algorithm.config, self.algorithm.name
+        if self.observe is not None and not hasattr(ALGORITHMS[name], "SEES_BY"):
+            raise ValueError(f"observe: algorithm {name} learns from vectors alone; leave observe out")
         learns_from, kinds = ALGORITHMS[name].LEARNS_FROM, {store.rewards for store in self.stores}
         learned = sorted(kinds & set(LABELLERS))
         if learns_from == "examples" and self.success_examples is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,9 +13,11 @@ from cvlctl import checkpoints
 from cvlctl.data.store import Store
 from cvlctl.data.units import agreed, require_alike
 from cvlctl.errors import CvlctlError
+from cvlctl.learn.encoders import seeing
 from cvlctl.learn.networks import State
 from cvlctl.play.policies import policy_of, policy_part
-from cvlctl.types import Spec
+from cvlctl.play.sights import SeeingPolicy
+from cvlctl.types import Seeing, Spec
 from cvlctl.units import read_units
 
 
@@ -52,6 +56,11 @@ def members(run: Path, wanted: Sequence[int], state: State, seeds: list[int], be
             f"init_from: {run} has seeds {seeds}, not {missing}",
             "seed k starts from seed k: train these seeds there, or take those here",
         )
+    saw, sees = _sight(before), _sight(spec)
+    if saw != sees:
+        hint = "let observe be the same in both, but for shift and actor_encoder"
+        what = f"init_from: {run} saw {_words(saw)}"
+        raise CvlctlError(f"{what}, and here it is {_words(sees)}", hint)
     if (before.observation_shape, before.action_dim) != (spec.observation_shape, spec.action_dim):
         raise CvlctlError(
             f"init_from: {run} was trained on observations {before.observation_shape} and "
@@ -69,8 +78,25 @@ def policy(run: Path, found: checkpoints.Saved, seeds: Sequence[int], spec: Spec
     Raises:
         CvlctlError: there is none, or it waits for a goal, or sees or does something else than `spec`.
     """
-    before = [policy_of(found, seed) for seed in seeds]  # it says what is amiss in the file
-    if before[0].needs_goal:
+    before, *_ = [policy_of(found, seed) for seed in seeds]  # it says what is amiss in the file
+    if before.needs_goal:
         raise CvlctlError(f"{run}: its policy is told a goal, and does nothing without", "name another run")
+    saw = seeing(before.spec, before.observe if isinstance(before, SeeingPolicy) else None)
     state = {name: value.to(torch.float32) for name, value in policy_part(checkpoints.unpack(found)).items()}
-    return members(run, seeds, state, found.metadata["seeds"], before[0].spec, spec)
+    return members(run, seeds, state, found.metadata["seeds"], saw, spec)
+
+
+def _sight(spec: Spec) -> dict[str, Any] | None:
+    """What of cameras is seen, as far as weights depend on it."""
+    if not isinstance(spec, Seeing):
+        return None
+    told = {key: value for key, value in asdict(spec.observe).items() if key not in ("shift", "actor_encoder")}
+    return {**told, "cameras": {name: spec.cameras[name] for name in spec.observe.cameras}}
+
+
+def _words(sight: dict[str, Any] | None) -> str:
+    if sight is None:
+        return "the vector alone"
+    sizes = ", ".join(f"{name} {'x'.join(map(str, size))}" for name, size in sight["cameras"].items())
+    rest = ", ".join(f"{key}: {str(value).lower()}" for key, value in sight.items() if key != "cameras")
+    return f"cameras {sizes} ({rest})"

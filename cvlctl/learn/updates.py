@@ -44,7 +44,7 @@ def adam_update(state: State, group: str, grads: State, learning_rate: float) ->
     if not torch.compiler.is_compiling():
         fused_adam(
             [state[name] for name in grads],
-            list(grads.values()),
+            [grad.contiguous() for grad in grads.values()],  # it goes through memory; a convolution's lie channels last
             [state[f"adam/{group}/m/{name}"] for name in grads],
             [state[f"adam/{group}/v/{name}"] for name in grads],
             [],

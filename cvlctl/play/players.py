@@ -16,7 +16,7 @@ from cvlctl.checkpoints import checkpoint_file, read
 from cvlctl.errors import CvlctlError
 from cvlctl.machine import num_cpus
 from cvlctl.play.envs import make
-from cvlctl.play.policies import NumpyPolicy, policy_of
+from cvlctl.play.policies import NumpyPolicy, vector_policy_of
 from cvlctl.play.rollout import EVALUATION_SEED, Episodes, GoalUse, PolicyJob, Progress, check_fit, result_row, roll
 from cvlctl.play.settings import Settings
 from cvlctl.play.workers import share_out
@@ -121,7 +121,7 @@ _worker_player = lru_cache(maxsize=1)(_player)
 
 def job_policy(job: PolicyJob) -> NumpyPolicy:
     """The policy of a job: of the very bytes that the job is about. CvlctlError where they are no longer there."""
-    return policy_of(read(checkpoint_file(job.copy or job.checkpoint), job.sha256), job.seed)
+    return vector_policy_of(read(checkpoint_file(job.copy or job.checkpoint), job.sha256), job.seed)
 
 
 def goal_lookup() -> Callable[[PolicyJob, int], np.ndarray | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from cvlctl.checkpoints import Saved, checkpoint_file, read
 from cvlctl.errors import CvlctlError
+from cvlctl.play.sights import SeeingPolicy, encoder_names, seen_by
 from cvlctl.types import Spec, require_finite
 from cvlctl.units import Bounds, Units, limits, read_units
 
@@ -24,8 +26,10 @@ UNITS = ("normalised", "physical")
 
 
 def policy_part(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a training state makes its policy: the actor and the normaliser."""
-    return {name: value for name, value in state.items() if name.startswith(("actor.", "observation_"))}
+    """What of a training state makes its policy: the actor, the normaliser, and the encoder by which it sees, as the
+    actor's own."""
+    encoder = {f"actor.{name.partition('.')[2]}": state[name] for name in encoder_names(state)}
+    return {name: value for name, value in state.items() if name.startswith(("actor.", "observation_"))} | encoder
 
 
 class GoalColumns(NamedTuple):
@@ -144,6 +148,9 @@ def _centre_and_half(bounds: Bounds, action_dim: int) -> tuple[np.ndarray, np.nd
     return ((low + high) / 2).astype(np.float32), ((high - low) / 2).astype(np.float32)
 
 
+Policy = NumpyPolicy | SeeingPolicy
+
+
 class RandomPolicy:
     """Uniform actions in [-1, 1]: the action is a pure function of (seed, episode, step)."""
 
@@ -163,8 +170,8 @@ def load_policy(
     *,
     units: str = "normalised",
     action_bounds: Bounds | None = None,
-) -> NumpyPolicy:
-    """The policy of one seed of a run.
+) -> Policy:
+    """The policy of one seed of a run; of one that learned from frames, a `SeeingPolicy`.
 
     Args:
         path: a run directory, or a checkpoint file (.safetensors).
@@ -185,8 +192,16 @@ def load_policy(
     return policy if units == "normalised" else in_units(policy, action_bounds, str(path))
 
 
-def in_units(policy: NumpyPolicy, action_bounds: Bounds | None, path: str) -> NumpyPolicy:
+def in_units(policy: Policy, action_bounds: Bounds | None, path: str) -> Policy:
     """The same policy, whose actions are in the robot's units; raises as `load_policy` does."""
+    if isinstance(policy, SeeingPolicy):
+        assert isinstance(policy.head, NumpyPolicy)
+        return SeeingPolicy(policy.arrays, head_in_units(policy.head, action_bounds, path), policy.spec, policy.observe)
+    return head_in_units(policy, action_bounds, path)
+
+
+def head_in_units(policy: NumpyPolicy, action_bounds: Bounds | None, path: str) -> NumpyPolicy:
+    """The same of a policy that sees a vector."""
     bounds = policy.units.action_bounds if action_bounds is None else action_bounds
     if bounds is None:
         what = f"{path}: the data of this run do not say what actions of -1 and 1 stand for"
@@ -197,7 +212,7 @@ def in_units(policy: NumpyPolicy, action_bounds: Bounds | None, path: str) -> Nu
     )
 
 
-def policy_of(found: Saved, seed: int) -> NumpyPolicy:
+def policy_of(found: Saved, seed: int) -> Policy:
     """The policy of one seed of a checkpoint that was read, in normalised units; raises as `load_policy` does."""
     file, header = found.path, _header(found)
     names = _actor_names(found, header)
@@ -210,36 +225,54 @@ def policy_of(found: Saved, seed: int) -> NumpyPolicy:
         raise CvlctlError(f"{file}: observation_std holds values that are not positive")
     depth = (len(names) - 2) // 2
     layers = [(arrays[f"actor.{i}.weight"], arrays[f"actor.{i}.bias"].reshape(-1)) for i in range(depth)]
-    mean, goals, data_range = arrays["observation_mean"], header["goals"], header["data_range"]
+    mean, goals, data_range, spec = arrays["observation_mean"], header["goals"], header["data_range"], header["spec"]
+    if header["observe"] is not None:
+        width = len(layers[0][0]) - len(mean)  # of all features, which are as they are
+        mean, std = np.append(mean, np.zeros(width)), np.append(std, np.ones(width))
+        head = NumpyPolicy(layers, mean, std, replace(spec, observation_shape=(len(mean),)), units=header["units"])
+        encoders = {name: _member(found, name, member) for name in _encoder_names(found, header)}
+        return SeeingPolicy(encoders, head, spec, header["observe"])
     if goals and not goals.command:  # a goal is normalised as what it is, a part of a state
         mean, std = (np.concatenate([x, x[list(goals.goal)]]) for x in (mean, std))
         data_range = (
             None if data_range is None else np.concatenate([data_range, data_range[:, list(goals.goal)]], axis=1)
         )
-    return NumpyPolicy(layers, mean, std, header["spec"], goals, header["units"], data_range=data_range)
+    return NumpyPolicy(layers, mean, std, spec, goals, header["units"], data_range=data_range)
+
+
+def vector_policy_of(found: Saved, seed: int) -> NumpyPolicy:
+    """As `policy_of`. CvlctlError where the policy sees frames, which nothing here could show it."""
+    policy = policy_of(found, seed)
+    if isinstance(policy, SeeingPolicy):
+        what = f"{found.path}: its policy sees frames of {', '.join(policy.observe.cameras)}"
+        raise CvlctlError(what, "cvlctl evaluate plays it; here name a policy that sees a vector")
+    return policy
 
 
 def _header(found: Saved) -> dict[str, Any]:
     """The checkpoint's own JSON, checked as far as a policy needs it; `spec` as a Spec."""
     file, header = found.path, found.metadata
     try:
-        raw = header["spec"]
-        shape, seeds = raw["observation_shape"], header["seeds"]
-        spec = Spec(tuple(shape), raw["action_dim"], raw["horizon"], raw.get("cameras") or {})
+        (spec, observe), seeds = seen_by(header), header["seeds"]
         goals, data_range = _goal_columns(header, spec), _range_of(header, spec)
-        numbers = [*spec.observation_shape, spec.action_dim, spec.horizon]
+        least = 1 if observe is None else 0
+        if not all(type(n) is int and n >= least for n in spec.observation_shape):
+            raise ValueError("observation_shape is not whole numbers")
+        numbers = [spec.action_dim, spec.horizon]
         if not all(type(n) is int and n > 0 for n in numbers) or not all(type(s) is int for s in seeds) or not seeds:
             raise ValueError("spec or seeds are not whole numbers")
-        if raw.get("pixels") or spec.cameras or len(spec.observation_shape) != 1:
-            sees = f"cameras {', '.join(spec.cameras)}" if spec.cameras else f"observations of shape {shape}"
-            raise CvlctlError(f"{file}: its policy sees {sees}; only flat observations run here")
+        if len(spec.observation_shape) != 1:
+            raise CvlctlError(
+                f"{file}: its policy sees observations of shape {spec.observation_shape}; only flat ones run here"
+            )
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CvlctlError(
             f"{file} has no readable cvlctl header ({type(error).__name__}: {error})",
             "it is not a checkpoint of cvlctl",
         ) from error
     units = read_units(str(file), header.get("units") or {}, spec)
-    return {"seeds": list(seeds), "spec": spec, "goals": goals, "units": units, "data_range": data_range}
+    told = {"spec": spec, "observe": observe, "goals": goals, "units": units, "data_range": data_range}
+    return {"seeds": list(seeds), **told}
 
 
 def _range_of(header: dict[str, Any], spec: Spec) -> np.ndarray | None:
@@ -274,8 +307,9 @@ def _actor_names(found: Saved, header: dict[str, Any]) -> list[str]:
         raise CvlctlError(f"{file} holds no actor", "it is of a pretrained critic: finetune it to get a policy")
     width = spec.observation_shape[0]
     expected: dict[str, tuple[int, ...]] = {f"observation_{what}": (members, width) for what in ("mean", "std")}
-    goals = header["goals"]
+    goals, observe = header["goals"], header["observe"]
     width += len(goals.goal) if goals and not goals.command else 0
+    width += 0 if observe is None else observe.features * len(observe.cameras)
     for i in range(max(weights) + 1):
         shape = shapes.get(f"actor.{i}.weight", ())
         out = 2 * spec.action_dim if i == max(weights) else (shape[2] if len(shape) == 3 else -1)
@@ -286,6 +320,24 @@ def _actor_names(found: Saved, header: dict[str, Any]) -> list[str]:
         if shapes.get(name) != shape:
             raise CvlctlError(f"{file}: {name} has shape {shapes.get(name, 'none: it is missing')}; expected {shape}")
     return list(expected)
+
+
+def _encoder_names(found: Saved, header: dict[str, Any]) -> list[str]:
+    """Names of the encoders' arrays, after checking their shapes."""
+    from cvlctl.play.convolutions import shapes  # and with it torch
+
+    names, observe, spec = encoder_names(found.places), header["observe"], header["spec"]
+    stem = names[0].partition(".")[0] if names else "actor"
+    for i, camera in enumerate(observe.cameras):
+        sizes = shapes(observe.encoder, spec.cameras[camera], observe.stack, observe.features)
+        for j, size in enumerate(sizes):
+            out = size[0] if len(size) == 4 else size[1]
+            for part, wanted in (("weight", size), ("bias", (out,))):
+                name = f"{stem}.camera{i}.{observe.encoder}.{j}.{part}"
+                there = found.places[name].shape if name in found.places else "none: it is missing"
+                if there != (len(header["seeds"]), *wanted):
+                    raise CvlctlError(f"{found.path}: {name} has shape {there}; expected {wanted} of each member")
+    return names
 
 
 def _member(found: Saved, name: str, member: int) -> np.ndarray:

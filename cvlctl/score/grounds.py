@@ -20,7 +20,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ALGORITHMS, occupancy
 from cvlctl.learn.attribution import Readout, States, by_group, kept_psi, psi_of
 from cvlctl.learn.critics import Critic, Trained, critic_of, critics_of
-from cvlctl.play.policies import NumpyPolicy, policy_of
+from cvlctl.play.policies import NumpyPolicy, vector_policy_of
 from cvlctl.runs import EXPLAINED, LABELS_FILE, read_run
 from cvlctl.types import Spec
 
@@ -142,7 +142,7 @@ def _policy(subject: _Subject) -> tuple[NumpyPolicy | None, list[str]]:
     """The run's policy, or why its action is not shown."""
     if not any(name.startswith("actor.") for name in subject.found.places):
         return None, [f"{subject.run} has a critic and no policy: the policy's action is not shown"]
-    policy = policy_of(subject.found, subject.seed)
+    policy = vector_policy_of(subject.found, subject.seed)
     if policy.needs_goal:
         return None, ["its policy is told a goal beside the observation: the policy's action is not shown"]
     return policy, []

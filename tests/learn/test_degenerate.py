@@ -133,5 +133,6 @@ def test_labels_of_examples_that_are_all_alike_are_finite(name: str) -> None:
     same = d.observation[:1].repeat(3, 1)
     config = labellers.Config(steps=5, batch_size=8, hidden=(8,))
     for observation, examples in ((d.observation, same), (same, same)):
-        label = labellers.learn(name, config, observation, examples, [0, 1], "cpu")
+        shown = d._replace(observation=observation, examples=examples)
+        label = labellers.learn(name, config, SPEC, shown, [0, 1], "cpu")
         assert torch.isfinite(label).all()

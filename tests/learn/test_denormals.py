@@ -18,6 +18,7 @@ from cvlctl.learn.critics import load_critic
 from cvlctl.learn.losses import occupancy_q
 from cvlctl.learn.pretrain import pretrain
 from cvlctl.learn.settings import Settings, configure
+from cvlctl.types import Spec
 
 TINY = 1e-39
 
@@ -72,7 +73,8 @@ def test_nor_do_learned_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[bool] = []
     monkeypatch.setattr(labellers, "flush_denormals", lambda: called.append(True))
     x = torch.zeros(8, 2)
-    labellers.learn("oril", labellers.Config(steps=1, hidden=(4,), batch_size=2), x, x, [0], "cpu")
+    config = labellers.Config(steps=1, hidden=(4,), batch_size=2)
+    labellers.learn("oril", config, Spec((2,), 1, 1), tabular.states_of(x, x), [0], "cpu")
     assert called
 
 

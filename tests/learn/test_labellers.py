@@ -19,6 +19,7 @@ from cvlctl.learn import labellers, networks
 from cvlctl.learn.algorithms import td3_bc
 from cvlctl.learn.finetune import finetune
 from cvlctl.learn.losses import rewards
+from cvlctl.types import Spec
 
 LOG2, LOG3 = math.log(2.0), math.log(3.0)
 
@@ -85,9 +86,9 @@ def learned(name: str, seeds: list[int], **config: Any) -> np.ndarray:
     """Labels (E, 6) of the six states."""
     settings = {"steps": 800, "batch_size": 256, "hidden": (32, 32), "learning_rate": 2e-3, **config}
     observation = torch.cat([rows(OF_ALL, 2000), torch.from_numpy(STATES)])
-    found = labellers.learn(
-        name, labellers.Config(**settings), observation, rows(OF_SUCCESS, 200), seeds, "cpu"
-    )  # fmt: skip
+    data = tabular.states_of(observation, rows(OF_SUCCESS, 200))
+    spec = Spec((observation.shape[1],), 1, 1)
+    found = labellers.learn(name, labellers.Config(**settings), spec, data, seeds, "cpu")
     assert found.shape == (len(seeds), len(observation))
     return found[:, -6:].numpy()
 

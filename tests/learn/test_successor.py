@@ -94,9 +94,10 @@ def evaluated(mdp: tabular.MDP, policy: tabular.Array, config: Any, steps: int) 
             batch = samplers.gather(data, indices, draws)
             arrived = tabular.state_of(mdp, batch.next_observation[0].numpy())
             chosen = (rng.random(len(arrived))[:, None] > cumulative[arrived]).sum(1).clip(max=policy.shape[1] - 1)
-            successor_features.learn_features(config, state, batch)
+            seen = [networks.normalise(state, x) for x in (batch.observation, batch.next_observation)]
+            successor_features.learn_features(config, state, batch, *seen)
             next_action = torch.from_numpy(mdp.actions[chosen]).unsqueeze(0)
-            successor_features.learn_successors(config, state, batch, next_action)
+            successor_features.learn_successors(config, state, batch, *seen, next_action)
     return state
 
 

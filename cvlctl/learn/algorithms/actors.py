@@ -8,18 +8,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cvlctl.learn import networks
+from cvlctl.learn import encoders, networks
 from cvlctl.learn.losses import policy, td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
-from cvlctl.types import OccupancyBatch, Spec, TransitionBatch
+from cvlctl.types import Observation, OccupancyBatch, Seeing, Spec, TransitionBatch
 
 RAREST = 10_000  # critic updates to one of the actor: as many programs stand in a list
 
 
 def init(hidden: Sequence[int], spec: Spec, seeds: Sequence[int]) -> State:
-    """The actor's weights and its Adam moments."""
+    """The actor's weights, those of an encoder of its own where it has one, and its Adam moments."""
     state = networks.actor_init(seeds, spec.observation_shape[0], spec.action_dim, hidden)
+    if isinstance(spec, Seeing) and spec.observe.actor_encoder == "own":
+        state |= encoders.init("actor", spec, seeds)
     return state | adam_init(state, "actor", list(state))
 
 
@@ -44,7 +46,7 @@ def target(state: State) -> State:
     return {name: state[f"target/{name}"] for name in names(state)}
 
 
-def greedy(params: State, observation: Tensor) -> Tensor:
+def greedy(params: State, observation: Observation) -> Tensor:
     """tanh of the mean (E, B, A), of *normalised* observations (E, B, O)."""
     return torch.tanh(networks.actor(params, observation)[0])
 
@@ -67,6 +69,7 @@ def improve(
     bc_coefficient: float,
     learning_rate: float,
     sampled: bool = False,
+    sees_by: str = "phi",
 ) -> Metrics:
     """One actor step on q_coefficient KL(pi || exp(Q / tau)) + bc_coefficient BC (CVL Eq. 15; LAEO Eq. 9 with tau = 0).
 
@@ -76,13 +79,16 @@ def improve(
         noise: (E, num_actions, B, A) standard normal.
         q: *normalised* observations (E, N, O) and actions (E, N, A) -> (E, N), for N = num_actions * B.
         sampled: the gradient by the likelihood of the sampled actions, not through Q; needs several of them a state.
+        sees_by: the network whose encoder Q takes its features from.
     """
     observation = networks.normalise(state, batch.observation)
+    features = networks.see(state, sees_by, observation)
+    shown = networks.shown(state, observation, features)
     num_actions, batch_size = noise.shape[1:3]
-    tiled = observation.repeat(1, num_actions, 1)
+    tiled = features.repeat(1, num_actions, 1)
 
     def loss(params: State) -> tuple[Tensor, Metrics]:
-        mean, log_std = networks.actor(params, observation)
+        mean, log_std = networks.actor(params, shown)
         action, log_prob = policy.sample_tanh(mean.unsqueeze(1), log_std.unsqueeze(1), noise)
         if sampled:
             action = action.detach()
@@ -111,7 +117,7 @@ def temperature_init(seeds: Sequence[int], initial: float) -> State:
 
 def improve_soft(
     state: State,
-    observation: Tensor,
+    observation: Observation,
     noise: Tensor,
     q: Callable[[Tensor], Tensor],
     target_entropy: float | None,

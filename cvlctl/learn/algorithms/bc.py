@@ -16,6 +16,7 @@ from cvlctl.learn.updates import Metrics
 from cvlctl.types import Number, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "actions"
+SEES_BY = "actor"
 CALLS = 118
 
 

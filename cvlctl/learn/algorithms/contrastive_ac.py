@@ -217,8 +217,9 @@ def step(
     config: Config, state: State, batch: TransitionBatch, noise: dict[str, Tensor], update_actor: bool = True
 ) -> tuple[State, Metrics]:
     """One update of classifiers, V and critic, and if `update_actor` one of the actor and the targets."""
-    observation = networks.normalise(state, batch.observation)
-    next_observation = networks.normalise(state, batch.next_observation)
+    observation, next_observation = (
+        values.seen(state, networks.normalise(state, x)) for x in (batch.observation, batch.next_observation)
+    )
     batch_size = batch.action.shape[1]
     metrics: Metrics = {}
 

@@ -17,9 +17,10 @@ from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import policy, td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
+from cvlctl.types import Number, Observation, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
+SEES_BY = "critic"
 PASSES = 8
 PASSES_AN_ACTION = 6  # two critics, three kinds
 CALLS = 540
@@ -67,7 +68,7 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
 
 
 def sampled_actions(
-    state: State, observation: Tensor, next_observation: Tensor, noise: dict[str, Tensor]
+    state: State, observation: Observation, next_observation: Observation, noise: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Uniform actions, actions of pi(s) and of pi(s'), (E, B, 3K, A), and their log densities (E, B, 3K).
 
@@ -89,18 +90,21 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     """One update of critic (CQL Eq. 4) and target, actor and temperature."""
     observation = networks.normalise(state, batch.observation)
     next_observation = networks.normalise(state, batch.next_observation)
-    mean, log_std = networks.actor(state, next_observation)
+    features, following = (values.seen(state, x) for x in (observation, next_observation))
+    shown, shown_next = networks.shown(state, observation, features), networks.shown(state, next_observation, following)
+    mean, log_std = networks.actor(state, shown_next)
     next_action = torch.tanh(mean)
     if config.backup == "sample":
         next_action, _ = policy.sample_tanh(mean, log_std, noise["next_action"])
-    next_q = values.q_values(values.target(state), next_observation, next_action).amin(dim=1)
+    next_q = values.q_values(values.target(state), following, next_action).amin(dim=1)
     y = td.td_target(batch.reward, batch.discount, next_q)  # without entropy, as in the authors' code
-    actions, densities = sampled_actions(state, observation, next_observation, noise)
+    actions, densities = sampled_actions(state, shown, shown_next, noise)
 
     def critic_loss(params: State) -> tuple[Tensor, Metrics]:
-        q = values.q_values(params, observation, batch.action)
+        seen = networks.see(params, "critic", observation)
+        q = values.q_values(params, seen, batch.action)
         error = td.squared_td_error(q, y).mean(dim=-1).sum(dim=-1)
-        many = values.q_values_of_many(params, observation, actions)
+        many = values.q_values_of_many(params, seen, actions)
         penalty = td.conservative_penalty(many, densities, q).mean(dim=-1).sum(dim=-1)
         total = error + config.conservative_weight * penalty
         return total.sum(), {"critic/td": error, "critic/penalty": penalty, "critic/q": q.mean(dim=(1, 2))}
@@ -108,8 +112,8 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     metrics = values.update(state, critic_loss, config.learning_rate, config.ema_rate)
 
     def q(action: Tensor) -> Tensor:
-        return values.q_values(state, observation, action).amin(dim=1)
+        return values.q_values(state, features, action).amin(dim=1)
 
     rate = config.actor_learning_rate
-    metrics |= actors.improve_soft(state, observation, noise["action"], q, config.target_entropy, rate)
+    metrics |= actors.improve_soft(state, shown, noise["action"], q, config.target_entropy, rate)
     return state, metrics

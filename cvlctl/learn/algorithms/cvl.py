@@ -17,6 +17,7 @@ from cvlctl.learn.updates import Metrics
 from cvlctl.types import Flag, Number, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "rewards"
+SEES_BY = "phi"
 CALLS = 419
 
 
@@ -144,7 +145,7 @@ def _agreement(
     config: Config, state: State, batch: OccupancyBatch, q: readouts.Q, psi: Tensor, rewards: Tensor
 ) -> Tensor:
     """Pearson correlation (E,) of the readout with the exact one over this step's bank, on the pairs of the batch."""
-    observation = networks.normalise(state, batch.observation).repeat(1, config.num_actions, 1)
+    observation = occupancy.seen(state, networks.normalise(state, batch.observation)).repeat(1, config.num_actions, 1)
     action = batch.action.repeat(1, config.num_actions, 1)
     phi = occupancy.phi(config.critic, state, observation, action)
     pairs = (q(observation, action), readouts.exact(psi, rewards, config.normaliser)(phi))

@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from cvlctl.data.samplers import Data, Draws
 from cvlctl.learn import networks
@@ -29,6 +30,7 @@ from cvlctl.learn.updates import Metrics
 from cvlctl.types import Number, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "actions"
+SEES_BY = "phi"
 CALLS = 360
 
 
@@ -68,6 +70,11 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     return occupancy.init(config.critic, spec, seeds, data) | actors.init(config.hidden, sees, seeds)
 
 
+def goals(future: Tensor, num_random: int) -> Tensor:
+    """Of futures (E, B, ...) the first `num_random` are other pairs': drawn from the marginal p(s+)."""
+    return torch.cat([future.roll(1, dims=1)[:, :num_random], future[:, num_random:]], dim=1)
+
+
 def command(config: Config, observation: Tensor, goal: Tensor) -> Tensor:
     """What the actor sees: observations (..., O) with goals (..., G), both *normalised*."""
     columns = config.critic.command_columns
@@ -94,16 +101,18 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     if config.mode != "frozen":
         state, metrics = occupancy.step(config.critic, state, batch, noise)
     num_random = int(config.random_goals * batch.action.shape[1])
-    others = batch.future_observation.roll(1, dims=1)  # another pair's future: drawn from the marginal p(s+)
-    future = torch.cat([others[:, :num_random], batch.future_observation[:, num_random:]], dim=1)
+    future = tree_map(lambda x: goals(x, num_random), batch.future_observation)
     psi = occupancy.bank_psi(config.critic, state, future)
-    observation = networks.normalise(state, batch.observation)
-    seen = command(config, observation, occupancy.goal_of(config.critic, networks.normalise(state, future)))
+    observation, goal = (networks.normalise(state, x) for x in (batch.observation, future))
+    features = occupancy.seen(state, observation)
+    shown = networks.shown(state, observation, features)
+    shown_goal = networks.shown(state, goal, occupancy.goal_seen(config.critic, state, goal))
 
     def loss(params: State) -> tuple[Tensor, Metrics]:
-        mean, log_std = networks.actor(params, seen)
+        seen, told = (networks.see(params, "actor", x) for x in (shown, shown_goal))
+        mean, log_std = networks.actor(params, command(config, seen, occupancy.goal_of(config.critic, told)))
         action, log_prob = policy.sample_tanh(mean, log_std, noise["action"])
-        value = f(config, state, observation, action, psi)
+        value = f(config, state, features, action, psi)
         scale = value.detach().abs().mean(dim=-1) + 1e-8
         own = slice(num_random, None)
         likelihood = policy.log_prob_tanh(mean[:, own], log_std[:, own], batch.action[:, own])

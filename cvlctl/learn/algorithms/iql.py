@@ -17,6 +17,7 @@ from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
 from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
+SEES_BY = "critic"
 PASSES = 5
 CALLS = 322
 RETURN_RANGE = 1000.0  # rewards are scaled so that returns span this much, as in the authors' code for locomotion
@@ -48,7 +49,8 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
-    """Twin critic with its target, state value `value.*`, actor, and the scale of rewards (E, 1).
+    """Twin critic with its target, state value `value.*`, actor, and the scale of rewards (E, 1). V sees the critic's
+    features.
 
     Where all returns are alike (one episode; a reward of -1 a step, and no success) they have no range: the authors'
     code divides by zero there, and here rewards stay as they are.
@@ -66,10 +68,12 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     """One update of V (Eq. 5), of the actor (Eq. 7), and of Q and its target (Eq. 6)."""
     observation = networks.normalise(state, batch.observation)
     next_observation = networks.normalise(state, batch.next_observation)
-    q = values.q_values(values.target(state), observation, batch.action).amin(dim=1)
+    features, following = (values.seen(state, x) for x in (observation, next_observation))
+    shown = networks.shown(state, observation, features)
+    q = values.q_values(values.target(state), features, batch.action).amin(dim=1)
 
     def value_loss(params: State) -> tuple[Tensor, Metrics]:
-        difference = q - networks.mlp(params, "value", observation).squeeze(-1)
+        difference = q - networks.mlp(params, "value", features).squeeze(-1)
         loss = td.expectile(difference, config.expectile).mean(dim=-1)
         return loss.sum(), {"critic/expectile": loss, "advantage": difference}
 
@@ -78,12 +82,12 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     adam_update(state, "value", grads, config.learning_rate)
 
     def actor_loss(params: State) -> tuple[Tensor, Metrics]:
-        mean, log_std = networks.actor(params, observation)
+        mean, log_std = networks.actor(params, shown)
         cloning = policy.behaviour_cloning(policy.log_prob_tanh(mean, log_std, batch.action))
         return (weight * cloning).mean(dim=-1).sum(), {"actor/bc": cloning.mean(dim=-1)}
 
     metrics |= actors.update(state, actor_loss, config.learning_rate)
-    next_value = networks.mlp(state, "value", next_observation).squeeze(-1)
+    next_value = networks.mlp(state, "value", following).squeeze(-1)
     y = td.td_target(batch.reward * state["reward_scale"], batch.discount, next_value)
 
     metrics |= values.regress(state, observation, batch.action, y, config.learning_rate, config.ema_rate)

@@ -25,6 +25,7 @@ from cvlctl.learn.updates import Metrics
 from cvlctl.types import Number, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "examples"
+SEES_BY = "phi"
 CALLS = 409
 
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from cvlctl.data.samplers import Data, Draws, never_varied, observation_statistics
 from cvlctl.errors import CvlctlError
-from cvlctl.learn import networks
+from cvlctl.learn import encoders, networks
 from cvlctl.learn.losses import contrastive, policy
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, value_and_grad
-from cvlctl.types import Flag, Number, OccupancyBatch, Spec, Whole, check_widths
+from cvlctl.types import Flag, Number, Observation, OccupancyBatch, Seeing, Spec, Whole, check_widths
 
 CALLS = 165
 POLICY = "policy"  # networks of a finished policy, in the state of a critic that learns its occupancy
@@ -134,10 +134,13 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     """
     (observation_dim,) = spec.observation_shape
     columns = config.future_columns
+    if isinstance(spec, Seeing) and (columns or config.command_columns):
+        what = "critic: future_columns and command_columns are of vectors, and critics that see frames have none"
+        raise CvlctlError(what, "leave them out, or leave out observe")
     if max((*(columns or ()), *config.command_columns), default=0) >= observation_dim:
         what = f"critic: future_columns {columns}, command_columns {config.command_columns}"
         raise CvlctlError(f"{what}: observations have {observation_dim} columns", "columns count from 0")
-    state = encoders(config, spec, seeds)
+    state = weights(config, spec, seeds)
     names = list(state)
     state |= adam_init(state, "critic", names)
     if config.ema_rate > 0:
@@ -154,13 +157,16 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     return state | networks.normaliser_init(seeds, mean.cpu(), std.cpu(), constant.cpu())
 
 
-def encoders(config: Config, spec: Spec, seeds: Sequence[int]) -> State:
-    """The weights of phi and psi as they begin."""
+def weights(config: Config, spec: Spec, seeds: Sequence[int]) -> State:
+    """The weights of phi and psi as they begin, each with an encoder of its own where there are frames."""
     (observation_dim,) = spec.observation_shape
-    return networks.critic_init(
+    state = networks.critic_init(
         seeds, observation_dim, spec.action_dim, config.hidden, config.latent_dim, config.layer_norm,
         None if config.future_columns is None else len(config.future_columns), copies=2 if config.twin else 0,
     )  # fmt: skip
+    for name in ("phi", "psi"):
+        state |= encoders.init(name, spec, seeds)
+    return state
 
 
 def parameter_names(state: State) -> list[str]:
@@ -174,8 +180,14 @@ def goal_of(config: Config, observation: Tensor) -> Tensor:
     return torch.stack([observation[..., column] for column in config.future_columns], dim=-1)
 
 
-def phi(config: Config, params: State, observation: Tensor, action: Tensor) -> Tensor:
+def seen(state: State, observation: Observation) -> Tensor:
+    """*Normalised* observations (E, B, O) as they are; of frames, the features of phi's encoder. No gradient."""
+    return networks.see(state, "phi", observation)
+
+
+def phi(config: Config, params: State, observation: Observation, action: Tensor) -> Tensor:
     """(E, B, O) *normalised*, (E, B, A) -> (E, B, latent), or (E, 2, B, latent) of a twin critic."""
+    observation = networks.see(params, "phi", observation)
     if config.command_columns:
         observation = observation.clone()
         for column in config.command_columns:
@@ -185,19 +197,28 @@ def phi(config: Config, params: State, observation: Tensor, action: Tensor) -> T
     return networks.encode(params, "phi", pair, unit=config.features == "unit", temperature=config.temperature)
 
 
-def psi(config: Config, params: State, observation: Tensor) -> Tensor:
+def psi(config: Config, params: State, observation: Observation) -> Tensor:
     """(E, B, O) *normalised* -> (E, B, latent), or (E, 2, B, latent) of a twin critic."""
-    seen = goal_of(config, observation)
-    seen = seen.unsqueeze(1) if config.twin else seen
-    return networks.encode(params, "psi", seen, unit=config.features == "unit", temperature=config.temperature)
+    goal = goal_of(config, networks.see(params, "psi", observation))
+    goal = goal.unsqueeze(1) if config.twin else goal
+    return networks.encode(params, "psi", goal, unit=config.features == "unit", temperature=config.temperature)
 
 
-def bank_psi(config: Config, state: State, observation: Tensor) -> Tensor:
+def bank_psi(config: Config, state: State, observation: Observation) -> Tensor:
     """psi for readouts, by the averaged weights where `ema_rate` is on. Observations as they are; no gradient."""
-    params = state
-    if config.ema_rate > 0:
-        params = {name.removeprefix("ema/"): value for name, value in state.items() if name.startswith("ema/psi.")}
-    return psi(config, params, networks.normalise(state, observation)).detach()
+    return psi(config, _read_by(config, state), networks.normalise(state, observation)).detach()
+
+
+def goal_seen(config: Config, state: State, goal: Observation) -> Tensor:
+    """*Normalised* goals (E, B, O) as they are; of frames, the features of the psi that readouts use. No gradient."""
+    return networks.see(_read_by(config, state), "psi", goal)
+
+
+def _read_by(config: Config, state: State) -> State:
+    """The psi that readouts use, averaged where `ema_rate` is on."""
+    if config.ema_rate == 0:
+        return state
+    return {name.removeprefix("ema/"): value for name, value in state.items() if name.startswith("ema/psi.")}
 
 
 def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, Tensor]) -> tuple[State, Metrics]:
@@ -209,9 +230,12 @@ def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, T
     if f"{POLICY}.0.weight" in state:
         batch = of_policy(batch, _greedy(state, future_observation))
     elif "next_action" in noise:
-        batch = of_policy(batch, _drawn(state, "actor", future_observation, noise["next_action"]))
+        shown = networks.shown(state, future_observation, seen(state, future_observation))
+        batch = of_policy(batch, _drawn(state, "actor", shown, noise["next_action"]))
     elif "behaviour" in noise:
-        batch, cloning = _cloned(config, state, batch, observation, future_observation, noise["behaviour"])
+        batch, cloning = _cloned(
+            config, state, batch, seen(state, observation), seen(state, future_observation), noise["behaviour"]
+        )
     target = _target(config, state, future_observation, batch.next_action) if by_next(config) else None
     each_twin = (lambda flags: flags.unsqueeze(1)) if config.twin else (lambda flags: flags)
 
@@ -262,7 +286,8 @@ def _errors(
 def _cloned(
     config: Config, state: State, batch: OccupancyBatch, observation: Tensor, following: Tensor, noise: Tensor
 ) -> tuple[OccupancyBatch, Metrics]:
-    """The batch with an action wherever none is logged, of the policy that is cloned here by one update."""
+    """The batch with an action wherever none is logged, of the policy that is cloned here by one update. It sees by
+    phi's encoder."""
 
     def loss(params: State) -> tuple[Tensor, Metrics]:
         mean, log_std = networks.actor(params, observation, "behaviour")
@@ -276,19 +301,19 @@ def _cloned(
     return of_policy(batch, torch.where(batch.cut.unsqueeze(-1), drawn, batch.next_action)), metrics
 
 
-def _drawn(state: State, name: str, observation: Tensor, noise: Tensor) -> Tensor:
+def _drawn(state: State, name: str, observation: Observation, noise: Tensor) -> Tensor:
     """Actions (E, B, A) of a policy of the state, as it is. No gradient."""
     with torch.no_grad():
         return policy.sample_tanh(*networks.actor(state, observation, name), noise)[0]
 
 
-def _greedy(state: State, observation: Tensor) -> Tensor:
+def _greedy(state: State, observation: Observation) -> Tensor:
     """Actions (E, B, A) of the finished policy that stands in the state, as it is evaluated. No gradient."""
     with torch.no_grad():
         return torch.tanh(networks.actor(state, observation, POLICY)[0])
 
 
-def _target(config: Config, state: State, following: Tensor, action: Tensor) -> Tensor:
+def _target(config: Config, state: State, following: Observation, action: Tensor) -> Tensor:
     """f of the averaged weights at next states (*normalised*) and actions there, over all of these states; of twins the
     smaller, for both. No gradient."""
     averaged = {name.removeprefix("target/"): value for name, value in state.items() if name.startswith("target/")}

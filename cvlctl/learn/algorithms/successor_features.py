@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cvlctl.data.samplers import Data, Draws, labelled_rewards
-from cvlctl.learn import networks
+from cvlctl.errors import CvlctlError
+from cvlctl.learn import encoders, networks
 from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import contrastive, policy, successor
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, value_and_grad
-from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
+from cvlctl.types import Number, Observation, Seeing, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
+SEES_BY = "feature"
 PASSES = 8
 PASSES_AN_ACTION = 1
 CALLS = 650
@@ -69,16 +71,25 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     """Actor; Psi, twin, as `critic` (E, 2, ...) with its target; encoders of next states `feature` and of pairs `pair`;
     the reward's weights `reward.weight` (E, d + 1), and its scale (E, 1)."""
     (width,) = spec.observation_shape
+    if isinstance(spec, Seeing) and config.features == "observation":
+        raise CvlctlError("algorithm.features: observation: frames are no features", "take features: contrastive")
     state = networks.normaliser_of(seeds, data.observation) | actors.init(config.hidden, spec, seeds)
     dim = config.feature_dim if config.features == "contrastive" else width
     learned = {"reward.weight": torch.zeros(len(seeds), dim + 1)}
     if config.features == "contrastive":
         learned |= networks.mlp_init("feature", seeds, [width, *config.hidden, dim])
+        learned |= encoders.init("feature", spec, seeds)
         learned |= networks.mlp_init("pair", seeds, [width + spec.action_dim, *config.hidden, dim])
     state |= learned | adam_init(learned, "features", learned)
-    state |= values.init(config.hidden, spec, seeds, dim + 1)
+    state |= values.init(config.hidden, spec, seeds, dim + 1, encoder=False)
     scale = labelled_rewards(data).square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6).float()
     return state | {"reward_scale": scale.cpu().expand(len(seeds), 1).clone()}
+
+
+def seen(params: State, observation: Observation) -> Tensor:
+    """*Normalised* observations (E, B, O) as they are; of frames, what the encoder of c makes of them, by which all
+    networks see."""
+    return networks.see(params, "feature", observation)
 
 
 def features(config: Config, params: State, observation: Tensor) -> Tensor:
@@ -105,18 +116,18 @@ def q_values(state: State, observation: Tensor, action: Tensor) -> Tensor:
     return successor.values(successors(state, observation, action), state["reward.weight"])
 
 
-def learn_features(config: Config, state: State, batch: TransitionBatch) -> Metrics:
+def learn_features(
+    config: Config, state: State, batch: TransitionBatch, observation: Observation, next_observation: Observation
+) -> Metrics:
     """One update of the features (unless they are the observations) and of the reward's weights."""
-    observation = networks.normalise(state, batch.observation)
-    next_observation = networks.normalise(state, batch.next_observation)
     reward = batch.reward / state["reward_scale"]
 
     def loss(params: State) -> tuple[Tensor, Metrics]:
-        feature = features(config, params, next_observation)
+        feature = features(config, params, seen(params, next_observation))
         error = successor.reward_error(feature, params["reward.weight"], reward).mean(dim=-1)
         if config.features == "observation":
             return error.sum(), {"reward/error": error}
-        pair = networks.mlp(params, "pair", torch.cat([observation, batch.action], dim=-1))
+        pair = networks.mlp(params, "pair", torch.cat([seen(params, observation), batch.action], dim=-1))
         logits = pair @ feature[..., :-1].mT
         nce = contrastive.info_nce(logits, contrastive.log_partition(logits)).mean(dim=-1)
         total = nce + config.reward_coefficient * error
@@ -128,10 +139,15 @@ def learn_features(config: Config, state: State, batch: TransitionBatch) -> Metr
     return metrics
 
 
-def learn_successors(config: Config, state: State, batch: TransitionBatch, next_action: Tensor) -> Metrics:
+def learn_successors(
+    config: Config,
+    state: State,
+    batch: TransitionBatch,
+    observation: Tensor,
+    next_observation: Tensor,
+    next_action: Tensor,
+) -> Metrics:
     """One update of Psi and its target, towards what follows under `next_action` (E, B, A)."""
-    observation = networks.normalise(state, batch.observation)
-    next_observation = networks.normalise(state, batch.next_observation)
     ahead = successors(values.target(state), next_observation, next_action)
     ahead = successor.pessimistic(ahead, state["reward.weight"])
     feature = (1 - config.gamma) * features(config, state, next_observation)
@@ -148,10 +164,13 @@ def learn_successors(config: Config, state: State, batch: TransitionBatch, next_
 
 def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, Tensor]) -> tuple[State, Metrics]:
     """One update of features and reward, of Psi under the actor, and of the actor: greedy on Q = Psi . w, and BC."""
-    metrics = learn_features(config, state, batch)
+    observation = networks.normalise(state, batch.observation)
     next_observation = networks.normalise(state, batch.next_observation)
-    next_action, _ = policy.sample_tanh(*networks.actor(state, next_observation), noise["next_action"])
-    metrics |= learn_successors(config, state, batch, next_action)
+    metrics = learn_features(config, state, batch, observation, next_observation)
+    now, following = (seen(state, x) for x in (observation, next_observation))
+    shown = networks.shown(state, next_observation, following)
+    next_action, _ = policy.sample_tanh(*networks.actor(state, shown), noise["next_action"])
+    metrics |= learn_successors(config, state, batch, now, following, next_action)
 
     def q(observation: Tensor, action: Tensor) -> Tensor:
         value = q_values(state, observation, action).amin(dim=1)
@@ -161,7 +180,7 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     metrics |= actors.improve(
         state, batch, noise["action"], q,
         boltzmann_temperature=0.0, q_coefficient=1.0, bc_coefficient=config.bc_coefficient,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate, sees_by="feature",
     )  # fmt: skip
     metrics.pop("actor/q")  # of the centred Q: nothing to look at
     return state, metrics

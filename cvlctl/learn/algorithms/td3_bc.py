@@ -16,6 +16,7 @@ from cvlctl.learn.updates import Metrics, ema_update
 from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
 
 LEARNS_FROM = "rewards"
+SEES_BY = "critic"
 PASSES = 4
 CALLS = 235
 
@@ -65,10 +66,11 @@ def step(
     """One update of the critic, and if `update_actor` one of the actor and the targets."""
     observation = networks.normalise(state, batch.observation)
     next_observation = networks.normalise(state, batch.next_observation)
+    following = values.seen(state, next_observation)
 
-    greedy = actors.greedy(actors.target(state), next_observation)
+    greedy = actors.greedy(actors.target(state), networks.shown(state, next_observation, following))
     next_action = td.smoothed_action(greedy, noise["next_action"], config.policy_noise, config.noise_clip)
-    next_q = values.q_values(values.target(state), next_observation, next_action).amin(dim=1)
+    next_q = values.q_values(values.target(state), following, next_action).amin(dim=1)
     y = td.td_target(batch.reward, batch.discount, next_q)
 
     ema_rate = config.ema_rate if update_actor else 0.0
@@ -76,9 +78,12 @@ def step(
     if not update_actor:
         return state, metrics
 
+    features = values.seen(state, observation)
+    shown = networks.shown(state, observation, features)
+
     def actor_loss(params: State) -> tuple[Tensor, Metrics]:
-        action = actors.greedy(params, observation)
-        q = values.q_values(state, observation, action)[:, 0]
+        action = actors.greedy(params, shown)
+        q = values.q_values(state, features, action)[:, 0]
         scale = q.detach().abs().mean(dim=1, keepdim=True) + 1e-8
         cloning = (action - batch.action).square().mean(dim=-1)
         total = (cloning - config.q_coefficient * q / scale).mean(dim=-1)

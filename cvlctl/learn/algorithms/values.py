@@ -7,19 +7,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cvlctl.learn import networks
+from cvlctl.learn import encoders, networks
 from cvlctl.learn.losses import td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, value_and_grad
-from cvlctl.types import Spec
+from cvlctl.types import Observation, Spec
 
 
-def init(hidden: Sequence[int], spec: Spec, seeds: Sequence[int], outputs: int = 1) -> State:
-    """Twin critic (E, 2, in, out), its target, and its Adam moments, on the CPU."""
+def init(hidden: Sequence[int], spec: Spec, seeds: Sequence[int], outputs: int = 1, encoder: bool = True) -> State:
+    """Twin critic (E, 2, in, out), its target, and its Adam moments, on the CPU.
+
+    Twins share an encoder of frames; `encoder` off: none is learned here, and features come from elsewhere. The target
+    has none: it sees by the critic's own (as in DrQ-v2), so that a next state is encoded once.
+    """
     sizes = [spec.observation_shape[0] + spec.action_dim, *hidden, outputs]
     critic = networks.mlp_init("critic", seeds, sizes, copies=2)
     state = critic | {f"target/{name}": value.clone() for name, value in critic.items()}
-    return state | adam_init(state, "critic", critic)
+    state |= encoders.init("critic", spec, seeds) if encoder else {}
+    return state | adam_init(state, "critic", names(state))
 
 
 def names(state: State) -> list[str]:
@@ -28,12 +33,23 @@ def names(state: State) -> list[str]:
 
 def target(state: State) -> State:
     """The averaged critic, under the critic's own names."""
-    return {name: state[f"target/{name}"] for name in names(state)}
+    return {name: state[f"target/{name}"] for name in averaged(state)}
 
 
-def q_values(params: State, observation: Tensor, action: Tensor) -> Tensor:
+def averaged(state: State) -> list[str]:
+    """What of the critic has an average: all but encoders."""
+    return [name for name in names(state) if f"target/{name}" in state]
+
+
+def seen(state: State, observation: Observation) -> Tensor:
+    """*Normalised* observations (E, B, O) as they are; of frames, the features of the critic's encoder. No gradient."""
+    return networks.see(state, "critic", observation)
+
+
+def q_values(params: State, observation: Observation, action: Tensor) -> Tensor:
     """Twin Q (E, 2, B) of *normalised* observations (E, B, O) and actions (E, B, A)."""
-    return networks.mlp(params, "critic", torch.cat([observation, action], dim=-1).unsqueeze(1)).squeeze(-1)
+    pair = torch.cat([networks.see(params, "critic", observation), action], dim=-1)
+    return networks.mlp(params, "critic", pair.unsqueeze(1)).squeeze(-1)
 
 
 def q_values_of_many(params: State, observation: Tensor, action: Tensor) -> Tensor:
@@ -57,12 +73,12 @@ def update(
     grads, metrics = value_and_grad(loss, state, names(state))
     adam_update(state, "critic", grads, learning_rate)
     if ema_rate > 0:
-        ema_update(state, "target", list(grads), ema_rate)
+        ema_update(state, "target", averaged(state), ema_rate)
     return metrics
 
 
 def regress(
-    state: State, observation: Tensor, action: Tensor, y: Tensor, learning_rate: float, ema_rate: float
+    state: State, observation: Observation, action: Tensor, y: Tensor, learning_rate: float, ema_rate: float
 ) -> Metrics:
     """One update on (Q_i(s,a) - y)^2 / 2, both twins towards the same target y (E, B)."""
 
