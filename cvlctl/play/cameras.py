@@ -52,9 +52,7 @@ class Camera(NamedTuple):
             raise CvlctlError(f"{where} is not a plain name", "use letters, digits, '_', '-' and '.'")
         about = {key: value for key, value in about.items() if value is not None}
         if unknown := sorted(set(about) - {"size", *FREE}):
-            raise CvlctlError(
-                f"{where}: unknown key {unknown[0]}", f"a camera has size, and a free one {', '.join(FREE)}"
-            )
+            raise CvlctlError(f"{where}: unknown key {unknown[0]}", f"a camera has size, or also {', '.join(FREE)}")
         size = about.get("size", 64)
         sides = list(size) if isinstance(size, list | tuple) else [size, size]
         if len(sides) != 2 or not all(type(side) is int and SMALLEST <= side <= LARGEST for side in sides):
@@ -65,9 +63,7 @@ class Camera(NamedTuple):
             return cls(name, sides[0], sides[1])
         if lacking := [key for key in FREE if key not in about]:
             what = f"{where} has {', '.join(given)} and no {', '.join(lacking)}"
-            raise CvlctlError(
-                what, "a free camera looks at a point, from a distance, at two angles in degrees: all four"
-            )
+            raise CvlctlError(what, "a free camera has all four: a point, a distance, and two angles in degrees")
         try:
             lookat = tuple(float(value) for value in about["lookat"])
             rest = [float(about[key]) for key in FREE[1:]]
@@ -81,12 +77,10 @@ class Camera(NamedTuple):
     def about(self) -> dict[str, Any]:
         """Its settings, as `of` takes them and a store keeps them."""
         size = self.height if self.height == self.width else [self.height, self.width]
-        free = (
-            {}
-            if self.free is None
-            else {"lookat": list(self.free[0]), **dict(zip(FREE[1:], self.free[1:], strict=True))}
-        )
-        return {"size": size, **free}
+        if self.free is None:
+            return {"size": size}
+        lookat, *rest = self.free
+        return {"size": size, "lookat": list(lookat), **dict(zip(FREE[1:], rest, strict=True))}
 
 
 def cameras_of(settings: Mapping[str, Mapping[str, Any]]) -> tuple[Camera, ...]:
@@ -117,7 +111,13 @@ class Renderer:
             _check_draws(env, raw, self.cameras)
 
     def frames(self, state: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """(H, W, 3) uint8 by camera: of `state` (`states.state_of`), or None: as the environment is now."""
+        """(H, W, 3) uint8 by camera: of `state` (`states.state_of`), or None: as the environment is now.
+
+        Raises:
+            CvlctlError: the state is none of this environment.
+        """
+        if state is not None and not states.has_state(self.env):
+            states.layout(self.env)  # says so
         if self._scene is not None:
             return self._scene.frames(state)
         (camera,) = self.cameras
@@ -185,6 +185,8 @@ class _Scene:
         mujoco.mj_kinematics(model, data)
         mujoco.mj_comPos(model, data)
         mujoco.mj_camlight(model, data)
+        mujoco.mj_flex(model, data)
+        mujoco.mj_tendon(model, data)
         if "goal" in parts:
             data.site_xpos[model.site("target0").id] = parts["goal"]
         self._gl.make_current()
@@ -193,10 +195,8 @@ class _Scene:
     def _drawn(self, camera: Camera, view: Any, turned: bool) -> np.ndarray:
         mujoco, everything = self._mujoco, self._mujoco.mjtCatBit.mjCAT_ALL.value
         mujoco.mjv_updateScene(self._model, self._data, self._option, None, view, everything, self._scene)
-        rect, frame = (
-            mujoco.MjrRect(0, 0, camera.width, camera.height),
-            np.empty((camera.height, camera.width, 3), np.uint8),
-        )
+        rect = mujoco.MjrRect(0, 0, camera.width, camera.height)
+        frame = np.empty((camera.height, camera.width, 3), np.uint8)
         mujoco.mjr_render(rect, self._scene, self._context)
         mujoco.mjr_readPixels(frame, None, rect, self._context)  # its first row is the lowest
         return np.ascontiguousarray(frame[:, ::-1] if turned else frame[::-1])
@@ -266,10 +266,8 @@ def _opened(model: Any, width: int, height: int) -> tuple[Any, Any]:
         context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
     except Exception as error:  # each library raises its own, AttributeError where a shared one is missing
         why = " ".join(str(error).split()) or type(error).__name__
-        how = f"MUJOCO_GL={said}" if said else "by EGL"
-        raise CvlctlError(
-            f"nothing can be rendered on this machine ({how}): {why}", "unset it; " * bool(said) + INSTALL
-        ) from error
+        how, hint = (f"MUJOCO_GL={said}", f"unset it; {INSTALL}") if said else ("by EGL", INSTALL)
+        raise CvlctlError(f"nothing can be rendered on this machine ({how}): {why}", hint) from error
     os.environ["MUJOCO_GL"] = chosen  # for what else draws in this process
     mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, context)
     return graphics, context
@@ -298,9 +296,7 @@ def probe(_: Any = None) -> str:
 def _check_draws(env: Env, raw: Any, cameras: tuple[Camera, ...]) -> None:
     if not env.own:
         what = f"{env.task} cannot be rendered: no MuJoCo simulates it"
-        raise CvlctlError(
-            what, "leave cameras out: metaworld/..., gym/Fetch... and gym/Hopper-v5 and the like have them"
-        )
+        raise CvlctlError(what, "leave cameras out: metaworld/..., gym/Fetch..., gym/Hopper-v5 have them")
     if getattr(raw, "render_mode", None) != "rgb_array":
         what = f"{env.task} draws no frames: its render_mode is {getattr(raw, 'render_mode', None)!r}, not 'rgb_array'"
         raise CvlctlError(what, "if it can, say so where it is made: env: {kwargs: {render_mode: rgb_array}}")
@@ -315,9 +311,7 @@ def _drawn(env: Env, camera: Camera) -> np.ndarray:
 
     drawn = np.asarray(env.raw.render())
     if drawn.dtype != np.uint8 or drawn.ndim != 3 or drawn.shape[2] != 3:
-        what = (
-            f"{env.task}: render() gives {drawn.dtype} of shape {drawn.shape}, not frames (height, width, 3) of uint8"
-        )
+        what = f"{env.task}: render() gives {drawn.dtype} of shape {drawn.shape}; expected (height, width, 3) uint8"
         raise CvlctlError(what, "the fault is in the environment's own code")
     if drawn.shape[:2] == (camera.height, camera.width):
         return drawn.copy()

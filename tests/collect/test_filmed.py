@@ -84,7 +84,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 def test_a_learner_learns_the_same_with_cameras(tmp_path: Path) -> None:
     for name, cameras in (("seen", CAMERAS), ("plain", {})):
-        build(recipe_of(tmp_path / f"{name}.zarr", SAC, cameras), workers=2)
+        build(recipe_of(tmp_path / f"{name}.zarr", SAC, cameras), workers=1)
     seen, plain = (open_store(tmp_path / f"{name}.zarr") for name in ("seen", "plain"))
     assert np.array_equal(seen.actions(), plain.actions()) and np.array_equal(seen.rewards(), plain.rewards())
 
