@@ -22,7 +22,7 @@ TORCH_INDEX ?=
 
 # whose other interpreters run NEWER too, where they have what it takes; nothing is installed for them
 OTHERS := python3.12 python3.13
-NEWER := tests/learn/test_programs.py tests/learn/test_losses.py tests/data/test_samplers.py
+NEWER := tests/learn/test_losses.py tests/data/test_samplers.py tests/learn/test_graphs.py tests/learn/test_programs.py
 
 .PHONY: demo install check test pythons lint smoke learn soak slurm gpu bench clean
 

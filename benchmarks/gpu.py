@@ -5,10 +5,10 @@
     python benchmarks/gpu.py --wheels DIR                             what a bare machine lacks: listed and fetched
     python benchmarks/gpu.py --unpacked DIR                           on that machine: with those wheels
 
-Each step is a process of its own with a limit of seconds, one after the other. A step whose package is missing is
-skipped and says so; one that fails, or is not done in time, is recorded with its last lines, and the next begins. All
-is in OUT/results.json after every step, and as tables in OUT/results.md; what a step printed is in OUT/NAME.log. The
-exit code is 1 where a step failed.
+Each step is a process of its own with a limit of seconds. What measures runs alone; of what only checks, some steps run
+beside each other. A step whose package is missing is skipped and says so; one that fails, or is not done in time, is
+recorded with its last lines, and the next begins. All is in OUT/results.json after every step, and as tables in
+OUT/results.md; what a step printed is in OUT/NAME.log. The exit code is 1 where a step failed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,11 +43,13 @@ class How(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A function of a script, its limit in seconds, and the packages without which it is skipped."""
+    """A function of a script, its limit in seconds, the packages without which it is skipped, and whether others that
+    do not mind may run beside it."""
 
     place: str  # module.function
     seconds: int
     needs: tuple[str, ...] = ()
+    alone: bool = True
 
 
 STORES = ("pydantic", "zarr", "numcodecs", "google_crc32c")  # what all commands need beside a bare PyTorch
@@ -55,10 +57,10 @@ PLAYS = (*STORES, "gymnasium", "mujoco", "metaworld")
 STEPS: dict[str, Step] = {
     "machine": Step("gpu_checks.machine", 30),
     "tests": Step("gpu_checks.tests", 150, ("pytest",)),
-    "quickstart": Step("gpu_checks.quickstart", 90, PLAYS),
-    "killed": Step("gpu_checks.killed", 60, (*STORES, "gymnasium")),
-    "streamed": Step("gpu_checks.streamed", 45, STORES),
-    "variants": Step("gpu_checks.variants", 90, STORES),
+    "quickstart": Step("gpu_checks.quickstart", 100, PLAYS, alone=False),
+    "killed": Step("gpu_checks.killed", 100, (*STORES, "gymnasium"), alone=False),
+    "streamed": Step("gpu_checks.streamed", 100, STORES, alone=False),
+    "variants": Step("gpu_checks.variants", 100, STORES, alone=False),
     "compile": Step("gpu_rates.compile_all", 75),
     "CVL": Step("gpu_rates.method", 45),
     "LAEO": Step("gpu_rates.method", 45),
@@ -73,40 +75,71 @@ TOTAL = 590  # seconds: what begins later is left out
 LAST = 12  # lines of a step that failed
 
 
-def run_step(name: str, args: argparse.Namespace, environment: dict[str, str], left: float) -> dict[str, Any]:
-    """Run a step in a process of its own; what became of it."""
-    step, log, file = STEPS[name], args.out / f"{name}.log", args.out / f"{name}.json"
-    file.unlink(missing_ok=True)
-    if missing := [package for package in step.needs if find_spec(package) is None]:
-        return {"state": "skipped", "why": f"no package {', '.join(missing)}", "seconds": 0.0}
-    limit = min(step.seconds * args.patience, left)
-    if limit <= 0:
-        return {"state": "skipped", "why": f"all the {TOTAL} seconds are over", "seconds": 0.0}
-    command = [sys.executable, str(HERE / "gpu.py"), "--step", name, "--device", args.device, "--json", str(file)]
+def groups(names: Sequence[str]) -> list[list[str]]:
+    """Steps that run beside each other, in their order."""
+    found: list[list[str]] = []
+    for name in names:
+        if found and not (STEPS[name].alone or STEPS[found[-1][-1]].alone):
+            found[-1].append(name)
+        else:
+            found.append([name])
+    return found
+
+
+def run_beside(
+    names: Sequence[str], args: argparse.Namespace, environment: dict[str, str], left: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run steps, each in a process of its own; what became of each, as it ends."""
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    limits = {name: min(STEPS[name].seconds * args.patience, left) for name in names}
     begin = time.monotonic()
-    with log.open("wb") as into, subprocess.Popen(
-        command + ["--small"] * args.small, stdin=subprocess.DEVNULL, stdout=into, stderr=subprocess.STDOUT,
-        start_new_session=True, env=environment,
-    ) as process:  # fmt: skip
-        try:
-            code: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        except BaseException:
-            end_group(process.pid)
-            raise
-        end_group(process.pid)  # with all that it started
-    seconds = round(time.monotonic() - begin, 1)
+    try:
+        for name in names:
+            if missing := [package for package in STEPS[name].needs if find_spec(package) is None]:
+                yield name, {"state": "skipped", "why": f"no package {', '.join(missing)}", "seconds": 0.0}
+            elif left <= 0:
+                yield name, {"state": "skipped", "why": f"all the {TOTAL} seconds are over", "seconds": 0.0}
+            else:
+                running[name] = begun(name, args, environment)
+        while running:
+            time.sleep(0.05)
+            seconds = time.monotonic() - begin
+            for name, process in list(running.items()):
+                if process.poll() is not None or seconds > limits[name]:
+                    code = process.poll()
+                    end(running.pop(name))  # with all that it started
+                    why = f"not done in {limits[name]:.0f} s" if code is None else f"exit code {code}"
+                    yield name, outcome(args.out / name, code, why, round(seconds, 1))
+    finally:
+        for process in running.values():
+            end(process)
+
+
+def begun(name: str, args: argparse.Namespace, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A step's process."""
+    file = args.out / f"{name}.json"
+    file.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / "gpu.py"), "--step", name, "--device", args.device, "--json", str(file)]
+    with (args.out / f"{name}.log").open("wb") as into:
+        return subprocess.Popen(
+            command + ["--small"] * args.small, stdin=subprocess.DEVNULL, stdout=into, stderr=subprocess.STDOUT,
+            start_new_session=True, env=environment,
+        )  # fmt: skip
+
+
+def outcome(place: Path, code: int | None, why: str, seconds: float) -> dict[str, Any]:
+    """What became of a step, by what it left in `place`.json and `place`.log."""
+    file = place.with_name(place.name + ".json")
     if code == 0 and file.exists():
         return {"state": "done", "seconds": seconds, **json.loads(file.read_text())}
-    why = f"not done in {limit:.0f} s" if code is None else f"exit code {code}"
-    last = log.read_text(errors="replace").strip().splitlines()[-LAST:]
+    last = place.with_name(place.name + ".log").read_text(errors="replace").strip().splitlines()[-LAST:]
     return {"state": "failed", "why": why, "seconds": seconds, "last": last}
 
 
-def end_group(pid: int) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_steps(args: argparse.Namespace) -> dict[str, Any]:
@@ -117,17 +150,18 @@ def run_steps(args: argparse.Namespace) -> dict[str, Any]:
     paths = [str(ROOT), *([str(args.unpacked)] if args.unpacked else []), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "MPLBACKEND": "agg"}
     found: dict[str, Any] = {"device": args.device, "small": args.small, "steps": {}}
-    begin = time.monotonic()
-    for i, name in enumerate(args.steps):
-        gone = time.monotonic() - begin
-        print(f"[{i + 1}/{len(args.steps)}, {gone / 60:.1f} min] {name}: ", end="", flush=True)
-        result = run_step(name, args, environment, TOTAL * args.patience - gone)
-        found["steps"][name] = result
-        print(f"{result['state']} in {result['seconds']:.0f} s" + (f", {result['why']}" if "why" in result else ""))
-        for line in result.get("last", []):
-            print(f"    {line}")
-        write(args.out / "results.json", json.dumps(found, indent=1) + "\n")
-        write(args.out / "results.md", page(found))
+    start = time.monotonic()
+    for names in groups(args.steps):
+        gone = time.monotonic() - start
+        print(f"[{gone / 60:.1f} min] {', '.join(names)}", flush=True)
+        for name, result in run_beside(names, args, environment, TOTAL * args.patience - gone):
+            found["steps"][name] = result
+            why = f", {result['why']}" if "why" in result else ""
+            print(f"    {name}: {result['state']} in {result['seconds']:.0f} s{why}", flush=True)
+            for line in result.get("last", []):
+                print(f"        {line}")
+            write(args.out / "results.json", json.dumps(found, indent=1) + "\n")
+            write(args.out / "results.md", page(found))
     return found
 
 

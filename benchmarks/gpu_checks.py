@@ -11,7 +11,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 from gpu import ROOT, How
 
 from cvlctl.learn.algorithms import ALGORITHMS
+from cvlctl.machine import num_cpus
 
 CLI = [sys.executable, "-P", "-m", "cvlctl"]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -79,18 +82,41 @@ def machine(how: How) -> dict[str, Any]:
 
 
 def tests(how: How) -> dict[str, Any]:
-    """tests/test_gpu.py: each method in three forms, resume at every cut, no synchronisation between logs."""
-    options = ["-m", "cuda", "-q", "-rs", "-p", "no:cacheprovider", "--durations", "10", "--tb", "short"]
+    """tests/test_gpu.py: each method in three forms, resume at every cut, no synchronisation between logs. Most of it
+    is compiling: the tests of a method in a process of their own, as many at once as there are CPUs."""
     file = ROOT / "tests" / "test_gpu.py"
     if not file.exists():
         raise RuntimeError(f"there is no {file.relative_to(ROOT)}")
-    done = subprocess.run([sys.executable, "-P", "-m", "pytest", str(file), *options], cwd=ROOT, stdout=subprocess.PIPE,
+    listed = run_pytest("--collect-only", str(file)).stdout
+    ids = [line for line in listed.splitlines() if "::" in line and not line.startswith("ERROR")]
+    with ThreadPoolExecutor(num_cpus()) as pool:
+        all_done = list(pool.map(lambda some: run_pytest("-rs", "--durations", "3", *some), by_method(ids)))
+    counts: Counter[str] = Counter()
+    for done in all_done:
+        print(done.stdout)
+        counts.update({word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)})
+    codes = {done.returncode for done in all_done}
+    if codes != {0} or (how.device == "cuda" and not counts["passed"]):
+        raise RuntimeError(f"pytest ended with exit codes {sorted(codes)}: {dict(counts)}\n{listed if not ids else ''}")
+    return {"numbers": dict(counts), "curves": [facts("Tests", [[word, number] for word, number in counts.items()])]}
+
+
+def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run it on tests that want a GPU. Each process compiles in few others, since there are many at once."""
+    command = [sys.executable, "-P", "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "--tb", "short"]
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ}
+    return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    print(done.stdout)
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)}
-    if done.returncode or (how.device == "cuda" and not counts.get("passed")):
-        raise RuntimeError(f"pytest ended with exit code {done.returncode}: {counts}")
-    return {"numbers": counts, "curves": [facts("Tests", [[word, number] for word, number in counts.items()])]}
+
+
+def by_method(ids: Sequence[str]) -> list[list[str]]:
+    """Tests in groups of one method, which find each other's kernels; those of runs, which compile anew, by themselves
+    and first, since they take longest."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(ids, key=lambda name: "_run_" not in name):
+        method = name.partition("[")[2]
+        groups.setdefault(name if "_run_" in name else method, []).append(name)
+    return list(groups.values())
 
 
 def quickstart(how: How) -> dict[str, Any]:

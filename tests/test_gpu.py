@@ -18,7 +18,7 @@ from cvlctl.collect import replay
 from cvlctl.data.load import opened, to_device
 from cvlctl.data.samplers import BLOCK, Data, batches, gather
 from cvlctl.data.writer import write_store
-from cvlctl.learn import finetune, pretrain, programs
+from cvlctl.learn import finetune, loop, pretrain, programs
 from cvlctl.learn.algorithms import ONLINE, contrastive_ac
 from cvlctl.learn.loop import Learner, take_over
 from cvlctl.learn.networks import State
@@ -26,13 +26,12 @@ from cvlctl.learn.programs import programs_of
 from cvlctl.learn.settings import Settings, configure
 from cvlctl.types import Spec
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-    pytest.mark.timeout(600),
-]
-OFFLINE = [*ALL, "fqe"]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+OF_A_POLICY = {"fqe", "occupancy-of-policy"}  # these stand on a finished one
+OFFLINE = [*ALL, *sorted(OF_A_POLICY)]
 SPEC, SEEDS, BATCH = Spec((4,), 2, 30), [0, 1], 64
+DEVICE, COMPILED = "cuda", True
+ON_GPU = (f"device={DEVICE}", f"compile={str(COMPILED).lower()}")
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +40,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trained(name: str, store: Path, out: Path, *overrides: str) -> dict[str, Any]:
-    """A run of 100 steps; that of `fqe` evaluates a policy of 2."""
-    if name != "fqe":
-        return run(name, store, out, *overrides)
-    return finetune.finetune(load("finetune", store, out, fqe_text(store, out), *overrides))
-
-
-def fqe_text(store: Path, out: Path) -> str:
+    """A run of 100 steps; of those that stand on a policy, on one of 2."""
     policy = out.parent / "policy"
-    run("bc", store, policy, "steps=2", "seeds=[0,1]")
-    return f"algorithm: {{name: fqe, hidden: [32]}}, init_from: '{policy}', steps: 100"
+    if name in OF_A_POLICY:
+        run("bc", store, policy, "steps=2", "seeds=[0,1]")
+    if name == "occupancy-of-policy":
+        return run("occupancy-td", store, out, "critic.loss=td_spectral", f"policy={policy}", *overrides)
+    if name == "fqe":
+        text = f"algorithm: {{name: fqe, hidden: [32]}}, init_from: '{policy}', steps: 100"
+        return finetune.finetune(load("finetune", store, out, text, *overrides))
+    return run(name, store, out, *overrides)
 
 
 class Setting(NamedTuple):
@@ -86,20 +85,24 @@ def setting_of(name: str, store: Path, folder: Path, monkeypatch: pytest.MonkeyP
         online = contrastive_ac.init_online(config, SPEC, SEEDS, 0.1) if module is contrastive_ac else None
         return Setting(module, config, online or module.init(config, SPEC, SEEDS), None)
     found: list[Any] = []
+
+    def noted(recipe: Any, learner: Learner, reading: Any, *others: Any, **more: Any) -> dict[str, Any]:
+        if recipe.out == folder / name:
+            found.extend((learner, reading))
+            return {}
+        return loop.train(recipe, learner, reading, *others, **more)  # the policy that it stands on
+
     with monkeypatch.context() as patch:
-        text = fqe_text(store, folder / name) if name == "fqe" else ""
         for room in (pretrain, finetune):
-            patch.setattr(room, "train", lambda recipe, learner, reading, *_, **__: found.extend((learner, reading)))
-        if name == "fqe":
-            finetune.finetune(load("finetune", store, folder / name, text, "seeds=[0,1]"))
-        else:
-            run(name, store, folder / name, "seeds=[0,1]")
+            patch.setattr(room, "train", noted)
+        trained(name, store, folder / name, "seeds=[0,1]")
     learner, reading = found
     assert isinstance(learner, Learner)
     with opened(reading, 0, BLOCK * BATCH, "cpu") as data:
         assert isinstance(data, Data)
         state = learner.module.init(learner.config, SPEC, SEEDS, data)
-        return Setting(learner.module, learner.config, take_over(state, learner.initial or {}), data)
+        state = take_over(state | (learner.beside or {}), learner.initial or {})
+        return Setting(learner.module, learner.config, state, data)
 
 
 def steps(setting: Setting, device: str, compile: bool, count: int, given: list[tuple[Any, Any]]) -> State:
@@ -134,8 +137,8 @@ def test_a_step_is_the_same_on_cpu_and_gpu_and_in_a_graph(
     given = list(islice(setting.updates(setting.data), 4))
     count = 1 + (getattr(setting.config, "actor_every", 1) > 1)  # with a delayed actor: both of its programs
     wanted = steps(setting, "cpu", False, count, given)
-    alike(steps(setting, "cuda", False, count, given), wanted)
-    alike(steps(setting, "cuda", True, count, given), wanted)
+    alike(steps(setting, DEVICE, False, count, given), wanted)
+    alike(steps(setting, DEVICE, COMPILED, count, given), wanted)
 
 
 @pytest.mark.parametrize("name", OFFLINE)
@@ -143,12 +146,12 @@ def test_nothing_waits_for_the_gpu_between_logs(
     name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = setting_of(name, store, tmp_path, monkeypatch)
-    settings = Settings("cuda", 1, "float32", True)
+    settings = Settings(DEVICE, 1, "float32", COMPILED)
     configure(settings)
     assert setting.data is not None
-    state = {key: value.to("cuda") for key, value in setting.state.items()}
+    state = {key: value.to(DEVICE) for key, value in setting.state.items()}
     chosen = programs_of(setting.module, setting.config, settings)
-    stream = setting.updates(to_device(setting.data, "cuda"))
+    stream = setting.updates(to_device(setting.data, DEVICE))
     try:
         for i, (batch, noise) in enumerate(islice(stream, 210)):
             if i == 10:
@@ -164,34 +167,45 @@ def same_bits(whole: dict[str, Tensor], cut: dict[str, Tensor]) -> None:
     assert [name for name in whole if not torch.equal(whole[name], cut[name])] == []
 
 
-@pytest.mark.parametrize("where", [2, 3, 5, 70])
+CUTS = (2, 3, 5, 70)
+
+
 @pytest.mark.parametrize("name", ["occupancy", "td3_bc", "contrastive_ac"])
-def test_a_cut_run_ends_with_the_same_bits(
-    name: str, where: int, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cut_run_goes_on_with_the_same_bits(
+    name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_fsync: None
 ) -> None:
-    """Each part with an empty cache of compiled kernels."""
+    """The whole run and the one in parts each have an empty cache of compiled kernels."""
     from torch._inductor.utils import fresh_cache
 
-    save = checkpoints.save
-    on_gpu = ("device=cuda", "compile=true", "checkpoint_seconds=1e-9")
+    save, seen = checkpoints.save, {}
+    on_gpu = (*ON_GPU, "checkpoint_seconds=1e-9")
+
+    def noted(path: Path, state: State, metadata: dict[str, Any]) -> None:
+        save(path, state, metadata)
+        if metadata["step"] in CUTS:
+            seen[metadata["step"]] = {key: value.to("cpu", copy=True) for key, value in state.items()}
 
     def save_then_die(path: Path, state: State, metadata: dict[str, Any]) -> None:
         save(path, state, metadata)
         if metadata["step"] == where:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(checkpoints, "save", noted)
     with fresh_cache():
         trained(name, store, tmp_path / "whole", *on_gpu)
     monkeypatch.setattr(checkpoints, "save", save_then_die)
-    with fresh_cache(), pytest.raises(KeyboardInterrupt):
-        trained(name, store, tmp_path / "cut", *on_gpu)
-    monkeypatch.setattr(checkpoints, "save", save)
     with fresh_cache():
+        for where in CUTS:
+            with pytest.raises(KeyboardInterrupt):
+                trained(name, store, tmp_path / "cut", *on_gpu)
+            same_bits(seen[where], state_of(tmp_path / "cut"))
+        where = 0
         trained(name, store, tmp_path / "cut", *on_gpu)
     same_bits(state_of(tmp_path / "whole"), state_of(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("name", ["occupancy", "td3_bc"])
-def test_a_streamed_run_is_captured_while_it_is_read(name: str, store: Path, tmp_path: Path) -> None:
-    more = ("device=cuda", "compile=true", "steps=500", "memory_gb=3e-5")
-    assert trained(name, store, tmp_path / name, *more)["settings"]["window_rows"] > 0
+def test_a_streamed_run_is_captured_while_it_is_read(name: str, tmp_path: Path) -> None:
+    many = write_store(tmp_path / "points.zarr", moving_point(20), task="point").path
+    more = (*ON_GPU, "steps=500", "memory_gb=3e-5")
+    assert trained(name, many, tmp_path / name, *more)["settings"]["window_rows"] > 0

@@ -38,6 +38,17 @@ def _critic_weights(critic: occupancy.Config) -> int:
     return (1 + critic.twin) * weights(*critic.hidden, critic.latent_dim)
 
 
+NEXT_CALLS = 92  # of PyTorch, for targets; about as many for a policy that is cloned
+
+
+def _critic_update(critic: occupancy.Config, cloned: bool) -> tuple[int, int]:
+    """Passes of a batch through an encoder, and calls of PyTorch beyond those that every critic makes. A td_ loss asks
+    its targets too, and clones the data's policy where no other policy's actions are put at the next states."""
+    if not occupancy.by_next(critic):
+        return 2, 0
+    return (4, 2 * NEXT_CALLS) if cloned else (3, NEXT_CALLS)
+
+
 class _TrainRecipe(Computed):
     stores: Annotated[tuple[StoreUse, ...], Field(min_length=1)]
     observe: Observe | None = None  # what of the stores' cameras is seen; None: the vector alone
@@ -112,8 +123,9 @@ class PretrainRecipe(_TrainRecipe):
 
     def update(self, critic: Any) -> Update:
         """What an update of this critic is."""
-        work = self.batch_size * 2 * _critic_weights(critic)
-        return update_of(len(self.seeds) * work, occupancy.CALLS)
+        passes, calls = _critic_update(critic, cloned=self.policy == "data")
+        work = self.batch_size * passes * _critic_weights(critic)
+        return update_of(len(self.seeds) * work, occupancy.CALLS + calls)
 
     @model_validator(mode="after")
     def _opens_no_label(self) -> Self:
@@ -243,11 +255,15 @@ class FinetuneRecipe(_TrainRecipe):
         actions = getattr(config, "num_actions", 1)
         passes = getattr(method, "PASSES", 1) + actions * getattr(method, "PASSES_AN_ACTION", 0)
         work: float = self.batch_size * passes * weights(*getattr(config, "hidden", (256, 256)))
+        calls = getattr(method, "CALLS", CALLS)
         if critic is not None:
             bank = getattr(config, "bank_size", 0) + getattr(config, "num_examples", 0)  # through psi
-            learned = 0 if getattr(config, "mode", "auto") == "frozen" else 2
+            learned = 0
+            if getattr(config, "mode", "auto") != "frozen":
+                learned, more = _critic_update(critic, cloned=getattr(config, "improvement", "one_step") == "one_step")
+                calls += more
             work += (bank / 3 + (learned + actions) * self.batch_size) * _critic_weights(critic)
-        return update_of(len(self.seeds) * work, getattr(method, "CALLS", CALLS))
+        return update_of(len(self.seeds) * work, calls)
 
     def inputs(self) -> list[Path]:
         examples = self.success_examples

@@ -114,6 +114,8 @@ def test_steps_that_fail_are_late_or_lack_a_package_do_not_stop_the_next(
 ) -> None:
     gpu = script("gpu")
     monkeypatch.setitem(gpu.STEPS, "quickstart", gpu.Step("gpu_checks.quickstart", 9, ("no_such_package",)))
+    for name in ("killed", "streamed"):  # whatever packages are here
+        monkeypatch.setitem(gpu.STEPS, name, gpu.Step(f"gpu_checks.{name}", 9, alone=False))
     monkeypatch.setitem(gpu.STEPS, "CQL", gpu.Step("gpu_rates.method", 0.01))
     monkeypatch.setattr(gpu, "HERE", tmp_path)
     script("gpu_page")
@@ -123,14 +125,18 @@ def test_steps_that_fail_are_late_or_lack_a_package_do_not_stop_the_next(
         "print('begun', name)\n"
         "if name == 'machine': sys.exit('it has no GPU')\n"
         "if name == 'CQL': time.sleep(600)\n"
+        "pathlib.Path(name).touch()\n"
+        "other = {'killed': 'streamed', 'streamed': 'killed'}.get(name, name)\n"
+        "while not pathlib.Path(other).exists(): time.sleep(0.01)\n"
         "file.write_text(json.dumps({'numbers': {'graph': 10_000.0}, 'curves': []}))\n"
     )
     out = tmp_path / "out"
-    steps = ["machine", "quickstart", "CQL", "IQL"]
+    monkeypatch.chdir(tmp_path)
+    steps = ["machine", "quickstart", "killed", "streamed", "CQL", "IQL"]  # two of which wait for each other
     assert gpu.main(["--device", "cpu", "--out", str(out), "--patience", "20", "--steps", *steps]) == 1
     found = json.loads((out / "results.json").read_text())["steps"]
     assert {name: step["state"] for name, step in found.items()} == dict(
-        zip(steps, ("failed", "skipped", "failed", "done"), strict=True)
+        zip(steps, ("failed", "skipped", "done", "done", "failed", "done"), strict=True)
     )
     assert found["machine"]["why"] == "exit code 1" and found["machine"]["last"][-1] == "it has no GPU"
     assert found["quickstart"]["why"] == "no package no_such_package"
@@ -138,6 +144,19 @@ def test_steps_that_fail_are_late_or_lack_a_package_do_not_stop_the_next(
     page = (out / "results.md").read_text()
     assert "it has no GPU" in page and "| IQL | done |" in page
     assert "no package no_such_package" in capsys.readouterr().out
+
+
+def test_what_measures_runs_alone(script: Script) -> None:
+    gpu = script("gpu")
+    several = [names for names in gpu.groups(list(gpu.STEPS)) if len(names) > 1]
+    assert several == [["quickstart", "killed", "streamed", "variants"]]
+    assert gpu.groups(["tests", "variants", "CVL", "killed"]) == [["tests"], ["variants"], ["CVL"], ["killed"]]
+
+
+def test_tests_of_a_method_share_a_process_and_runs_begin_first(script: Script) -> None:
+    ids = ["f::test_a_step[bc]", "f::test_a_step[iql]", "f::test_nothing_waits[bc]", "f::test_a_cut_run_goes[bc]"]
+    found = script("gpu_checks").by_method(ids)
+    assert found == [["f::test_a_cut_run_goes[bc]"], ["f::test_a_step[bc]", "f::test_nothing_waits[bc]"], [ids[1]]]
 
 
 def test_aims_are_open_until_a_gpu_has_been_measured(script: Script) -> None:
@@ -155,6 +174,15 @@ def test_aims_are_open_until_a_gpu_has_been_measured(script: Script) -> None:
     assert page.aims(found | {"device": "cpu"}) == page.aims(found | {"small": True}) == page.aims(None)
     del steps["LAEO"]  # of five methods one is missing: open
     assert page.aims(found)[1][4][-1] == page.OPEN
+
+
+def test_the_model_is_held_against_the_aims(script: Script) -> None:
+    """One seed of CVL: 200 us of launches and a fifth of the other 100."""
+    limits = {"CVL": [200, 40.0, 60.0, 300, 1800, 2.5]}
+    limits |= {name: [90, 5.0, 5.0, 100, 500, 1] for name in ("TD3+BC", "IQL")}
+    told = script("run").of_the_aims(limits)
+    for words in ("in 2.5 minutes", "five seeds at 1.36 times", "TD3+BC 50,000, IQL 50,000", "at least 5.0 times"):
+        assert words in told
 
 
 def test_wheels_of_the_versions_that_were_tested_are_listed_and_used(

@@ -176,6 +176,8 @@ def of_sac(config: sac.Config) -> Any:
 
 CASES: dict[str, Any] = {name: finetuning(name) for name in ALGORITHMS if name != "fqe"} | {
     "occupancy": pretraining(), "occupancy, small": pretraining(critic={"hidden": [64, 64]}, batch_size=64),
+    "occupancy, td": pretraining(critic={"hidden": [64, 64], "loss": "td_info_nce"}, batch_size=64),
+    "cvl, iterated": finetuning("cvl", critic={"hidden": [256, 256], "loss": "td_spectral"}, improvement="iterated"),
     "cvl, small": finetuning("cvl", critic={"hidden": [256, 256]}), "bc, tiny": finetuning("bc", hidden=[16, 16]),
     "td3_bc, wide": finetuning("td3_bc", hidden=[1024, 1024]), "laeo, together": finetuning("laeo", seeds=(0, 1, 2)),
 }  # fmt: skip

@@ -34,6 +34,18 @@ def test_a_captured_step_is_the_eager_one(name: str, store: Path, tmp_path: Path
     alike(state_of(tmp_path / "eager"), state_of(tmp_path / "graph"))
 
 
+def test_a_captured_critic_of_a_policy_is_the_eager_one(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("bc", store, tmp_path / "bc", "steps=2")
+    more = ("steps=10", "critic.loss=td_spectral", f"policy={tmp_path / 'bc'}")
+    run("occupancy-td", store, tmp_path / "eager", *more)
+    monkeypatch.setattr(loop, "programs_of", graphs.as_on_a_gpu)
+    with graphs.emulated():
+        run("occupancy-td", store, tmp_path / "graph", *more)
+    alike(state_of(tmp_path / "eager"), state_of(tmp_path / "graph"))
+
+
 def test_a_captured_evaluation_is_the_eager_one(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("bc", store, tmp_path / "bc", "steps=2")
     text = f"algorithm: {{name: fqe, hidden: [16]}}, init_from: '{tmp_path / 'bc'}', steps: 10"

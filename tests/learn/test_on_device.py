@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy_runs import ALL, run
+from toy_runs import ALL, load, run
 
+from cvlctl.data import samplers
 from cvlctl.learn import loop, programs
 from cvlctl.learn.algorithms import values
+from cvlctl.learn.finetune import finetune
 
 aten = torch.ops.aten
 WAITS = (aten.lift_fresh, aten._local_scalar_dense)  # tensors made of Python's numbers; numbers read from tensors
@@ -38,12 +40,27 @@ def test_what_is_watched_for() -> None:
             watched(waits)(torch.ones(1))
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_an_update_waits_for_nothing(name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither draws nor batches nor updates wait."""
     programs_of = programs.programs_of
     monkeypatch.setattr(loop, "programs_of", lambda *args: [watched(program) for program in programs_of(*args)])
     monkeypatch.setattr(loop, "gather", watched(loop.gather))
+    monkeypatch.setattr(samplers, "draw", watched(samplers.draw))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_update_waits_for_nothing(name: str, store: Path, tmp_path: Path, no_waiting: None) -> None:
     run(name, store, tmp_path / "run", "steps=2")
+
+
+def test_an_update_on_a_policy_waits_for_nothing(store: Path, tmp_path: Path, no_waiting: None) -> None:
+    run("bc", store, tmp_path / "bc", "steps=2")
+    more = ("steps=2", f"policy={tmp_path / 'bc'}")
+    for loss in ("td_info_nce", "td_spectral"):
+        run("occupancy-td", store, tmp_path / loss, f"critic.loss={loss}", *more)
+    text = f"algorithm: {{name: fqe, hidden: [16]}}, init_from: '{tmp_path / 'bc'}', steps: 2"
+    finetune(load("finetune", store, tmp_path / "fqe", text))
 
 
 @pytest.mark.parametrize("name", ["td3_bc", "contrastive_ac"])
