@@ -89,6 +89,8 @@ def tests(how: How) -> dict[str, Any]:
         raise RuntimeError(f"there is no {file.relative_to(ROOT)}")
     listed = run_pytest("--collect-only", str(file)).stdout
     ids = [line for line in listed.splitlines() if "::" in line and not line.startswith("ERROR")]
+    if not ids:
+        raise RuntimeError(f"pytest finds no tests: {listed}")
     with ThreadPoolExecutor(num_cpus()) as pool:
         all_done = list(pool.map(lambda some: run_pytest("-rs", "--durations", "3", *some), by_method(ids)))
     counts: Counter[str] = Counter()
@@ -97,13 +99,14 @@ def tests(how: How) -> dict[str, Any]:
         counts.update({word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)})
     codes = {done.returncode for done in all_done}
     if codes != {0} or (how.device == "cuda" and not counts["passed"]):
-        raise RuntimeError(f"pytest ended with exit codes {sorted(codes)}: {dict(counts)}\n{listed if not ids else ''}")
+        raise RuntimeError(f"pytest ended with exit codes {sorted(codes)}: {dict(counts)}")
     return {"numbers": dict(counts), "curves": [facts("Tests", [[word, number] for word, number in counts.items()])]}
 
 
 def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run it on tests that want a GPU. Each process compiles in few others, since there are many at once."""
-    command = [sys.executable, "-P", "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "--tb", "short"]
+    """Run it on tests that want a GPU. Each process compiles in few others, since there are many at once. A -q is in
+    pyproject.toml; a second one would take names and counts away."""
+    command = [sys.executable, "-P", "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "--tb", "short"]
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": "4", **os.environ}
     return subprocess.run([*command, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True)  # fmt: skip

@@ -42,7 +42,7 @@ def test_a_run_in_parts_and_a_streamed_one(
 
 def test_pytest_alone_collects_them() -> None:
     """A machine that was equipped by hand has none of its plug-ins."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-p", "no:cacheprovider"]
     plugins = [flag for name in ("timeout", "xdist", "hypothesispytest") for flag in ("-p", f"no:{name}")]
     done = subprocess.run([*command, *plugins, test_gpu.__file__], cwd=Path(__file__).parents[1], capture_output=True)
-    assert done.returncode == 0, done.stdout.decode()
+    assert done.returncode == 0 and b"tests/test_gpu.py::test_a_step" in done.stdout, done.stdout.decode()
