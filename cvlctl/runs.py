@@ -107,13 +107,10 @@ class Run:
                 return None
             raise CvlctlError(f"{self.out} is not empty and not a run", "choose another out: nothing in it was touched")
         before = None if force else read_run(self.out)
-        if before is not None and (before["status"] == "finished" or self._own_checkpoints()):
+        if before is not None and is_worth_something(self.out, before):
             changed = self._difference(before)
             if changed:
-                hint = "choose another out, or --force to start it over"
-                if changed.startswith("steps was"):
-                    hint = f"a run goes on to more steps, never back to fewer: {hint}"
-                raise CvlctlError(f"{self.out} holds another run: {changed}", hint)
+                raise another(self.out, changed)
         return before
 
     def _taken(self, force: bool) -> str:
@@ -159,22 +156,17 @@ class Run:
         """How the run of a record differs from this one, in words. One moved or copied, or that is to have more steps,
         is still the same."""
         try:
-            then = settled(self._refill(before["recipe"]), self.recipe)
-            skipped = (*_NO_MATTER, *(("steps",) if raised(then, self.recipe) else ()))
-            before_it, now = ({k: v for k, v in r.items() if k not in skipped} for r in (then, self.recipe))
-            return _difference(before_it, now) or _difference(before["inputs"], self.inputs)
+            then = self._refill(before["recipe"])
+            return changed(then, self.recipe) or difference(before["inputs"], self.inputs)
         except RecursionError:
             return "its recipe has no end"
-
-    def _own_checkpoints(self) -> list[Path]:
-        return [file for file in self.checkpoints.glob("*.safetensors") if _CHECKPOINT.fullmatch(file.name)]
 
     def _clear(self) -> None:
         # first of all it becomes a run like no other: a kill in here leaves nothing that could be taken for ours
         write_json(self.out / "run.json", REPLACED)
         for name in ("metrics.jsonl", "metrics.png", "metrics.svg", LABELS_FILE):
             (self.out / name).unlink(missing_ok=True)
-        for file in self._own_checkpoints():
+        for file in _own_checkpoints(self.out):
             file.unlink(missing_ok=True)
 
     def _write(self, status: str, more: dict[str, Any]) -> None:
@@ -215,6 +207,23 @@ class Run:
             self._lock = None
 
 
+def is_worth_something(out: Path, record: Mapping[str, Any]) -> bool:
+    """Whether there is anything to lose in a run: it is finished, or has checkpoints."""
+    return record["status"] == "finished" or bool(_own_checkpoints(out))
+
+
+def _own_checkpoints(out: Path) -> list[Path]:
+    return [file for file in (out / "checkpoints").glob("*.safetensors") if _CHECKPOINT.fullmatch(file.name)]
+
+
+def another(out: Path, changed: str) -> CvlctlError:
+    """What a recipe is told that is not that of the run in `out`."""
+    hint = "choose another out, or --force to start it over"
+    if changed.startswith("steps was"):
+        hint = f"a run goes on to more steps, never back to fewer: {hint}"
+    return CvlctlError(f"{out} holds another run: {changed}", hint)
+
+
 def remove(out: Path) -> list[str]:
     """Remove the run in `out`, which nobody may be at: what runs write, and the folders where nothing else is in them.
     What is reached through a link stays. Returns what is left, by name.
@@ -250,6 +259,14 @@ def raised(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether of two recipes the second says more steps: a run of the first goes on."""
     steps = then.get("steps"), now.get("steps")
     return all(type(one) is int for one in steps) and steps[0] < steps[1]  # type: ignore[operator]
+
+
+def changed(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """How a recipe differs from that of a run, in words; "" where the run is its own, or goes on with it."""
+    then = settled(then, now)
+    skipped = (*_NO_MATTER, *(("steps",) if raised(then, now) else ()))
+    before_it, it = ({k: v for k, v in r.items() if k not in skipped} for r in (then, now))
+    return difference(before_it, it)
 
 
 def called(recipe: Mapping[str, Any]) -> str | None:
@@ -308,11 +325,11 @@ def _metrics(line: bytes) -> dict[str, Any]:
     return found
 
 
-def _difference(before: Any, now: Any, key: str = "") -> str:
+def difference(before: Any, now: Any, key: str = "") -> str:
     """The first difference between two pieces of plain data, in words; "" where there is none."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in [*before, *(n for n in now if n not in before)]:
-            found = _difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+            found = difference(before.get(name), now.get(name), f"{key}.{name}" if key else name)
             if found:
                 return found
         return ""

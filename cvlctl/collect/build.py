@@ -82,16 +82,18 @@ def finished(recipe: BuildRecipe) -> dict[str, Any]:
     """
     put_right(recipe.out)
     store = open_store(recipe.out)
-    if not _is_of(recipe, store):
-        what = f"{recipe.out} holds a store of another recipe"
-        raise CvlctlError(what, "choose another out, or --force to replace it")
+    recipe.check_built(store.provenance.get("recipe"))
     if isinstance(recipe.source, OnlineSource):
         online.finish_run(recipe, recipe.source, store)
     return _summary(store, "finished already", 0.0)
 
 
 def _is_of(recipe: BuildRecipe, store: Store) -> bool:
-    return recipe.built(store.provenance.get("recipe"))
+    try:
+        recipe.check_built(store.provenance.get("recipe"))
+    except CvlctlError:
+        return False
+    return True
 
 
 def _summary(store: Store, status: str, seconds: float) -> dict[str, Any]:

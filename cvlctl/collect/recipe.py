@@ -38,7 +38,7 @@ from cvlctl.recipes.values import (
 )
 from cvlctl.recipes.yamlfile import Source, shown
 from cvlctl.recipes.yamltext import Key
-from cvlctl.runs import settled
+from cvlctl.runs import difference, settled
 from cvlctl.types import Flag
 
 
@@ -321,13 +321,19 @@ class BuildRecipe(Computed):
     def writes(self) -> list[str]:
         return [str(self.out), str(policies_dir(self.out))]
 
-    def built(self, recorded: Any) -> bool:
-        """Whether a resolved recipe found in a store is this one: keys that came later have their defaults.
+    def check_built(self, recorded: Any) -> None:
+        """Refuse a store whose resolved recipe is not this one: keys that came later have their defaults.
 
         `out` may differ: a store may have been moved, or be reached by another path.
+
+        Raises:
+            CvlctlError: naming the first key that differs.
         """
         now = self.resolved() | {"out": None}
-        return settled(self.with_defaults(recorded or {}), now) | {"out": None} == now
+        then = settled(self.with_defaults(recorded), now) | {"out": None} if isinstance(recorded, dict) else {}
+        if changed := difference(then, now):
+            what = f"{self.out} holds a store of another recipe{f': {changed}' if then else ''}"
+            raise CvlctlError(what, "choose another out, or --force to replace it")
 
 
 class BuildManyRecipe(Strict):

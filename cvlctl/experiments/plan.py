@@ -12,9 +12,11 @@ from cvlctl.errors import CvlctlError
 from cvlctl.experiments.graph import Cell, needed_by
 from cvlctl.experiments.recipe import Job
 from cvlctl.folders import partial_of
-from cvlctl.runs import raised, read_run, settled
+from cvlctl.runs import another, changed, is_worth_something, raised, read_run
 
 RECORDS = ("run.json", "zarr.json", "evaluation.json")  # the last thing that a command writes into its `out`
+
+LEFT = ("to do", "partial")  # states of cells that there is something to do for
 
 
 def title(job: Job) -> str:
@@ -24,53 +26,68 @@ def title(job: Job) -> str:
 
 def plan(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """One dict a cell: cell (its name), stage, command, combination, needs (names), out, state, size, estimate_seconds,
-    threads (how many, and why; None: no matter).
+    threads (how many, and why; None: no matter), refused (what its command would say, and a hint; else None).
 
-    The state is "finished", "partial", "to do", or "another recipe" (it will not start without --force).
+    The state is "finished", "partial", "to do", or "another recipe" (it is refused without --force).
     """
     rows, needed = [], needed_by(cells)
     for cell in cells:
         job = cell.job
         size, seconds = job.recipe.work(needed[cell.name])
+        state, refused = ("to do", None) if cell.force else looked_at(job)
         rows.append({
             "cell": cell.name, "stage": job.stage, "command": job.command, "combination": job.combination,
-            "needs": list(cell.needs), "out": str(job.recipe.out), "state": "to do" if cell.force else state_of(job),
-            "size": size, "estimate_seconds": round(seconds), "threads": getattr(job.recipe, "about_threads", None),
+            "needs": list(cell.needs), "out": str(job.recipe.out), "state": state, "size": size,
+            "estimate_seconds": round(seconds), "threads": getattr(job.recipe, "about_threads", None),
+            "refused": refused and [refused.what, refused.hint],
         })  # fmt: skip
     return rows
 
 
 def state_of(job: Job) -> str:
     """How far a job is, by what lies at its `out`."""
-    out, plain = Path(job.recipe.out), job.recipe.resolved()
-    before: Mapping[str, Any]
+    return looked_at(job)[0]
+
+
+def looked_at(job: Job) -> tuple[str, CvlctlError | None]:
+    """How far a job is, by what lies at its `out`; and what its command says of that, where it would not begin."""
+    look = {"build-dataset": _store, "evaluate": _evaluation}.get(job.command, _run)
     try:
-        if job.command == "build-dataset":
-            from cvlctl.data.store import open_store
+        return look(job.recipe, Path(job.recipe.out)), None
+    except CvlctlError as error:
+        return "another recipe", error
 
-            if not out.exists():
-                return "partial" if partial_of(out).exists() else "to do"
-            same = job.recipe.built(open_store(out).provenance.get("recipe"))
-            return "finished" if same else "another recipe"
-        if job.command == "evaluate":
-            from cvlctl.score.kept import read_evaluation
 
-            found = read_evaluation(job.recipe)
-            if found is None:
-                return "to do"
-            before = found if found["recipe"].get("episodes") == job.recipe.episodes else {**found, "status": "started"}
-        elif not (out / "run.json").exists():
-            return "to do"
-        else:
-            before = read_run(out)
-    except CvlctlError:
-        return "another recipe"
-    recorded = settled(job.recipe.with_defaults(before["recipe"]), plain)
-    other = {key for key, value in plain.items() if recorded.get(key) != value} - {"out", "loggers"}
-    goes_on = {"label", *(["steps"] if raised(recorded, plain) else [])}
-    if job.command != "evaluate" and other - goes_on:
-        return "another recipe"
-    same = job.command == "evaluate" or not other
+def _store(recipe: Any, out: Path) -> str:
+    from cvlctl.data.store import open_store
+
+    if not out.exists():
+        return "partial" if partial_of(out).exists() else "to do"
+    recipe.check_built(open_store(out).provenance.get("recipe"))
+    return "finished"
+
+
+def _evaluation(recipe: Any, out: Path) -> str:
+    from cvlctl.score.kept import read_evaluation
+
+    before = read_evaluation(recipe)
+    if before is None:
+        return "to do"
+    same = before["recipe"].get("episodes") == recipe.episodes
+    return "finished" if same and before["status"] == "finished" else "partial"
+
+
+def _run(recipe: Any, out: Path) -> str:
+    if not (out / "run.json").exists():
+        return "to do"
+    before, plain = read_run(out), recipe.resolved()
+    recorded = recipe.with_defaults(before["recipe"])
+    then = {key: value for key, value in recorded.items() if key in plain}
+    if why := changed(then, plain):
+        if is_worth_something(out, before):
+            raise another(out, why)
+        return "to do"
+    same = not raised(then, plain) and then.get("label") == plain.get("label")
     return "finished" if same and before["status"] == "finished" else "partial"
 
 
@@ -95,11 +112,11 @@ def _written(place: str) -> float:
 
 
 def lines(cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]], at_once: int) -> list[str]:
-    """What is about to be done, a line for each cell of the plan that is not finished, and in all; none: nothing is.
+    """What is about to be done, a line for each cell of the plan that is left, and in all; none: nothing is.
 
     Of many cells a line for each stage.
     """
-    left = [(cell, row) for cell, row in zip(cells, rows, strict=True) if row["state"] != "finished"]
+    left = [(cell, row) for cell, row in zip(cells, rows, strict=True) if row["state"] in LEFT]
     if len(left) > 30:
         stages = dict.fromkeys(row["stage"] for _, row in left)
         told = [_stage_line(stage, [row for _, row in left if row["stage"] == stage]) for stage in stages]
@@ -115,7 +132,7 @@ def _stage_line(stage: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def in_all(rows: Sequence[Mapping[str, Any]], at_once: int) -> str:
     """How long what is left takes, with so many cells at once: at least the longest way through it."""
-    left = [row for row in rows if row["state"] != "finished"]
+    left = [row for row in rows if row["state"] in LEFT]
     ends: dict[str, float] = {}
     for row in left:
         ends[row["cell"]] = row["estimate_seconds"] + max([0.0, *(ends.get(need, 0.0) for need in row["needs"])])

@@ -75,18 +75,24 @@ def _run_cells(
     at_once = _at_once(experiment)
     about: dict[str, Any] = {"out": str(experiment.out), "at_once": at_once, "cells": rows}
     todo = _to_do(cells, rows)
+    refused = _refused(todo, rows)
+    begin = [cell for cell in todo if cell.name not in refused]
     if dry_run:
-        return {"status": "planned", **about, **(_submit(experiment, todo, rows, dry_run=True)), "scores": []}
+        return {"status": "planned", **about, **(_submit(experiment, begin, rows, dry_run=True)), "scores": []}
+    for cell, row in zip(cells, rows, strict=True):
+        if cell.name in refused:
+            row["state"], row["error"], row["hint"] = refused[cell.name]
+            say(f"{title(cell.job)}: {row['state']}: {row['error']}")
     for line in lines(cells, rows, at_once):
         say(line)
-    if experiment.engine == "slurm" and todo:
+    if experiment.engine == "slurm" and begin:
         if fail_fast:
             raise CvlctlError(
                 "--fail-fast: SLURM goes on when this command has ended", "leave it out, or --cancel later"
             )
-        return {"status": "submitted", **about, **_submit(experiment, todo, rows, dry_run=False), "scores": []}
+        return {"status": "submitted", **about, **_submit(experiment, begin, rows, dry_run=False), "scores": []}
     began = time.monotonic()
-    _run(experiment, cells, rows, todo, fail_fast=fail_fast)
+    _run(experiment, cells, rows, [] if fail_fast and refused else begin, fail_fast=fail_fast)
     about["seconds"] = round(time.monotonic() - began, 1)
     _read_results(cells, rows)
     failed = any(row["state"] != "finished" for row in rows)
@@ -155,6 +161,22 @@ def _to_do(cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]]) -> list[Cel
     return [cell for cell in ordered if cell.name in again]
 
 
+def _refused(todo: Sequence[Cell], rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str, str]]:
+    """State, error and hint of cells that would not begin where another recipe's result is, and of what waits for them:
+    told from the plan, and not by the start of a command each."""
+    errors = {row["cell"]: row["refused"] for row in rows if row["refused"]}
+    found, behind = dict[str, tuple[str, str, str]](), dict[str, str]()
+    for cell in todo:
+        why = next((behind[need] for need in cell.needs if need in behind), None)
+        if cell.name in errors:
+            found[cell.name] = ("failed", *errors[cell.name])
+        elif why is not None:
+            found[cell.name] = ("blocked", f"it needs {why}, which failed", "")
+        if cell.name in found:
+            behind[cell.name] = why or cell.name
+    return found
+
+
 def _run(
     experiment: ExperimentRecipe, cells: Sequence[Cell], rows: list[dict[str, Any]], todo: Sequence[Cell],
     *, fail_fast: bool,
@@ -163,7 +185,8 @@ def _run(
     by_name = {row["cell"]: row for row in rows}
     places = {row["cell"]: f"{number}/{len(rows)} {title(cell.job)}"
               for number, (cell, row) in enumerate(zip(cells, rows, strict=True), start=1)}  # fmt: skip
-    finished = [name for name in places if name not in {cell.name for cell in todo}]
+    again = {cell.name for cell in todo}
+    finished = [name for name, row in by_name.items() if row["state"] == "finished" and name not in again]
     for name in finished if len(finished) <= MANY else ():
         say(f"{places[name]}: finished already")
     if len(finished) > MANY:

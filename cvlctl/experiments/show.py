@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cvlctl.experiments.engines import on_slurm
 from cvlctl.experiments.engines.start import LOG, last_lines
 from cvlctl.experiments.graph import folder_of
-from cvlctl.experiments.plan import in_all, rough, threads_of
+from cvlctl.experiments.plan import LEFT, in_all, rough, threads_of
 from cvlctl.progress import clock
 from cvlctl.recipes.matrix import text_of
 from cvlctl.terminal import print_table
@@ -62,6 +62,13 @@ def _render_plan(result: dict[str, Any], console: Console) -> None:
         console.print("every cell: --json; fewer of them: --only 'stage=... KEY=...'", markup=False, soft_wrap=True)
     console.print(f"out: {result['out']}", markup=False, soft_wrap=True)
     console.print(f"to do: {in_all(result['cells'], result['at_once'])}", markup=False, soft_wrap=True)
+    refused = [row["refused"] for row in result["cells"] if row.get("refused")]
+    for what, _ in refused[:MANY]:
+        console.print(f"refused: {what}", markup=False, soft_wrap=True)
+    if len(refused) > MANY:
+        console.print(f"refused: {len(refused) - MANY} more", markup=False, soft_wrap=True)
+    if refused:
+        console.print(f"hint: {refused[0][1]}", markup=False, soft_wrap=True)
     for line in threads_of(result["cells"]):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -70,7 +77,7 @@ def _cells_of(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for row in result["cells"]:
         of = " ".join(text_of(value).split("/")[-1] for value in row["combination"].values())
         out = row["out"].removeprefix(result["out"].rstrip("/") + "/")
-        about = "" if row["state"] == "finished" else rough(row["estimate_seconds"])
+        about = rough(row["estimate_seconds"]) if row["state"] in LEFT else ""
         yield f"{row['stage']}: {row['command']}", of, out, row["state"], row["size"], about
 
 
@@ -79,7 +86,7 @@ def _stages_of(cells: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     for stage in dict.fromkeys(row["stage"] for row in cells):
         rows = [row for row in cells if row["stage"] == stage]
         states = Counter(row["state"] for row in rows)
-        left = [row["estimate_seconds"] for row in rows if row["state"] != "finished"]
+        left = [row["estimate_seconds"] for row in rows if row["state"] in LEFT]
         about = rough(sum(left)) if left else ""
         yield (
             f"{stage}: {rows[0]['command']}",
@@ -103,6 +110,9 @@ def _render_failures(result: dict[str, Any], console: Console) -> None:
             table.add_row(*map(Text, (row["cell"], row["state"], row.get("error", "") or "")))
     print_table(console, table)
     for row in [row for row in result["cells"] if row["state"] == "failed"][:5]:
+        if row.get("refused"):  # it did not run: its log is of another time
+            console.print(f"{row['cell']}: hint: {row['hint']}", markup=False, soft_wrap=True)
+            continue
         folder = folder_of(Path(result["out"]), row["cell"])
         console.print(f"{row['cell']}, the end of {folder / LOG}:", markup=False, soft_wrap=True)
         lines = last_lines(folder).splitlines()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cvlctl.experiments.engines import on_slurm
 from cvlctl.experiments.engines.start import is_at_work, state_in
 from cvlctl.experiments.graph import CELLS, Cell, folder_of
-from cvlctl.experiments.plan import state_of
+from cvlctl.experiments.plan import looked_at
 from cvlctl.files import now_at
 from cvlctl.progress import how_far
 from cvlctl.terminal import print_table
@@ -56,11 +56,11 @@ def _state(out: Path, cell: Cell, told: Mapping[str, Any], now: float) -> tuple[
             return "running", ""
         state = "failed"
         told = {"error": [_DIED, ""]}
-    done = state_of(cell.job)
+    done, refused = looked_at(cell.job)
     if done == "finished":
         return "done", ""
-    if done == "another recipe":
-        return "failed", f"{cell.job.recipe.out} holds the result of another recipe"
+    if refused is not None:
+        return "failed", refused.what
     if state == "failed":
         return "failed", told.get("error", ["it died without a word"])[0]
     return ("stopped", "") if state == "stopped" else ("waiting", "")

@@ -27,7 +27,7 @@ def place() -> Path:
 def test_it_is_whole_small_and_built_by_its_recipe(place: Path) -> None:
     store, recipe = open_store(place), load(RECIPE, (), "build-dataset")
     assert verify_store(place) == []
-    assert recipe.built(store.provenance["recipe"])
+    recipe.check_built(store.provenance["recipe"])
     assert store.num_transitions == recipe.source.steps
     files = [file for file in place.rglob("*") if file.is_file()]
     assert len(files) < 30

@@ -41,6 +41,8 @@ try:
                     time.sleep(0.02)
                     if time.monotonic() - began > 60:
                         sys.exit(3)
+            if act == "grow":  # beyond whatever began it, of whose memory the kernel tells else
+                grown = b"x" * 400_000_000
             if act == "fail":
                 print("a line before the end")
                 cell.failed("it cannot be", "do something else")

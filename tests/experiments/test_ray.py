@@ -216,7 +216,7 @@ def test_cells_run_in_order_and_a_failure_stays_where_it_happens(
     assert len(told["job"]) == 48  # of a task
 
     # again: kills of a cell and of a worker are told of, and what another process runs is left to it
-    acts(**{"critic/b": "die", "policy/a": "kill"})
+    acts(**{"critic/b": "grow; die", "policy/a": "kill"})
     held = lock(folder_of(tmp_path / "e", "critic/a") / own.LOCK)
     before = len(lines)
 
@@ -236,7 +236,9 @@ def test_cells_run_in_order_and_a_failure_stays_where_it_happens(
     assert result["cells"][2]["error"] == "its worker or node died, more often than ray.max_retries allows"
     found = {row["cell"]: row["why"] for row in look.look(on_cluster())["cells"]}
     assert found["policy/a"] == "its worker or node died, more often than ray.max_retries allows"
-    assert result["cells"][1]["error"].startswith("killed (SIGKILL), most likely because memory ran out; it had taken")
+    assert result["cells"][1]["error"].startswith(
+        "killed (SIGKILL), most likely because memory ran out; it had taken 0."
+    )
     lines = [(line["cell"], line["what"]) for line in journal()][before:]
     assert {line["gpu"] for line in journal()[before:] if line["cell"] != "both"} <= {"0", "1"}
     assert lines[0] == ("critic/b", "begun")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -110,20 +111,40 @@ def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pyt
     for file in (tmp_path / "e").rglob("run.json"):
         before = json.loads(file.read_text())
         before["recipe"].pop("memory_gb", None)
+        written = file.stat().st_mtime_ns
         file.write_text(json.dumps(before))
+        os.utime(file, ns=(written, written))  # else what reads it would be older
     assert states(experiment) == ["finished"] * 6
 
     # one stage changed: it alone is another recipe, and says so before anything is lost; what reads it waits for it
     changed = "stages.cloning.steps=3"
     assert states(experiment, changed) == ["finished"] * 4 + ["another recipe", "finished"]
+    log = tmp_path / "e" / "cells" / "finetune" / "gym" / "Pendulum-v1" / "bc" / "log.txt"
+    before = log.read_text()
     failed = run(experiment, changed)
     assert [row["state"] for row in failed["cells"]] == ["finished"] * 4 + ["failed", "blocked"]
     assert re.search(r"bc holds another run: steps was 4, now 3", failed["cells"][4]["error"])
+    assert log.read_text() == before and not any("seconds" in row for row in failed["cells"])  # nothing was started
+    capsys.readouterr()
+    show.render(failed, console())
+    assert "bc: hint: a run goes on to more steps" in (out := capsys.readouterr().out) and "the end of" not in out
+    assert [row["state"] for row in run(experiment, changed, fail_fast=True)["cells"]][4:] == ["failed", "blocked"]
+    show.render(run(experiment, changed, dry_run=True), console())
+    assert "bc holds another run: steps was 4, now 3" in capsys.readouterr().out
+    store = run(experiment, "stages.data.source.episodes=3")["cells"]
+    assert [row["state"] for row in store] == ["failed"] + ["blocked"] * 5
+    assert store[0]["error"].endswith("v1.zarr holds a store of another recipe: source.episodes was 2, now 3")
     # more steps go on, another name is one: both are asked of the command; where it is shown is no matter
     for more, state in (("steps=5", "partial"), ("label=x", "partial"), ("loggers=[trackio]", "finished")):
         assert states(experiment, f"stages.cloning.{more}")[4] == state
+    # of another recipe and without a checkpoint: its command just starts it anew
+    record = tmp_path / "e" / "finetune" / "gym" / "Pendulum-v1" / "bc" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"status": "started"}))
+    assert states(experiment, changed)[4] == "another recipe"
+    (record.parent / "checkpoints" / "last.safetensors").unlink()
+    assert states(experiment, changed)[4] == "to do"
     # a stage that was not finished: it and what reads it run
-    (tmp_path / "e" / "finetune" / "gym" / "Pendulum-v1" / "bc" / "run.json").unlink()
+    record.unlink()
     assert states(experiment)[4] == "to do"
 
 
