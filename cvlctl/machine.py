@@ -31,6 +31,7 @@ def _quotas(root: Path) -> list[int]:
     return [math.ceil(quota) for quota in quotas if quota is not None]
 
 
+@cache
 def cpu_name() -> str:
     """What the processor calls itself."""
     found = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +60,14 @@ def _key() -> str:
 
 def _read() -> dict[str, object]:
     try:
-        found = json.loads(read_regular(_file(), MOST))
+        file = _file()
+        about = os.stat(file)
+        return _content(file, about.st_ino, about.st_mtime_ns)
     except (OSError, ValueError, RecursionError, RuntimeError):
         return {}
+
+
+@lru_cache(1)  # a plan of thousands of cells asks for each
+def _content(file: Path, inode: int, written: int) -> dict[str, object]:
+    found = json.loads(read_regular(file, MOST))
     return found if isinstance(found, dict) else {}

@@ -147,7 +147,7 @@ def _fixed(recipe: Any, others: Others, machine: Machine, cells: int) -> Any:
 
 def _decided_before(recipe: Computed, keys: Iterable[str]) -> dict[str, Any]:
     """What was decided of these keys for the result that is there: begun by another experiment, or another machine."""
-    places = [Path(place) for place in recipe.writes()]
+    places = [Path(place) for place in recipe.writes() if os.path.isdir(place)]
     records = [read_json(place / "run.json") or _provenance(place) for place in reversed(places)]
     then: dict[str, Any] = next((found["recipe"] for found in records if isinstance(found.get("recipe"), dict)), {})
     kinds = {"threads": int, "device": str, "precision": str, "compile": str, "memory_gb": float}

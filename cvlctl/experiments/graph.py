@@ -121,8 +121,12 @@ def _is_like(name: str, patterns: Sequence[str]) -> bool:
 
 def _above(path: str, outs: dict[str, str]) -> list[str]:
     """The cell that writes `path`, or what holds it."""
-    place = Path(os.path.abspath(path))
-    return next(([outs[str(one)]] for one in (place, *place.parents) if str(one) in outs), [])
+    place, above = "", os.path.abspath(path)
+    while place != above:
+        place, above = above, os.path.dirname(above)
+        if place in outs:
+            return [outs[place]]
+    return []
 
 
 def _by_pattern(patterns: set[str], trained: Sequence[tuple[str, str]]) -> dict[str, list[str]]:

@@ -24,8 +24,6 @@ MANY = 20  # cells beyond that are told of by their number
 
 def render(result: dict[str, Any], console: Console) -> None:
     """Print the plan, or the scores, where everything lies, and what failed."""
-    from cvlctl.score import evaluate
-
     if result["status"] in ("planned", "submitted"):
         if result["status"] == "planned":
             _render_plan(result, console)
@@ -33,6 +31,8 @@ def render(result: dict[str, Any], console: Console) -> None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     for scored in result["scores"]:
+        from cvlctl.score import evaluate  # and scipy, which a plan need not wait for
+
         evaluate.render(scored, console)
     for name, commands in (("stores", ("build-dataset",)), ("runs", ("pretrain", "finetune"))):
         done = [row for row in result["cells"] if row["command"] in commands and row["state"] == "finished"]

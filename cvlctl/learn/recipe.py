@@ -6,7 +6,7 @@ import dataclasses
 import os
 from abc import abstractmethod
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
@@ -63,10 +63,10 @@ class _TrainRecipe(Computed):
 
     @model_validator(mode="after")
     def _out_is_apart(self) -> Self:
-        out = Path(os.path.realpath(self.out))
+        out = os.path.realpath(self.out)
         for path in self.inputs():
-            there = Path(os.path.realpath(path))
-            if out.is_relative_to(there) or there.is_relative_to(out):
+            there = os.path.realpath(path)
+            if os.path.commonpath((out, there)) in (out, there):
                 raise ValueError(f"out: {self.out} is, holds or lies in {path}, which it reads: choose a place apart")
         return self
 
@@ -147,7 +147,7 @@ class AlgorithmUse(Strict):
 
     name: str
 
-    @property
+    @cached_property
     def config(self) -> Any:
         """The algorithm's own Config; with `init_from` its critic is the default, and the pretrained one counts."""
         config = ALGORITHMS[self.name].Config
@@ -159,16 +159,20 @@ class AlgorithmUse(Strict):
         # a critic given in part keeps the algorithm's own defaults (LAEO's loss), not the occupancy module's
         if not isinstance(value, Mapping) or value.get("name") not in ALGORITHMS:
             return value
-        own = getattr(ALGORITHMS[value["name"]].Config(), "critic", None)
-        given = value.get("critic")
-        if own is None or not isinstance(given, Mapping):
-            return value
-        return {**value, "critic": {**dataclasses.asdict(own), **given}}
+        own, given = _critic_of(ALGORITHMS[value["name"]].Config), value.get("critic")
+        return {**value, "critic": {**own, **given}} if own and isinstance(given, Mapping) else value
 
     @model_validator(mode="after")
     def _check_config(self) -> AlgorithmUse:
         _ = self.config  # raises ValueError
         return self
+
+
+@cache
+def _critic_of(config: type) -> dict[str, Any]:
+    """The critic that a method has where nothing is said; nothing where it has none."""
+    own = getattr(config(), "critic", None)
+    return {} if own is None else dataclasses.asdict(own)
 
 
 def _algorithm_model(name: str) -> type[AlgorithmUse]:

@@ -50,7 +50,8 @@ def _no_placeholder(text: str) -> str:
 
 
 def _own_place(path: Path) -> Path:
-    if Path.cwd().is_relative_to(os.path.realpath(path)):
+    place = os.path.realpath(path)
+    if os.path.commonpath((os.getcwd(), place)) == place:
         raise ValueError("is the current directory, or holds it: choose a place of its own")
     return path
 

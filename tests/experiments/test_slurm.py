@@ -245,6 +245,13 @@ def test_a_warning_before_the_command_begins_is_not_lost(fake: Path, tmp_path: P
     assert not (tmp_path / "it's cells" / "a/1" / "called").exists()
 
 
+def test_a_warning_as_the_command_begins_is_not_lost(fake: Path, tmp_path: Path) -> None:
+    amid = r"trap 'case $BASH_COMMAND in child=\$!) kill -TERM $$ ;; esac' DEBUG"  # it runs, and is not known yet
+    process = begin(tmp_path, SAVES, setup=amid)
+    assert ended(process) in (130, 128 + signal.SIGTERM)  # of a shell that had set no trap yet
+    assert (tmp_path / "scontrol").read_text() == "requeue 12_2\n"
+
+
 def test_a_cell_that_another_process_is_at_is_tried_again(fake: Path, tmp_path: Path) -> None:
     assert ended(begin(tmp_path, '[ "$(wc -l <"$CVLCTL_CELL/called")" = 3 ] || exit 75')) == 0
 

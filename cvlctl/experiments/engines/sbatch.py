@@ -228,11 +228,13 @@ export CVLCTL_CELL=${{recipe%/*}} CVLCTL_ENGINE=slurm CVLCTL_JOB=${{SLURM_ARRAY_
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 # SLURM warns before the time limit, and when it preempts or cancels: the command saves what it has
 code=130 stopped= child=
-trap 'stopped=1; kill -TERM "$child" 2>/dev/null' USR1 TERM
+trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' USR1 TERM
 {setup}for _ in {{1..60}}; do
   [ -z "$stopped" ] || break
+  child=
   {command} </dev/null >>"$CVLCTL_CELL/log.txt" 2>&1 &
   child=$!
+  [ -z "$stopped" ] || kill -TERM "$child" 2>/dev/null # it was warned before it was known which child that is for
   while kill -0 "$child" 2>/dev/null; do wait "$child"; done
   wait "$child"; code=$?
   [ "$code" = 75 ] || break # another process is at this cell: look again in a minute
