@@ -120,7 +120,8 @@ def _render_failures(result: dict[str, Any], console: Console) -> None:
             console.print(f"    {line}", markup=False, highlight=False, soft_wrap=True)
         if row.get("hint") and f"hint: {row['hint']}" not in lines:  # of a process that could not say it
             console.print(f"    hint: {row['hint']}", markup=False, soft_wrap=True)
-    console.print("the same command runs what is missing or failed", markup=False)
+    if any(row["state"] in ("failed", "stopped") and not row.get("refused") for row in result["cells"]):
+        console.print("the same command runs what is missing or failed", markup=False)
 
 
 def _times(result: Mapping[str, Any]) -> str:
@@ -128,7 +129,7 @@ def _times(result: Mapping[str, Any]) -> str:
     rows = result["cells"]
     worked = [row for row in rows if row.get("seconds") is not None]
     if not worked:
-        return "none, all was finished already"
+        return "none, nothing was started" if result["status"] == "failed" else "none, all was finished already"
     total = f"{clock(result['seconds'])} in all"
     if len(worked) > MANY:
         return f"{total}, {clock(sum(row['seconds'] for row in worked))} of {len(worked)} cells"

@@ -128,6 +128,7 @@ def test_the_whole_chain_and_again(experiment: Path, tmp_path: Path, capsys: pyt
     capsys.readouterr()
     show.render(failed, console())
     assert "bc: hint: a run goes on to more steps" in (out := capsys.readouterr().out) and "the end of" not in out
+    assert "nothing was started" in out and "the same command" not in out
     assert [row["state"] for row in run(experiment, changed, fail_fast=True)["cells"]][4:] == ["failed", "blocked"]
     show.render(run(experiment, changed, dry_run=True), console())
     assert "bc holds another run: steps was 4, now 3" in capsys.readouterr().out
