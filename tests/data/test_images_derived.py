@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Episode]:
     monkeypatch.setattr(writer_module, "CHUNK_ROWS", 20)
-    monkeypatch.setattr(writer_module, "FRAME_BYTES", 72 * 5)
+    monkeypatch.setattr(writer_module, "FRAME_BYTES", 72 * 15)
     return [seen(i, 3 + i) for i in range(5)]
 
 
@@ -44,8 +44,6 @@ def test_every_command_keeps_frames_and_states(a: Path, made: list[Episode], tmp
     assert_holds(open_store(out), [*made, *made])
     data("filter", a, "--out", out, "--min-length", 6, "--force")
     assert_holds(open_store(out), made[3:])
-    data("subsample", a, "--out", out, "--episodes", 5, "--force")
-    assert_holds(open_store(out), made)
     data("drop-rewards", a, "--out", out, "--force")
     assert open_store(out).digest() == open_store(a).digest() and open_store(out).labels == []
     data("label", a, "zero", "--rewards", "zeros", "--out", out, "--force")
@@ -85,7 +83,6 @@ def test_looking(a: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert spec["cameras"] == {"corner": [4, 6, 3], "wrist": [3, 3, 1]}
     data("verify", a)
     data("ls", tmp_path)
-    data("plot", a)
     twice = write_store(tmp_path / "t.zarr", [seen(0, vector=False), seen(0, vector=False)], task="toy").path
     data("info", twice)
     assert "copies of others" in " ".join(capsys.readouterr().out.split())
@@ -94,7 +91,7 @@ def test_looking(a: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "FRAME_BYTES", 2**20)
-    sizes, count = {"a": (64, 64, 3), "b": (64, 64, 3)}, 16  # 2.5 MB an episode, 39 in all
+    sizes, count = {"a": (64, 64, 3), "b": (64, 64, 3)}, 12  # 2.5 MB an episode, 29 in all
     made = (seen(i, 99, False, True, sizes) for i in range(count))
     path = write_store(tmp_path / "a.zarr", made, task="toy").path
 

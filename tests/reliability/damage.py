@@ -114,7 +114,10 @@ def set_length(file: Path, length: int) -> None:
 def declare(file: Path, rows: int, chunk: int) -> None:
     """A store (`file` is its root zarr.json) that says everywhere that it has so many rows, in chunks of `chunk`."""
     set_json(file, ["attributes", "counts", "rows"], str(rows))
-    for array in [*file.parent.glob("data/*/zarr.json"), *file.parent.glob("labels/*/*/zarr.json")]:
+    arrays = (
+        place.parent / "zarr.json" for name in ("data", "labels", "sim") for place in file.parent.glob(f"{name}/**/c")
+    )
+    for array in filter(Path.is_file, arrays):
         set_json(array, ["shape", 0], str(rows))
         if chunk:
             set_json(array, ["chunk_grid", "configuration", "chunk_shape", 0], str(chunk))

@@ -116,6 +116,53 @@ STORES = Kind(
 )  # fmt: skip
 
 
+# --------------------------------------------------------------------------------------------------- stores of frames
+
+
+def make_filmed(folder: Path) -> None:
+    """As `make_stores`, of two cameras and states of the simulator."""
+    from cvlctl.data import writer
+    from cvlctl.types import Episode
+
+    sizes, before = {"a": (4, 6, 3), "b": (8, 8, 1)}, (writer.CHUNK_ROWS, writer.FRAME_BYTES)
+    writer.CHUNK_ROWS, writer.FRAME_BYTES = 12, 72 * 7
+    for name, seed in (("a.zarr", 0), ("b.zarr", 1)):
+        rng = np.random.default_rng(seed)
+        episodes = [
+            Episode(rng.normal(size=(n + 1, 3)) if seed else None, rng.uniform(-1, 1, (n, 2)), rng.normal(size=n),
+                    images={c: rng.integers(0, 256, (n + 1, *size), np.uint8) for c, size in sizes.items()},
+                    sim_state=rng.normal(size=(n + 1, 4))) for n in range(1, 9)
+        ]  # fmt: skip
+        writer.write_store(folder / name, episodes, task="toy")
+    writer.CHUNK_ROWS, writer.FRAME_BYTES = before
+
+
+def read_filmed() -> None:
+    from cvlctl.data.store import Column, open_store
+
+    store = open_store("a.zarr")
+    for camera in store.spec.cameras:
+        Column(store, store.camera_array(camera)).rows(0, 5)
+        store.images(camera)
+    for _ in store.episodes():
+        pass
+    assert repr(store) and store.digest()
+
+
+FILMED = Kind(
+    make_filmed,
+    damage_store,
+    {
+        "API": read_filmed,
+        **{line: data(line) for line in (
+            "info a.zarr", "verify a.zarr", "split a.zarr", "preview a.zarr", "preview a.zarr --out x.gif --episode 3",
+            "drop-rewards a.zarr --out d.zarr", "export a.zarr npz --out x.npz", "merge a.zarr a.zarr --out m.zarr",
+            "examples a.zarr --out e.npz --rule last",
+        )},
+    },
+)  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------- stores in writing
 
 
@@ -327,7 +374,7 @@ IMPORT = Kind(
 )
 
 KINDS: dict[str, Kind] = {
-    "store": STORES, "unfinished": UNFINISHED, "run": RUNS, "recipe": RECIPE, "import": IMPORT,
+    "store": STORES, "filmed": FILMED, "unfinished": UNFINISHED, "run": RUNS, "recipe": RECIPE, "import": IMPORT,
 }  # fmt: skip
 
 __all__: list[Any] = ["KINDS"]
