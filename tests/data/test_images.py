@@ -17,8 +17,6 @@ from toy_stores import assert_holds, assert_same, flip
 
 from cvlctl import Episode
 from cvlctl.data import writer as writer_module
-from cvlctl.data.load import open_stores
-from cvlctl.data.recipe import StoreUse
 from cvlctl.data.store import Column, open_store
 from cvlctl.data.verify import verify_store
 from cvlctl.data.writer import StoreWriter, write_store
@@ -254,9 +252,3 @@ def test_an_unfinished_store_of_pixels_of_version_1_is_refused(earlier: Path) ->
         StoreWriter(earlier / "half.zarr", task="camera")
     with StoreWriter(earlier / "half.zarr", task="camera", force=True) as writer:
         assert writer.num_episodes == 0
-
-
-def test_training_says_that_it_cannot_yet(tmp_path: Path) -> None:
-    write_store(tmp_path / "a.zarr", [seen(i) for i in range(3)], task="toy")
-    with pytest.raises(CvlctlError, match=r"a\.zarr has images \(corner, wrist\)"):
-        open_stores([StoreUse(path=tmp_path / "a.zarr")])
