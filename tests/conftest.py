@@ -55,6 +55,18 @@ def no_fsync() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def renders() -> None:
+    """Frames can be rendered on this machine; else what needs them is skipped."""
+    from cvlctl.errors import CvlctlError
+    from cvlctl.play.workers import share_out
+
+    try:
+        next(iter(share_out("cvlctl.play.cameras:probe", [None], 1)))
+    except CvlctlError as error:
+        pytest.skip(error.what)
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """20 rows, so that every store has several."""

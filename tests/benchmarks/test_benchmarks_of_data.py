@@ -19,12 +19,10 @@ from cvlctl import cell as own
 from cvlctl.collect.build import build
 from cvlctl.collect.recipe import BuildManyRecipe
 from cvlctl.data.writer import write_store
-from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import function, load
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.run import planned
 from cvlctl.play import envs
-from cvlctl.play.cameras import probe
 from cvlctl.play.rollout import collect_episode
 from cvlctl.types import Episode
 
@@ -221,11 +219,8 @@ def test_benchmark_of_backends(script: Script, tmp_path: Path) -> None:
     assert done["steps"] == 400 and found["machine"]["cpus"] >= 1
 
 
+@pytest.mark.usefixtures("renders")
 def test_benchmark_of_rendering(script: Script, tmp_path: Path) -> None:
-    try:
-        probe()
-    except CvlctlError as error:
-        pytest.skip(error.what)
     small = ["--tasks", "gym/FetchPush-v4", "--frames", "2", "--size", "16", "--rounds", "1"]
     script("rendering").main([*small, "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())

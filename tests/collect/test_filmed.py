@@ -18,22 +18,13 @@ from cvlctl.collect.render_store import render
 from cvlctl.data.store import Store, open_store
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import load
-from cvlctl.play.cameras import probe
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
+pytestmark = pytest.mark.usefixtures("no_fsync", "renders")
 HOPPER = "gym/Hopper-v5"
 FREE: dict[str, Any] = {"lookat": (0.0, 0.0, 1.0), "distance": 3.0, "azimuth": 90.0, "elevation": -10.0}
 CAMERAS = {"track": {"size": 16}, "mine": {**FREE, "size": [16, 24]}}
 RANDOM = {"name": "random", "episodes": 3}
 SAC = {"name": "sac", "steps": 70, "learning_starts": 30, "hidden": [8], "batch_size": 8, "policy_every_steps": 50}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _renders() -> None:
-    try:
-        probe()
-    except CvlctlError as error:
-        pytest.skip(error.what)
 
 
 def recipe_of(out: Path, source: dict[str, Any], cameras: dict[str, Any] = CAMERAS, **more: Any) -> BuildRecipe:

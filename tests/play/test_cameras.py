@@ -18,17 +18,10 @@ from cvlctl.play.env import Env
 from cvlctl.play.filming import Film, Studio
 from cvlctl.play.workers import share_out
 
+pytestmark = pytest.mark.usefixtures("renders")
 DOOR, PUSH = "metaworld/door-open-v3", "gym/FetchPush-v4"
 MINE = {"lookat": [0.0, 0.6, 0.2], "distance": 1.2, "azimuth": 160, "elevation": -20, "size": [24, 32]}
 SETTINGS: dict[str, Any] = {"corner3": {"size": 32}, "mine": MINE, "default": {"size": 16}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _renders() -> None:
-    try:
-        next(iter(share_out("cvlctl.play.cameras:probe", [None], 1)))
-    except CvlctlError as error:
-        pytest.skip(error.what)
 
 
 @pytest.fixture(scope="module", params=[DOOR, PUSH, "gym/Hopper-v5"])

@@ -14,21 +14,13 @@ from rich.console import Console
 
 from cvlctl import checkpoints
 from cvlctl.errors import CvlctlError
-from cvlctl.play.cameras import probe
 from cvlctl.play.videos import name_of
 from cvlctl.score.evaluate import evaluate, render
 from cvlctl.score.recipe import EvaluateRecipe
 from cvlctl.score.rows import read_rows
 
+pytestmark = pytest.mark.usefixtures("renders")
 HOPPER = "gym/Hopper-v5"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _renders() -> None:
-    try:
-        probe()
-    except CvlctlError as error:
-        pytest.skip(error.what)
 
 
 def save_run(run: Path) -> None:
