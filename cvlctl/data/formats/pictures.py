@@ -73,6 +73,9 @@ class Cameras:
             frames = frames.transpose(0, 2, 3, 1)  # as torch has them
         if self.size is None or frames.shape[1:3] == self.size:
             return frames
+        if frames.shape[3] not in (1, 3, 4):
+            what = f"{where}: frames of {frames.shape[3]} channels cannot be scaled"
+            raise CvlctlError(what, "leave --image-size out, or give frames of 1, 3 or 4")
         from PIL import Image
 
         size = (*self.size, frames.shape[3])
@@ -86,7 +89,7 @@ class Cameras:
         while left:
             parts.append(self.fitted(column.where, column.take(min(size, left))))
             left -= len(parts[-1])
-        return np.concatenate(parts) if parts else self.fitted(column.where, np.zeros(column.shape, np.uint8)[:0])
+        return np.concatenate(parts) if parts else self.fitted(column.where, np.zeros((0, *column.shape[1:]), np.uint8))
 
     def of_files(self, where: str, pictures: Iterable[bytes], formats: Sequence[str] = ("PNG", "JPEG")) -> np.ndarray:
         """(N, H, W, C) uint8 of encoded pictures, all of one size."""
@@ -103,7 +106,7 @@ class Cameras:
         short = {name: _last(name) for name in there}
         if self._wanted == ["all"]:
             alone = [name for name in there if list(short.values()).count(short[name]) == 1]
-            found = {short[name] if name in alone else _plain(name): name for name in there}
+            found = {_plain(short[name] if name in alone else name): name for name in there}
         else:
             found = {}
             for one in self._wanted:
