@@ -175,10 +175,10 @@ def test_arrays_of_ones_own(tmp_path: Path, kind: str, vector: bool) -> None:
     assert found[1].images["side"][:, 0, 0, 0].tolist() == [43, 53, 63, 73, 83]  # channels came first in the file
     assert found[1].observations.shape == (5, 2 * vector)
     if kind == "npz":
-        np.savez(path, **(arrays | {"images/two": levels(9, 4, 4, 2)}))
+        np.savez(path, **(arrays | {"images/two": levels(9, 5, 5, 2)}))
         with pytest.raises(CvlctlError, match="images/two: frames of 2 channels cannot be scaled"):
             read("arrays", path, image_size=[6, 6])
-        assert read("arrays", path)[0].images["two"].shape == (4, 4, 4, 2)
+        assert read("arrays", path)[0].images["two"].shape == (4, 5, 5, 2)
     with pytest.raises(CvlctlError, match="no array 'nothing'"):
         read("arrays", path, keys={"images/side": "nothing"})
 
