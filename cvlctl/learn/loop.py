@@ -92,7 +92,7 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
                 "settings": job.settings.as_dict(), "units": reading.units.attributes(),
                 "observation_range": [low.tolist(), high.tolist()],
                 **({} if learner.environment is None else {"environment": learner.environment}),
-                **({} if reading.observe is None else {"observe": asdict(reading.observe)}),
+                **_sight(reading),
             }  # fmt: skip
             with tracking(recipe.loggers, run.out, recipe.seeds, run.recipe, job.start) as tell:
                 seconds = _save_along(trained, held_out, tell, recipe, run, job, metadata)
@@ -109,6 +109,16 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
         "status": "trained", "out": str(run.out), **about, "seconds": round(seconds, 1), "updates_per_second": rate,
         "settings": job.settings.as_dict(), "metrics": logged[-1],
     }  # fmt: skip
+
+
+def _sight(reading: Reading) -> dict[str, Any]:
+    """What of cameras is seen, and how the stores say that these stand: whoever plays the policy renders the same."""
+    if reading.observe is None:
+        return {}
+    said = [store.attributes.get("cameras") for store in reading.stores]
+    known = {name: about for cameras in reversed(said) if isinstance(cameras, dict) for name, about in cameras.items()}
+    stand = {name: known[name] for name in reading.observe.cameras if name in known}
+    return {"observe": asdict(reading.observe), "cameras": stand}
 
 
 def finished_already(run: Run, steps: int, name: str) -> dict[str, Any]:

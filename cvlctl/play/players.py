@@ -95,7 +95,7 @@ def job_of(plain: dict[str, Any]) -> PolicyJob:
     goals = plain["goals"] and GoalUse(**plain["goals"])
     paths = {name: plain[name] and Path(plain[name]) for name in ("checkpoint", "copy")}
     env = plain["env"] and Settings.of(plain["env"])
-    return PolicyJob(**plain | paths | {"goals": goals, "env": env})
+    return PolicyJob(**plain | paths | {"goals": goals, "env": env, "cameras": ()})
 
 
 def _player(seed: int) -> Callable[[PolicyJob, int], EpisodeResult]:

@@ -270,6 +270,8 @@ def _header(found: Saved) -> dict[str, Any]:
             f"{file} has no readable cvlctl header ({type(error).__name__}: {error})",
             "it is not a checkpoint of cvlctl",
         ) from error
+    if goals is not None and observe is not None:
+        raise CvlctlError(f"{file}: its policy is told goals as frames, which nothing plays yet", "name another run")
     units = read_units(str(file), header.get("units") or {}, spec)
     told = {"spec": spec, "observe": observe, "goals": goals, "units": units, "data_range": data_range}
     return {"seeds": list(seeds), **told}

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from cvlctl.errors import CvlctlError
+from cvlctl.play.cameras import Camera
 from cvlctl.play.env import Act, Env
-from cvlctl.play.policies import NumpyPolicy
+from cvlctl.play.policies import NumpyPolicy, Policy
 from cvlctl.play.settings import Settings
+from cvlctl.play.sights import SeeingPolicy
 from cvlctl.types import Episode, EpisodeResult
 from cvlctl.units import plain, wide
 
@@ -52,6 +54,7 @@ class PolicyJob:
     sha256: str | None = None  # of the checkpoint file that is meant; None: whatever is there when it is played
     copy: Path | None = None  # of the file, to be read instead: a run in training replaces its own
     env: Settings | None = None  # of an environment of one's own
+    cameras: tuple[Camera, ...] = ()  # what a policy is shown that sees frames
 
 
 @dataclass(frozen=True)
@@ -151,12 +154,14 @@ def roll(env: Env, act: Act, episode: int) -> tuple[list, list, list, list, bool
     return observations, actions, rewards, successes, terminated
 
 
-def check_fit(checkpoint: Path, policy: NumpyPolicy, env: Env, has_goal: bool = False) -> None:
+def check_fit(checkpoint: Path, policy: Policy, env: Env, has_goal: bool = False) -> None:
     """Refuse a policy that sees or does something else than the environment has, or in other units, or lacks a goal."""
     if policy.needs_goal and not has_goal:
         what = f"{checkpoint} sees the observation and a goal beside it, and no goal is given"
         raise CvlctlError(what, "evaluate it with goals: {from: STORE}, or train it with critic.command_columns")
     sees, does = policy.spec.observation_shape, policy.spec.action_dim
+    if isinstance(policy, SeeingPolicy) and not policy.observe.vector:
+        sees = env.spec.observation_shape
     if (sees, does) != (env.spec.observation_shape, env.spec.action_dim):
         what = f"{checkpoint} sees {sees} and emits {does} actions"
         has = f"{env.task} has {env.spec.observation_shape} and {env.spec.action_dim}"
@@ -174,7 +179,7 @@ def _plain(name: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", name.lower())
 
 
-def _check_scale(checkpoint: Path, policy: NumpyPolicy, env: Env) -> None:
+def _check_scale(checkpoint: Path, policy: Policy, env: Env) -> None:
     """Refuse a policy whose actions of -1 and 1 stand for others than the environment's, unless the recipe says so."""
     said = policy.units.action_bounds
     if said is None or env.bounds_given:

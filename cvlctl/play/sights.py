@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -42,7 +42,13 @@ class SeeingPolicy:
 
         self.arrays, self.head, self.spec, self.observe = dict(arrays), head, spec, observe
         self._weights = {name: torch.from_numpy(value) for name, value in self.arrays.items()}
-        self._name = next(iter(arrays)).partition(".")[0]
+        self._name, self._device = next(iter(arrays)).partition(".")[0], "cpu"
+
+    def to(self, device: str) -> Self:
+        """The same policy, which encodes frames on `device` from now on."""
+        self._weights = {name: value.to(device) for name, value in self._weights.items()}
+        self._device = device
+        return self
 
     @property
     def units(self) -> Units:
@@ -80,7 +86,8 @@ class SeeingPolicy:
             kind, layers = convolutions.layers_of(self._weights, f"{self._name}.camera{i}")
             with torch.inference_mode():
                 parts = torch.from_numpy(np.require(seen[camera], requirements=("C", "W"))).split(FRAMES_AT_ONCE)
-                found.append(torch.cat([convolutions.encode(kind, layers, part) for part in parts]).numpy())
+                encoded = [convolutions.encode(kind, layers, part.to(self._device)) for part in parts]
+                found.append(torch.cat(encoded).cpu().numpy())
         return np.concatenate(found, axis=1)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from cvlctl import children, interrupts
+from cvlctl.play.cameras import Camera, Renderer
 from cvlctl.play.env import Env
 from cvlctl.play.envs import make
 from cvlctl.play.settings import Settings
@@ -36,7 +37,7 @@ class Stepper:
     Attributes:
         first: an environment like the others, to be asked what they are.
         table: (num,) records: observation (O,), action (A,), to be set before a step; of the last step reward, over
-            and success (-1: the task has no notion of it).
+            and success (-1: the task has no notion of it); of each camera a frame (`frames_in`).
     """
 
     def __init__(
@@ -47,20 +48,25 @@ class Stepper:
         num: int,
         workers: int,
         settings: Settings | None = None,
+        cameras: Sequence[Camera] = (),
     ) -> None:
         about = (task, seed, horizon, settings)
         self.first = make(*about)
-        kind = _kind(self.first.spec)
+        kind = _kind(self.first.spec, cameras)
         self._processes: list[subprocess.Popen[str]] = []
         self._part: _Part | None = None
         if min(workers, num) <= 1:
             self.table = np.zeros(num, kind)
-            self._part = _Part(self.table, about, self.first)
+            self._part = _Part(self.table, about, self.first, cameras)
             return
+        if cameras:
+            with Renderer(self.first, cameras):  # what is amiss with them is said here
+                pass
         self._file = tempfile.TemporaryFile(dir=MEMORY if MEMORY.is_dir() else None)  # noqa: SIM115 (see __exit__)
         self._file.truncate(num * kind.itemsize)
         self.table = table_in(self._file.fileno(), kind)
         self._about = [self._file.fileno(), task, seed, horizon, None if settings is None else settings.as_json()]
+        self._about.append(json.dumps([[camera.name, camera.about()] for camera in cameras]))
         for _ in range(min(workers, num)):
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "pass_fds": (self._file.fileno(),)}
             self._processes.append(children.begin(COMMAND, f"{__name__}:_work", **pipes))
@@ -99,13 +105,16 @@ class Stepper:
         children.close(self._processes)
         if self._part is None:
             self._file.close()
+        else:
+            self._part.close()
 
 
 class _Part:
     """The environments of one process, by number."""
 
-    def __init__(self, table: np.ndarray, about: _About, first: Env) -> None:
-        self.table, self._about = table, about
+    def __init__(self, table: np.ndarray, about: _About, first: Env, cameras: Sequence[Camera]) -> None:
+        self.table, self._about, self._cameras = table, about, cameras
+        self._renderers: dict[int, Renderer] = {}
         self._spare: list[Env] = [first]
         self._envs: dict[int, Env] = {}
 
@@ -120,11 +129,32 @@ class _Part:
             if number not in self._envs:
                 self._envs[number] = self._spare.pop() if self._spare else make(*self._about)
             table["observation"][number] = self._envs[number].reset(episode)
+        if self._cameras:
+            for number in (*stepped, *begun):
+                self._draw(number)
+
+    def _draw(self, number: int) -> None:
+        if number not in self._renderers:
+            self._renderers[number] = Renderer(self._envs[number], self._cameras)
+        found = self._renderers[number].frames()
+        for i, camera in enumerate(self._cameras):
+            frames_in(self.table, i)[number] = found[camera.name]
+
+    def close(self) -> None:
+        """Free what draws."""
+        for renderer in self._renderers.values():
+            renderer.close()
 
 
-def _kind(spec: Spec) -> np.dtype:
+def frames_in(table: np.ndarray, camera: int) -> np.ndarray:
+    """(num, H, W, 3) uint8: the latest frames of a camera, by its place among those that the table has."""
+    return np.asarray(table[f"frames{camera}"])
+
+
+def _kind(spec: Spec, cameras: Sequence[Camera]) -> np.dtype:
     """Of a row of the table."""
     return np.dtype([
+        *((f"frames{i}", np.uint8, (camera.height, camera.width, 3)) for i, camera in enumerate(cameras)),
         ("observation", np.float32, spec.observation_shape), ("action", np.float32, (spec.action_dim,)),
         ("reward", np.float64), ("over", np.bool_), ("success", np.int8),
     ])  # fmt: skip
@@ -136,10 +166,11 @@ def table_in(file: int, kind: np.dtype) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _part_of(file: int, task: str, seed: int, horizon: int | None, settings: str | None) -> _Part:
+def _part_of(file: int, task: str, seed: int, horizon: int | None, settings: str | None, cameras: str) -> _Part:
     about = (task, seed, horizon, None if settings is None else Settings.from_json(settings))
     first = make(*about)
-    return _Part(table_in(file, _kind(first.spec)), about, first)
+    views = [Camera.of(name, told) for name, told in json.loads(cameras)]
+    return _Part(table_in(file, _kind(first.spec, views)), about, first, views)
 
 
 def _work(request: list[Any]) -> None:

@@ -22,10 +22,11 @@ from cvlctl.files import write_atomically
 from cvlctl.play import envpool, envs, videos
 from cvlctl.play.lockstep import run_lockstep
 from cvlctl.play.own import probe
-from cvlctl.play.players import job_policy, run_episodes
+from cvlctl.play.players import job_policy, numbers_of, run_episodes
 from cvlctl.play.policies import policy_of
 from cvlctl.play.rollout import EVALUATION_SEED, Episodes, GoalUse, PolicyJob
 from cvlctl.play.rollout import Progress as OnEpisode
+from cvlctl.play.showing import run_seeing
 from cvlctl.progress import Progress, say
 from cvlctl.score import find_runs, kept, places
 from cvlctl.score.recipe import EvaluateRecipe, EvaluationGoals
@@ -99,6 +100,7 @@ def _wanted(recipe: EvaluateRecipe) -> _Wanted:
             *key, checkpoint.step, checkpoint.file, estimates[key].gamma if key in estimates else None,
             _goal_use(recipe), recipe.horizon, checkpoint.sha256,
             None if checkpoint.held is None else kept.copy_of(recipe.out, checkpoint.held), checkpoint.settings,
+            checkpoint.cameras,
         )
         for checkpoint in found
         for key in ((labels[checkpoint.run], checkpoint.task, seed) for seed in checkpoint.seeds)
@@ -116,6 +118,7 @@ def _wanted(recipe: EvaluateRecipe) -> _Wanted:
     told: dict[str, Any] = {
         "environments": {job.task: places.described(job.env) for job in jobs if job.env is not None},
         "references": find_runs.references(recipe, found),
+        "cameras": {str(job.checkpoint): {one.name: one.about() for one in job.cameras} for job in jobs if job.cameras},
     }
     record |= {name: value for name, value in told.items() if value}
     held = [checkpoint.held for checkpoint in found if checkpoint.held is not None]
@@ -127,6 +130,11 @@ def _earlier(recipe: EvaluateRecipe, wanted: _Wanted) -> dict[str, Any] | None:
     before = kept.read_evaluation(recipe)
     if before and before.get("goals") != wanted.record.get("goals"):
         raise CvlctlError(f"{recipe.out}: the goals have changed since", "choose another out, or --force to replace it")
+    now = wanted.record.get("cameras", {})
+    for file, then in (before or {}).get("cameras", {}).items():
+        if then != now.get(file, then):
+            what = f"{recipe.out}: where the cameras stand that {file} sees has changed since"
+            raise CvlctlError(what, "choose another out, or --force to replace it")
     now = wanted.record.get("environments", {})
     for task, then in (before or {}).get("environments", {}).items():
         if then != now.get(task, then) and kept.has_rows(recipe.out, task):
@@ -195,12 +203,13 @@ def _play(recipe: EvaluateRecipe, wanted: _Wanted, rows: kept.JobRows) -> int:
     if start:
         say(f"{recipe.out}: {start} of {total} episodes are evaluated already")
     job_of = {(job.algorithm, job.task, job.seed, job.step): job for job in rows}
-    saved = time.monotonic()
+    saved, done = time.monotonic(), start
 
-    def keep(played: int, _: int, row: EpisodeResult) -> None:
-        nonlocal saved
+    def keep(_played: int, _total: int, row: EpisodeResult) -> None:
+        nonlocal saved, done
         rows[job_of[row.algorithm, row.task, row.seed, row.step]][row.episode] = row
-        progress.update(start + played)
+        done += 1
+        progress.update(done)
         if time.monotonic() - saved >= SAVE_SECONDS:
             kept.save(recipe.out, wanted.record, rows)
             saved = time.monotonic()
@@ -254,13 +263,26 @@ def _player(recipe: EvaluateRecipe) -> Callable[[Sequence[PolicyJob], Episodes, 
         )
 
     def play(jobs: Sequence[PolicyJob], episodes: Episodes, progress: OnEpisode) -> list[EpisodeResult]:
-        options: dict[str, Any] = {
-            "episodes": episodes, "seed": recipe.seed, "workers": workers, "progress": progress
-        }  # fmt: skip
-        device = _device(recipe.device, jobs)
-        return run_episodes(jobs, **options) if device == "cpu" else run_lockstep(jobs, device=device, **options)
+        rows: list[EpisodeResult] = []
+        for sees in (False, True):
+            mine = [index for index, job in enumerate(jobs) if bool(job.cameras) == sees]
+            wanted = numbers_of(jobs, episodes)
+            options: dict[str, Any] = {
+                "episodes": [wanted[index] for index in mine], "seed": recipe.seed, "workers": workers,
+                "progress": progress,
+            }  # fmt: skip
+            rows += _played([jobs[index] for index in mine], recipe.device, options) if mine else []
+        return rows
 
     return play
+
+
+def _played(jobs: Sequence[PolicyJob], asked: str, options: dict[str, Any]) -> list[EpisodeResult]:
+    """The rows of policies all of which see frames, or none."""
+    device = _device(asked, jobs)
+    if jobs[0].cameras:
+        return run_seeing(jobs, device=device, **options)
+    return run_episodes(jobs, **options) if device == "cpu" else run_lockstep(jobs, device=device, **options)
 
 
 def _device(asked: str, jobs: Sequence[PolicyJob]) -> str:
@@ -281,6 +303,8 @@ def _device(asked: str, jobs: Sequence[PolicyJob]) -> str:
         return asked
     if not torch.cuda.is_available():
         return "cpu"
+    if jobs[0].cameras:
+        return "cuda"
     largest = max(sum(weight.size for weight, _ in job_policy(job).layers) for job in jobs)
     chosen, relation = ("cuda", "above") if largest > GPU_PAYS_AFTER else ("cpu", "up to")
     say(f"device: {chosen} (auto: policies of {relation} {GPU_PAYS_AFTER:,} weights; the largest has {largest:,})")

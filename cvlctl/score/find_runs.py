@@ -14,7 +14,9 @@ from cvlctl.checkpoints import Saved, read
 from cvlctl.errors import CvlctlError
 from cvlctl.files import read_json
 from cvlctl.play import envs
+from cvlctl.play.cameras import Camera, cameras_of
 from cvlctl.play.settings import Settings
+from cvlctl.play.sights import seen_by
 from cvlctl.progress import say
 from cvlctl.runs import called
 from cvlctl.score.places import place_of
@@ -36,6 +38,7 @@ class Checkpoint:
     held: Saved | None = None  # its content, where the run is in training and about to replace the file
     settings: Settings | None = None  # of the environment that it is played in, where that is one of one's own
     stores: tuple[Path, ...] = ()  # that it was trained on
+    cameras: tuple[Camera, ...] = ()  # that its policy sees
 
     def content(self) -> Saved:
         """What the file held when it was found. CvlctlError where it holds something else by now."""
@@ -111,8 +114,35 @@ def _found(
     place = place_of(recipe, run, saved.metadata)
     held = saved if in_training else None
     return Checkpoint(
-        run, file, name or algorithm, place.task, seeds, step, saved.sha256, held, place.settings, _stores(saved)
-    )
+        run, file, name or algorithm, place.task, seeds, step, saved.sha256, held, place.settings, _stores(saved),
+        _cameras(recipe, run, saved),
+    )  # fmt: skip
+
+
+def _cameras(recipe: EvaluateRecipe, run: Path, saved: Saved) -> tuple[Camera, ...]:
+    """The cameras that a policy sees, as its data were made; none where it sees a vector."""
+    try:
+        spec, observe = seen_by(saved.metadata)
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{saved.path} cannot be read as a checkpoint: {type(error).__name__}: {error}"
+        raise CvlctlError(what, "it is damaged, or not of cvlctl: train it again, or leave its run out") from error
+    if observe is None:
+        return ()
+    what = f"{run}: its policy sees cameras {', '.join(observe.cameras)}"
+    if recipe.goals is not None or recipe.backend != "gymnasium" or recipe.video is not None:
+        raise CvlctlError(f"{what}, and is shown no goals, not filmed, nor played by envpool", "leave its run out")
+    said = saved.metadata.get("cameras")
+    known = (said if isinstance(said, dict) else {}) | {name: one.model_dump() for name, one in recipe.cameras.items()}
+    if lacking := [name for name in observe.cameras if name not in known]:
+        example = f"cameras: {{{lacking[0]}: {{size: {spec.cameras[lacking[0]][0]}}}}}"
+        raise CvlctlError(f"{what}; its data do not say where {lacking[0]} stands", f"say it, such as {example}")
+    found = cameras_of({name: known[name] for name in observe.cameras})
+    for camera in found:
+        if (camera.height, camera.width, 3) != spec.cameras[camera.name]:
+            size = "x".join(map(str, spec.cameras[camera.name]))
+            got = f"{camera.height}x{camera.width}x3"
+            raise CvlctlError(f"{what}; frames of {camera.name} were {size}, and here are {got}", "give that size")
+    return found
 
 
 def _stores(saved: Saved) -> tuple[Path, ...]:

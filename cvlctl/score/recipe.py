@@ -78,6 +78,7 @@ class EvaluateRecipe(Strict):
     episodes: Annotated[Count, Field(le=1_000_000)] = 50  # of each policy; their numbers and rows are in memory
     seed: Seed = 0
     goals: EvaluationGoals | None = None  # None: the environment commands them, or there are none
+    cameras: Cameras = {}  # that policies see, where their data do not say where these stand
     video: VideoRecipe | None = None  # of episodes of each policy; None: none
     horizon: Count | None = None  # episodes are cut off after so many steps; None: the task's own limit
     workers: Literal["auto"] | Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = "auto"  # processes; 0: this one

@@ -151,6 +151,12 @@ def test_rewards_are_learned_from_frames(rewards: str, frames: Path, tmp_path: P
 # --- what cannot be
 
 
+def test_policies_that_are_told_goals_as_frames_are_not_played_yet(frames: Path, tmp_path: Path) -> None:
+    run("goal_conditioned", frames, tmp_path / "run", "steps=1")
+    with pytest.raises(CvlctlError, match="told goals as frames, which nothing plays yet"):
+        cvlctl.load_policy(tmp_path / "run")
+
+
 def test_a_run_goes_on_with_what_its_critic_saw(frames: Path, tmp_path: Path) -> None:
     run("occupancy", frames, tmp_path / "critic", "steps=1")
     start = f"init_from={tmp_path / 'critic'}"

@@ -1,0 +1,85 @@
+"""Evaluation episodes of policies that see frames: worker processes simulate and draw, this one answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cvlctl.checkpoints import checkpoint_file, read
+from cvlctl.machine import num_cpus
+from cvlctl.play.players import numbers_of
+from cvlctl.play.policies import policy_of
+from cvlctl.play.rollout import EVALUATION_SEED, Episodes, PolicyJob, Progress, check_fit, result_row
+from cvlctl.play.sights import VECTOR, SeeingPolicy
+from cvlctl.play.stepping import Stepper, frames_in
+from cvlctl.types import EpisodeResult
+
+ENVS = 8  # that step together: a policy always answers for so many, so that rows are the same for any number of workers
+
+
+def run_seeing(
+    jobs: Sequence[PolicyJob],
+    *,
+    episodes: Episodes,
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[EpisodeResult]:
+    """The rows of policies that see frames, as `players.run_episodes` gives those of vectors: the same episodes.
+
+    Args:
+        jobs: with `cameras`.
+        device: on which frames are encoded.
+        workers: processes that simulate and draw; None: one for each CPU that this process may use; 0 or 1: none.
+    """
+    numbers, workers = numbers_of(jobs, episodes), num_cpus() if workers is None else workers
+    groups: dict[tuple, list[int]] = {}
+    for index, job in enumerate(jobs):
+        groups.setdefault((job.task, job.horizon, job.env, job.cameras), []).append(index)
+    rows: dict[tuple[int, int], EpisodeResult] = {}
+    for (task, horizon, env, cameras), indices in groups.items():
+        with Stepper(task, EVALUATION_SEED + seed, horizon, ENVS, workers, env, cameras) as envs:
+            for index in indices:
+                job = jobs[index]
+                policy = policy_of(read(checkpoint_file(job.copy or job.checkpoint), job.sha256), job.seed)
+                check_fit(job.checkpoint, policy, envs.first)
+                assert isinstance(policy, SeeingPolicy)
+                for row in _played(job, policy.to(device), envs, numbers[index]):
+                    rows[index, row.episode] = row
+                    if progress:
+                        progress(len(rows), sum(map(len, numbers)), row)
+    return [rows[item] for item in sorted(rows)]
+
+
+def _played(job: PolicyJob, policy: SeeingPolicy, envs: Stepper, wanted: Sequence[int]) -> Iterator[EpisodeResult]:
+    """The rows of a policy's episodes, as they end."""
+    table, waiting = envs.table, iter(wanted)
+    playing: dict[int, tuple[int, list[float], list[bool | None]]] = {}  # episode, rewards, successes
+    frames = {name: frames_in(table, i) for i, name in enumerate(camera.name for camera in job.cameras)}
+    stacks = {name: np.repeat(frames[name][:, None], policy.observe.stack, axis=1) for name in frames}
+    free = list(range(ENVS))
+    while True:
+        begun = {number: episode for number in free if (episode := next(waiting, None)) is not None}
+        if not (begun or playing):
+            return
+        if playing:
+            shown = {name: stacks[name] for name in policy.observe.cameras}
+            table["action"] = policy({**shown, VECTOR: table["observation"]})
+        envs.run(begun, list(playing))
+        for name, stack in stacks.items():
+            stack[:, :-1] = stack[:, 1:]
+            stack[:, -1] = frames[name]
+            for number in begun:
+                stack[number] = frames[name][number]
+        free = []
+        for number, (episode, rewards, successes) in playing.items():
+            rewards.append(float(table["reward"][number]))
+            successes.append(None if table["success"][number] < 0 else bool(table["success"][number]))
+            if table["over"][number]:
+                free.append(number)
+                yield result_row(job, episode, rewards, successes)
+        for number in free:
+            del playing[number]
+        playing |= {number: (episode, [], []) for number, episode in begun.items()}
