@@ -32,10 +32,14 @@ TINY: dict[str, dict[str, Any]] = {  # what is not the same for all: values of t
         **METAWORLD, "pretraining": 3, "tasks": ["drawer-close-v3", "door-close-v3", "reach-v3"],
         "targets": [{"name": "drawer-close-v3", "twin": "door-close-v3", "other": "reach-v3"}],
     },
+    "cvl-table-1": {**METAWORLD, "pixels": 16, "encoder": "small", "stack": 2, "bank": 8},
     "cvl-tables-2-3-4": {"frames": 300, "policy_every": 100},
     "laeo-figure-3": LAEO,
     "laeo-figure-4": {**LAEO, "every": 2},
     "laeo-figure-5": LAEO,
+    "laeo-images": {
+        **LAEO, "encoder": "small", "qualities": [{"name": "medium", "success_rate": 0.475, "tolerance": 1.0}],
+    },
     "laeo-figure-6-left": {**LAEO, "examples": [1, 200]},
     "laeo-figure-6-right": {
         **LAEO, "shown": 8, "amounts": [{"name": "0.1x", "episodes": 4, "tolerance": 1.0},
