@@ -193,8 +193,8 @@ def section(kind: str, scripts: dict[str, Any]) -> list[str]:
 
 
 UNTRIED = (
-    "It has run on no GPU yet; in tiny sizes on a CPU all but its tests went through with Python 3.12, torch 2.11 and nothing "
-    "but that machine's packages and the wheels"
+    "It has run on no GPU yet; in tiny sizes on a CPU all but its tests went through with Python 3.12, torch 2.11 and "
+    "nothing but that machine's packages and the wheels"
 )
 
 

@@ -225,6 +225,20 @@ def test_a_frozen_critic_is_not_learned() -> None:
     assert learned.flops - frozen.flops == pytest.approx(pretraining(batch_size=256).update(critic).flops)
 
 
+def test_frames_take_what_their_encoder_does_and_a_frozen_critic_sees_them_once() -> None:
+    def flops(**more: Any) -> float:
+        plain = finetuning("cvl").model_dump(mode="json", by_alias=True, exclude_unset=True)
+        plain["algorithm"] |= more.pop("algorithm", {})
+        return FinetuneRecipe.model_validate(plain | more).update(ALGORITHMS["cvl"].Config().critic).flops
+
+    small, drq = ({"observe": {"cameras": ["a", "b"], "encoder": encoder}} for encoder in ("small", "drq"))
+    batch, bank = finetuning("cvl").batch_size, ALGORITHMS["cvl"].Config().bank_size
+    assert flops(**small) - flops() == pytest.approx(6 * 2 * (2 * batch + bank / 3) * 7e6)
+    assert flops(**drq) - flops() == pytest.approx(6 * (flops(**small) - flops()))
+    frozen = {"algorithm": {"mode": "frozen"}, "init_from": "c"}
+    assert flops(**small, **frozen) == flops(algorithm={"mode": "frozen"}, init_from="c")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_and_takes_as_long_within_a_factor_of_two(name: str) -> None:
