@@ -16,7 +16,17 @@ from cvlctl.play.cameras import Camera, cameras_of
 from cvlctl.play.filming import told_of
 from cvlctl.play.recipe import Cameras, EnvRecipe, settings_of
 from cvlctl.play.settings import Settings
-from cvlctl.recipes.estimates import EPISODE_STEPS, SIMULATED, Update, Work, count, training_seconds, update_of, weights
+from cvlctl.recipes.estimates import (
+    EPISODE_STEPS,
+    RENDERED,
+    SIMULATED,
+    Update,
+    Work,
+    count,
+    training_seconds,
+    update_of,
+    weights,
+)
 from cvlctl.recipes.matrix import expand
 from cvlctl.recipes.values import (
     NONE,
@@ -288,18 +298,20 @@ class BuildRecipe(Computed):
 
     def work(self, others: Others = NONE) -> Work:
         """How much there is to do."""
-        source = self.source
-        if isinstance(source, OnlineSource):
-            learning = training_seconds(source.updates, source.update, self.num_threads, self.compile)
-            return Work(f"{source.steps:,} steps of {source.title}", learning + source.steps / SIMULATED)
+        source, learning = self.source, 0.0
         if isinstance(source, StoresSource):
             return Work(f"episodes of {count(len(source.stores), 'store')}", 10.0)
-        if source.episodes is None:
-            transitions = source.transitions or 0
-            return Work(count(transitions, "transition"), transitions / SIMULATED)
-        checkpoints = getattr(source, "checkpoints", None)
-        num = source.episodes * (len(checkpoints) if isinstance(checkpoints, tuple) else 1)
-        return Work(count(num, "episode"), num * EPISODE_STEPS / SIMULATED)
+        if isinstance(source, OnlineSource):
+            what, steps = f"{source.steps:,} steps of {source.title}", source.steps
+            learning = training_seconds(source.updates, source.update, self.num_threads, self.compile)
+        elif source.episodes is None:
+            steps = source.transitions or 0
+            what = count(steps, "transition")
+        else:
+            checkpoints = getattr(source, "checkpoints", None)
+            num = source.episodes * (len(checkpoints) if isinstance(checkpoints, tuple) else 1)
+            what, steps = count(num, "episode"), num * EPISODE_STEPS
+        return Work(what, learning + steps / SIMULATED + steps * len(self.cameras) / RENDERED)
 
     def learning(self, others: Others = NONE) -> tuple[int, Update] | None:
         source = self.source

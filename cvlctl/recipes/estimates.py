@@ -2,8 +2,8 @@
 
 A training step is floating point operations, 6 a weight and example, and calls of PyTorch; what these take was measured
 on this machine when a run had to know (`rates`), else it is what they usually take. Rules of thumb beside: simulators
-make 4,000 steps a second alone and 10,000 with two workers, observations have 40 dimensions, episodes 500 steps. All
-hold within a factor of two on an idle machine.
+make 4,000 steps a second alone and 10,000 with two workers, which draw 400 frames; observations have 40 dimensions,
+episodes 500 steps. All hold within a factor of two on an idle machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from cvlctl import rates
 from cvlctl.rates import Rate
 
 SIMULATED, SIMULATED_WITH_WORKERS = 4_000, 10_000
+RENDERED = 400  # frames a second, of two workers
 OBSERVATION_DIM, EPISODE_STEPS = 40, 500
 COMPILE_PAYS_AFTER = (
     60.0  # seconds of eager training on a CPU: compiling takes 8 to 40, and saves a quarter of the rest

@@ -123,6 +123,11 @@ def test_the_command_renders(filmed: Path, tmp_path: Path) -> None:
     assert frames_of(open_store(tmp_path / "mine.zarr"))["mine"] == frames_of(open_store(filmed))["mine"]
 
 
+def test_plans_count_frames(tmp_path: Path) -> None:
+    plain, seen = (recipe_of(tmp_path / "x.zarr", RANDOM, cameras).work() for cameras in ({}, CAMERAS))
+    assert plain.size == seen.size and seen.seconds == pytest.approx(21 * plain.seconds)  # two at 400, steps at 4,000
+
+
 @pytest.mark.parametrize(
     ("about", "wrong"),
     [
