@@ -52,6 +52,8 @@ SCRIPTS: dict[str, list[str]] = {
     "reporting": ["--tasks", "2", "--lines", "3", "--rounds", "1"],
     "intervals": ["--runs", "3", "--tasks", "2", "--resamples", "5", "--rounds", "1"],
     "explaining": ["--rows", "2000", "--hidden", "16", "--rounds", "1"],
+    "frames": ["--threads", "1", "--rounds", "1", "--updates", "1", "--rows", "1100", "--size", "16", "--eager-only",
+               "--batch-size", "8"],
     "rendering": ["--tasks", "gym/FetchPush-v4", "--frames", "2", "--size", "16", "--rounds", "1"],
     "backends": ["--tasks", "metaworld/drawer-close-v3", "--episodes", "2", "--rounds", "1"],
 }  # fmt: skip

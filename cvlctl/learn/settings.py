@@ -186,6 +186,8 @@ def configure(settings: Settings) -> None:
         torch.cuda.set_device(settings.device)  # where graphs are captured
     medium = settings.precision == "medium" or (settings.precision == "bf16" and _medium_is_float32(settings.device))
     torch.set_float32_matmul_precision("medium" if medium else "highest")
+    torch.backends.cudnn.allow_tf32 = settings.precision != "float32"  # in convolutions, as in matrix products
+    torch.backends.cudnn.deterministic = True
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # products of bfloat16 add up in float32
     flush_denormals()
     _keep_freed_memory()

@@ -219,6 +219,14 @@ def test_benchmark_of_backends(script: Script, tmp_path: Path) -> None:
     assert done["steps"] == 400 and found["machine"]["cpus"] >= 1
 
 
+def test_benchmark_of_frames(script: Script, tmp_path: Path) -> None:
+    small = ["--threads", "1", "--rounds", "1", "--updates", "1", "--rows", "1100", "--size", "16", "--batch-size", "8"]
+    script("frames").main([*small, "--eager-only", "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())["comparisons"]
+    assert [row["unit"] for row in found] == ["updates/s"] * 3 and all(row["ours"] > 0 for row in found)
+    assert "frozen critic of 3 stacked frames" in found[2]["work"]
+
+
 @pytest.mark.usefixtures("renders")
 def test_benchmark_of_rendering(script: Script, tmp_path: Path) -> None:
     small = ["--tasks", "gym/FetchPush-v4", "--frames", "2", "--size", "16", "--rounds", "1"]
