@@ -10,8 +10,8 @@ import graphs
 import numpy as np
 import pytest
 import torch
-from toy_frames import ALL, filmed, run, write
-from toy_runs import state_of
+from toy_frames import ALL, OBSERVE, filmed, run, write
+from toy_runs import load, state_of
 from toy_stores import moving_point
 
 import cvlctl
@@ -21,6 +21,7 @@ from cvlctl.data.recipe import StoreUse
 from cvlctl.data.stream import Stream
 from cvlctl.errors import CvlctlError
 from cvlctl.learn import loop
+from cvlctl.learn.finetune import finetune
 from cvlctl.learn.settings import have_compiler
 from cvlctl.runs import read_metrics
 from cvlctl.types import Observe
@@ -128,13 +129,24 @@ def test_a_frozen_critic_does_not_see_a_frame_twice(name: str, frames: Path, tmp
 
 
 def recipe_without_critic(name: str, store: Path, out: Path, *overrides: str, observe: str) -> Any:
-    from toy_runs import load
-
-    from cvlctl.learn.finetune import finetune
-
     examples = f", success_examples: {{from: '{store}'}}" if name == "laeo" else ""
     text = f"steps: 20, observe: {observe}, algorithm: {{name: {name}, hidden: [16]}}{examples}"
     return finetune(load("finetune", store, out, text, "batch_size=8", *overrides))
+
+
+@pytest.mark.parametrize("of", ["bc", "cvl"])  # which sees by an encoder of its own, and by the critic's
+def test_a_policy_that_sees_is_evaluated_from_its_data(of: str, frames: Path, tmp_path: Path) -> None:
+    run(of, frames, tmp_path / "policy", "steps=2", "seeds=[0,1]")
+    text = f"steps: 10, observe: {OBSERVE}, algorithm: {{name: fqe, hidden: [16]}}, init_from: '{tmp_path / 'policy'}'"
+    found = {}
+    for name, seeds in (("alone", "seeds=[1]"), ("together", "seeds=[0,1]")):
+        result = finetune(load("finetune", frames, tmp_path / name, text, "batch_size=8", seeds))
+        found[name] = result["metrics"]["estimate"]
+    assert np.isfinite(found["alone"]).all() and found["alone"][0] == pytest.approx(found["together"][1], abs=1e-4)
+    before, after = state_of(tmp_path / "policy"), state_of(tmp_path / "together")
+    learner = "actor" if of == "bc" else "phi"
+    assert torch.equal(after["actor.camera1.small.2.weight"], before[f"{learner}.camera1.small.2.weight"])
+    assert after["initial_frames0"].shape == (2, 6, 2, 10, 10, 3)
 
 
 @pytest.mark.parametrize("rewards", ["oril", "purl"])

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from cvlctl.data.samplers import Data, Draws, generator, labelled_rewards
-from cvlctl.learn import networks
+from cvlctl.data.samplers import NO_SHIFT, Data, Draws, generator, labelled_rewards, observed
+from cvlctl.learn import encoders, networks
 from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import td
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import Number, Spec, TransitionBatch, Whole, check_widths
+from cvlctl.types import Number, Observation, Spec, TransitionBatch, Views, Whole, check_widths
 
 LEARNS_FROM = "rewards"
+SEES_BY = "critic"
 PASSES = 4
 CALLS = 200
 STARTS_FROM = "policy"  # what init_from must hold, and what is taken over
@@ -55,11 +57,15 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
-    """Twin critic with its target, a policy to be replaced, `initial_observation` (E, n, O), `value_scale` (E, 1)."""
+    """Twin critic with its target, a policy to be replaced, `initial_observation` (E, n, O), beside it what cameras
+    show, `initial_frames0` (E, n, S, H, W, C), and `value_scale` (E, 1)."""
     state = networks.normaliser_of(seeds, data.observation)
     state |= networks.actor_init(seeds, spec.observation_shape[0], spec.action_dim, config.policy_hidden)
-    initial = initial_observations(data, config.num_initial)
-    state["initial_observation"] = initial.cpu().expand(len(seeds), *initial.shape).clone()
+    state |= encoders.init("actor", spec, seeds)
+    vector, *frames = tree_leaves(initial_observations(data, config.num_initial))
+    names = ("initial_observation", *(f"initial_frames{i}" for i in range(len(frames))))
+    for name, value in zip(names, (vector, *frames), strict=True):
+        state[name] = value.cpu().expand(len(seeds), *value.shape).clone()
     reward = labelled_rewards(data)
     scale = reward.square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6) / (1 - config.gamma)
     state["value_scale"] = scale.float().cpu().expand(len(seeds), 1).clone()
@@ -72,20 +78,25 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     return state
 
 
-def initial_observations(data: Data, num: int) -> Tensor:
+def initial_observations(data: Data, num: int) -> Observation:
     """The first observations (n, O) of at most `num` labelled episodes: a fixed choice, in the order of the rows."""
     row, last = data.layout.row[data.labelled], data.layout.last[data.labelled]
     first = torch.ones_like(last, dtype=torch.bool)
     first[1:] = last[1:] != last[:-1]
     rows = row[first]
     chosen = torch.randperm(len(rows), generator=generator(0, "initial", 0))[:num].sort().values
-    return data.observation[rows[chosen.to(rows.device)]]
+    return tree_map(lambda x: x[0], observed(data, rows[chosen.to(rows.device)].unsqueeze(0), NO_SHIFT))
 
 
 def estimate(state: State) -> Tensor:
     """Mean over the initial observations of the averaged critic's Q(s0, pi(s0)), (E,), in units of the return."""
-    observation = networks.normalise(state, state["initial_observation"])
-    q = values.q_values(values.target(state), observation, actors.greedy(state, observation))
+    seen: Observation = state["initial_observation"]
+    if frames := [state[name] for name in state if name.startswith("initial_frames")]:
+        seen = Views(state["initial_observation"], tuple(frames))
+    observation = networks.normalise(state, seen)
+    features = values.seen(state, observation)
+    action = actors.greedy(state, networks.shown(state, observation, features))
+    q = values.q_values(values.target(state), features, action)
     return q.mean(dim=(1, 2)) * state["value_scale"].squeeze(-1)
 
 
@@ -94,7 +105,9 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     minimum, which would be too low."""
     observation = networks.normalise(state, batch.observation)
     next_observation = networks.normalise(state, batch.next_observation)
-    next_q = values.q_values(values.target(state), next_observation, actors.greedy(state, next_observation))
+    following = values.seen(state, next_observation)
+    next_action = actors.greedy(state, networks.shown(state, next_observation, following))
+    next_q = values.q_values(values.target(state), following, next_action)
     reward = batch.reward / state["value_scale"]
     y = td.td_target(reward.unsqueeze(1), batch.discount.unsqueeze(1), next_q)
 
