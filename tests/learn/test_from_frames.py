@@ -167,6 +167,8 @@ def test_policies_that_are_told_goals_as_frames_are_not_played_yet(frames: Path,
     run("goal_conditioned", frames, tmp_path / "run", "steps=1")
     with pytest.raises(CvlctlError, match="told goals as frames, which nothing plays yet"):
         cvlctl.load_policy(tmp_path / "run")
+    with pytest.raises(CvlctlError, match="a critic that sees frames, which explain cannot show"):
+        cvlctl.explain(tmp_path / "run")
 
 
 def test_a_run_goes_on_with_what_its_critic_saw(frames: Path, tmp_path: Path) -> None:
