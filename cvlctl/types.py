@@ -77,7 +77,7 @@ class Observe:
     cameras: tuple[str, ...] = ()  # of the stores, one or more
     vector: Flag = False  # whether the vector is seen too
     stack: Whole = 1  # frames of each camera, the latest and those before it
-    encoder: Literal["small", "drq", "impala"] = "small"  # small: ten times as fast on a CPU; impala: CVL's
+    encoder: Literal["small", "drq", "impala"] = "small"  # small: for a CPU, eight times as fast as drq; impala: CVL's
     features: Whole = 64  # that it makes of each camera
     shift: Whole = 4  # pixels by which frames are shifted at random while one learns; 0: not at all
     actor_encoder: Literal["critic", "own"] = "critic"  # the actor takes the critic's features, or learns its own
