@@ -64,8 +64,8 @@ def test_critic_script(
     critic.main([*small, "--json", str(tmp_path / "found.json")])
     found = json.loads((tmp_path / "found.json").read_text())
     peers = ["plain eager PyTorch, as shipped", "plain eager PyTorch, our matmul setting"]
-    assert [row["peer"] for row in found["comparisons"]] == peers
-    assert [row["least"] for row in found["comparisons"]] == [2, None]
+    assert [row["peer"] for row in found["comparisons"]] == [*peers, "by info_nce", "by info_nce"]
+    assert [row["least"] for row in found["comparisons"]] == [2, None, 0.5, 0.5]
     forms = {name: numbers for name, *numbers in found["curves"][0]["rows"]}
     assert list(forms) == [*peers, "cvlctl, eager"]
     assert forms[peers[0]][1:] == [1.0, 1.0, 1.0]
