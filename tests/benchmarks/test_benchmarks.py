@@ -67,13 +67,15 @@ def test_all_at_once_goes_on_where_one_fails_and_says_what_was_missed(
     second["startup"] = first["startup"]
     second["startup"]["comparisons"][0] |= {"ratio": 0.93}
     second["critic"]["comparisons"][0] |= {"ratio": 2.5}
+    for row in second["critic"]["comparisons"][2:]:
+        row["ratio"] = 0.5
     (tmp_path / "results.json").write_text(json.dumps({kind: second}))
     (tmp_path / "critic.json").write_text(json.dumps(second["critic"]))
     assert run.main(["--write", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "performance.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith(("| cvlctl --help", "| InfoNCE critic"))]
     assert [line.split("|")[-2].strip() for line in rows] == ["**missed**", "reached", ""]
-    assert "of 2 with a least ratio 1 reach it, 1 miss it" in page
+    assert "of 4 with a least ratio 3 reach it, 1 miss it" in page
     assert "### CVL's whole update" in page and "cvlctl, eager" in page
 
 
