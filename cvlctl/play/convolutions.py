@@ -23,7 +23,7 @@ SMALL, DRQ, IMPALA = (16, 32, 64, 64), (32, 32, 32, 32), (16, 32, 32)
 def pixels(frames: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Stacks of frames (N, S, H, W, C) uint8 as a network sees them: (N, S C, H, W) in [-1/2, 1/2], channels last."""
     stacked = torch.stack(frames.unbind(1), dim=3) if frames.shape[1] > 1 else frames.squeeze(1)
-    flat = stacked.reshape(*stacked.shape[:3], -1)  # frame by frame: three times as fast as to permute
+    flat = stacked.flatten(3)  # frame by frame: three times as fast as to permute
     return (flat.to(dtype) * (1 / 255) - 0.5).permute(0, 3, 1, 2)
 
 

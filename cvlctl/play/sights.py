@@ -73,6 +73,11 @@ class SeeingPolicy:
         """
         return self.head(self.features(shown), noise)
 
+    def outside(self, shown: Shown) -> np.ndarray:
+        """Raises a CvlctlError: how far from the data frames are is not known."""
+        what = f"the policy sees frames of {', '.join(self.observe.cameras)}, and no range of columns tells of them"
+        raise CvlctlError(what, "ask a policy that sees the vector alone")
+
     def features(self, shown: Shown) -> np.ndarray:
         """What the actor is computed from (N, O + F): the vector as it is, and the features of each camera."""
         import torch

@@ -115,6 +115,9 @@ def _subject(run: Path, seed: int | None, checkpoint: str | int) -> _Subject:
     if run.is_file():
         raise CvlctlError(f"{run} is a file", "name its run's directory, which says what it was trained on")
     record, found = read_run(run), checkpoints.read(file)
+    if (observe := found.metadata.get("observe")) is not None:
+        what = f"{run} learned from frames of {', '.join(observe['cameras'])}"
+        raise CvlctlError(what, "explain a run that sees the vector alone: shares of frames are not computed")
     trained = critics_of(found, run)
     seed = trained.seeds[0] if seed is None else seed
     if isinstance(trained.spec, Seeing):
