@@ -15,9 +15,17 @@ from cvlctl.experiments.recipe import Job
 
 def plan(recipe: Any, force: bool = False) -> Any:
     """status ("planned"), command, out, state (as of an experiment's cells), size, estimate_seconds, threads, reads (a
-    list of {path, found}), recipe (resolved). Of a build of several tasks a list of these. Nothing is written."""
+    list of {path, found}), recipe (resolved). Of a build of several tasks a list of these. Nothing is written.
+
+    Raises:
+        CvlctlError: stores that are there do not fit together, or have no such camera.
+    """
     if hasattr(recipe, "recipes"):
         return [plan(one, force) for one in recipe.recipes]
+    if hasattr(recipe, "observe") and all(_is_there(str(use.path)) for use in recipe.stores):
+        from cvlctl.data.load import open_stores
+
+        open_stores(recipe.stores, recipe.observe)  # what does not fit together is told beforehand
     if recipe.learning() is not None and rates.kept() is None:
         from cvlctl.learn.settings import measured_rate
 

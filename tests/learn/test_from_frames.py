@@ -20,6 +20,7 @@ from cvlctl.data.load import join
 from cvlctl.data.recipe import StoreUse
 from cvlctl.data.stream import Stream
 from cvlctl.errors import CvlctlError
+from cvlctl.experiments import dry_run
 from cvlctl.learn import loop
 from cvlctl.learn.finetune import finetune
 from cvlctl.learn.settings import have_compiler
@@ -217,3 +218,13 @@ def test_stores_must_show_the_same(frames: Path, store: Path, tmp_path: Path) ->
     assert run("bc", blind, tmp_path / "run", "steps=1", observe=ALONE)["status"] == "trained"
     with pytest.raises(CvlctlError, match="algorithm contrastive_ac learns from vectors alone"):
         run("contrastive_ac", frames, tmp_path / "run")
+
+
+def test_a_dry_run_says_so_beforehand(frames: Path, tmp_path: Path) -> None:
+    text = "steps: 2, algorithm: bc, observe: {cameras: [CAMERA]}"
+    sound, wrong = (
+        load("finetune", frames, tmp_path / camera, text.replace("CAMERA", camera)) for camera in ("front", "side")
+    )
+    assert dry_run.plan(sound)["state"] == "to do"
+    with pytest.raises(CvlctlError, match=r"observe.cameras: .*point.zarr has no camera 'side'"):
+        dry_run.plan(wrong)
