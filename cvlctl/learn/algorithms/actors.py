@@ -46,9 +46,9 @@ def target(state: State) -> State:
     return {name: state[f"target/{name}"] for name in names(state)}
 
 
-def greedy(params: State, observation: Observation) -> Tensor:
+def greedy(params: State, observation: Observation, name: str = "actor") -> Tensor:
     """tanh of the mean (E, B, A), of *normalised* observations (E, B, O)."""
-    return torch.tanh(networks.actor(params, observation)[0])
+    return torch.tanh(networks.actor(params, observation, name)[0])
 
 
 def update(state: State, loss: Callable[[State], tuple[Tensor, Metrics]], learning_rate: float) -> Metrics:

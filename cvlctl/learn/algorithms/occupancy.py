@@ -25,6 +25,7 @@ from torch import Tensor
 from cvlctl.data.samplers import Data, Draws, never_varied, observation_statistics
 from cvlctl.errors import CvlctlError
 from cvlctl.learn import encoders, networks
+from cvlctl.learn.algorithms import actors
 from cvlctl.learn.losses import contrastive, policy
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics, adam_init, adam_update, ema_update, value_and_grad
@@ -310,7 +311,7 @@ def _drawn(state: State, name: str, observation: Observation, noise: Tensor) -> 
 def _greedy(state: State, observation: Observation) -> Tensor:
     """Actions (E, B, A) of the finished policy that stands in the state, as it is evaluated. No gradient."""
     with torch.no_grad():
-        return torch.tanh(networks.actor(state, observation, POLICY)[0])
+        return actors.greedy(state, observation, POLICY)
 
 
 def _target(config: Config, state: State, following: Observation, action: Tensor) -> Tensor:
