@@ -22,7 +22,7 @@ from cvlctl.learn.attribution import Readout, States, by_group, kept_psi, psi_of
 from cvlctl.learn.critics import Critic, Trained, critic_of, critics_of
 from cvlctl.play.policies import NumpyPolicy, vector_policy_of
 from cvlctl.runs import EXPLAINED, LABELS_FILE, read_run
-from cvlctl.types import Seeing, Spec
+from cvlctl.types import Spec
 
 CHUNK = 65_536  # observations at a time
 
@@ -120,8 +120,6 @@ def _subject(run: Path, seed: int | None, checkpoint: str | int) -> _Subject:
         raise CvlctlError(what, "explain a run that sees the vector alone: shares of frames are not computed")
     trained = critics_of(found, run)
     seed = trained.seeds[0] if seed is None else seed
-    if isinstance(trained.spec, Seeing):
-        raise CvlctlError(f"{run} has a critic that sees frames, which explain cannot show", "explain a run of vectors")
     if occupancy.linear(trained.config):
         what = (
             f"{run} has a critic of loss: {trained.config.loss}, whose Q has no shares of states: they may be below 0"
