@@ -87,6 +87,8 @@ class Observe:
             raise ValueError("cameras must name one or more; to see the vector alone, leave observe out")
         if len(set(self.cameras)) < len(self.cameras):
             raise ValueError("cameras names one of them twice")
+        if "vector" in self.cameras:
+            raise ValueError("a camera called vector cannot be told from the vector: name it otherwise in its store")
         if min(self.stack, self.features) < 1 or self.shift < 0:
             raise ValueError("stack and features must be at least 1, and shift at or above 0")
 

@@ -281,7 +281,7 @@ def compare(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of finetune, or one of its checkpoints.")],
     out: Annotated[Path, typer.Option("--out", help="The file to write.", show_default=False)],
-    form: Annotated[Kind, typer.Option("--format", help="onnx, torch (a program, .pt2), or npz (plain arrays).")],
+    form: Annotated[Kind, typer.Option("--format", help="onnx, torch (program, .pt2), or npz (arrays; for vectors).")],
     seed: Annotated[int, typer.Option("--seed", help="Of the run's seeds the one to take.")] = 0,
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="last, or a step such as 5000.")] = "last",
     units: Annotated[

@@ -15,6 +15,7 @@ from cvlctl import files
 from cvlctl.data.derive import command_line
 from cvlctl.data.example_files import IMAGES, of_file
 from cvlctl.data.recipe import SuccessExamples
+from cvlctl.data.shown import stacks
 from cvlctl.data.store import Column, Store, open_store
 from cvlctl.errors import CvlctlError
 from cvlctl.types import Spec
@@ -86,16 +87,7 @@ def found_examples(source: SuccessExamples, spec: Spec, key: str = "success_exam
 def _frames(store: Store, camera: str, rows: np.ndarray, stack: int) -> np.ndarray:
     """(X, [stack,] H, W, C) of rows that ascend, read chunk by chunk."""
     column = Column(store, store.camera_array(camera))
-    if not stack:
-        return column.take(rows)
-    ends = store.episode_ends()
-    first = (ends - store.lengths() - 1)[np.searchsorted(ends, rows, side="right")]
-    found = []
-    for row, start in zip(rows.tolist(), first.tolist(), strict=True):
-        begin = max(start, row - stack + 1)
-        frames = column.rows(begin, row + 1)
-        found.append(np.concatenate([frames[:1].repeat(stack - len(frames), axis=0), frames]))
-    return np.stack(found)
+    return stacks(column, store.episode_ends(), rows, stack) if stack else column.take(rows)
 
 
 def _choice(count: int, num: int) -> np.ndarray:

@@ -361,8 +361,9 @@ class Column:
         return self._sliced.rows(start, stop).reshape(-1, *self._shape)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), ...) single rows; `rows` ascend."""
-        return np.concatenate([self.rows(row, row + 1) for row in rows.tolist()])
+        """(len(rows), ...) single rows; `rows` ascend. Those that follow one another are read together."""
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
+        return np.concatenate([self.rows(int(run[0]), int(run[-1]) + 1) for run in runs])
 
 
 def _slice(array: np.ndarray, start: int, stop: int) -> np.ndarray:

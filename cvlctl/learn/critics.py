@@ -16,10 +16,8 @@ from cvlctl.learn import encoders, networks
 from cvlctl.learn.algorithms import occupancy
 from cvlctl.learn.losses import occupancy_q
 from cvlctl.learn.networks import State
-from cvlctl.play.sights import FRAMES_AT_ONCE, VECTOR, Shown, checked, seen_by
+from cvlctl.play.sights import FRAMES_AT_ONCE, VECTOR, Seen, checked, seen_by
 from cvlctl.types import Observation, Seeing, Spec, Views, require_finite
-
-Seen = np.ndarray | Shown
 
 CHUNK = 4096  # state-action pairs against the whole bank at a time: bounds memory
 

@@ -7,21 +7,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cvlctl.data.load import Reading
-from cvlctl.data.store import Column, Store
+from cvlctl.data.shown import stacks
+from cvlctl.data.store import Column
 from cvlctl.files import read_json, write_json
 from cvlctl.learn import networks
 from cvlctl.learn.algorithms import occupancy
 from cvlctl.learn.encoders import TABLES
 from cvlctl.learn.networks import State
 from cvlctl.progress import Progress
-from cvlctl.types import Observe, Views
+from cvlctl.types import Views
 
 FILE = "features.npy"
 ROWS = 512  # of a store that are encoded at a time
@@ -80,8 +80,11 @@ def _write(file: Path, shape: tuple[int, ...], reading: Reading, params: State, 
     with Progress("features of all frames", shape[0], "rows") as progress:
         for store in reading.stores:
             assert reading.observe is not None
-            for stacks in _stacks(store, reading.observe):
-                found = _features(tuple(map(torch.from_numpy, stacks)), params, device)
+            ends = store.episode_ends()
+            cameras = [Column(store, store.camera_array(camera)) for camera in reading.observe.cameras]
+            for rows in np.split(np.arange(store.num_rows), range(ROWS, store.num_rows, ROWS)):
+                frames = (stacks(camera, ends, rows, reading.observe.stack) for camera in cameras)
+                found = _features(tuple(map(torch.from_numpy, frames)), params, device)
                 table[done : done + len(found)] = found
                 done += len(found)
                 progress.update(done)
@@ -90,18 +93,6 @@ def _write(file: Path, shape: tuple[int, ...], reading: Reading, params: State, 
     with open(part, "rb") as written:
         os.fsync(written.fileno())
     os.replace(part, file)
-
-
-def _stacks(store: Store, observe: Observe) -> Iterator[list[np.ndarray]]:
-    """Stacks (n, S, H, W, C) of each camera at all rows of a store, in order."""
-    ends = store.episode_ends()
-    columns = [Column(store, f"data/images/{camera}") for camera in observe.cameras]
-    for begin in range(0, store.num_rows, ROWS):
-        rows = np.arange(begin, min(begin + ROWS, store.num_rows))
-        first = np.append(0, ends)[np.searchsorted(ends, rows, side="right")]
-        stacked = np.maximum(rows[:, None] - np.arange(observe.stack)[::-1], first[:, None])
-        least = int(stacked.min())
-        yield [column.rows(least, int(rows[-1]) + 1)[stacked - least] for column in columns]
 
 
 def _features(stacks: tuple[torch.Tensor, ...], params: State, device: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from cvlctl.units import Units
 LEARNERS = ("actor", "phi", "critic", "feature")  # whose encoder a policy sees by: its own, or else a critic's
 VECTOR = "vector"  # the key of the vector in what a policy is shown
 Shown = Mapping[str, np.ndarray]  # by camera (N, H, W, C) or (N, S, H, W, C) uint8; "vector": (N, O)
+Seen = np.ndarray | Shown  # (N, O), of what sees the vector alone
 FRAMES_AT_ONCE = 256  # stacks that are encoded at a time: bounds memory
 
 
@@ -21,6 +22,9 @@ class Head(Protocol):
     """The actor of a `SeeingPolicy`, a `policies.NumpyPolicy`."""
 
     units: Units
+
+    @property
+    def scale(self) -> tuple[np.ndarray, np.ndarray]: ...
 
     @property
     def needs_goal(self) -> bool: ...
@@ -60,6 +64,14 @@ class SeeingPolicy:
         """Whether a goal must be given beside what is seen."""
         return self.head.needs_goal
 
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one of what it is shown: (S, H, W, C) by camera, and "vector" (O,) where it is seen."""
+        stacks: dict[str, tuple[int, ...]] = {
+            name: (self.observe.stack, *self.spec.cameras[name]) for name in self.observe.cameras
+        }
+        return {**stacks, VECTOR: self.spec.observation_shape} if self.observe.vector else stacks
+
     def __call__(self, shown: Shown, noise: np.ndarray | None = None) -> np.ndarray:
         """Actions (N, A) float32 for N observations, in [-1, 1] or in the robot's own units.
 
@@ -94,6 +106,11 @@ class SeeingPolicy:
                 encoded = [convolutions.encode(kind, layers, part.to(self._device)) for part in parts]
                 found.append(torch.cat(encoded).cpu().numpy())
         return np.concatenate(found, axis=1)
+
+
+def part(seen: Seen, rows: slice | np.ndarray) -> Seen:
+    """Some of N observations, or one of them several times."""
+    return {name: of[rows] for name, of in seen.items()} if isinstance(seen, Mapping) else seen[rows]
 
 
 def encoder_names(names: Iterable[str]) -> list[str]:

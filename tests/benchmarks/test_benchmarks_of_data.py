@@ -262,3 +262,8 @@ def test_references_are_measured(script: Script, monkeypatch: pytest.MonkeyPatch
 def test_latency_of_policies(script: Script) -> None:
     found = script("latency").main(["--hidden", "8", "--calls", "20"])
     assert {"load_policy (numpy)", "npz"} <= set(found) and all(0 < median <= late for median, late in found.values())
+
+
+def test_latency_of_policies_that_see(script: Script) -> None:
+    found = script("latency").main(["--hidden", "8", "--encoder", "small", "--calls", "5"])
+    assert {"load_policy (torch)", "torch"} <= set(found) and "npz" not in found

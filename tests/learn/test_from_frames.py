@@ -193,6 +193,7 @@ def finetuned(store: Path, out: Path, *overrides: str, observe: str) -> None:
         ("{cameras: [side]}", r"observe.cameras: .*point.zarr has no camera 'side'\n.*it has front, left"),
         ("{cameras: []}", r"observe.*cameras must name one or more"),
         ("{cameras: [front, front]}", r"cameras names one of them twice"),
+        ("{cameras: [vector]}", r"a camera called vector cannot be told from the vector"),
         ("{cameras: [front], encoder: drq}", r"drq: the frames of camera front, 10x10, are too small"),
         ("{cameras: [front], encoder: resnet}", r"encoder.*'small', 'drq' or 'impala'"),
         ("{cameras: [front], stack: 0}", r"stack and features must be at least 1"),
