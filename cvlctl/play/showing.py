@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,7 @@ def run_seeing(
     device: str = "cpu",
     workers: int | None = None,
     progress: Progress | None = None,
+    acted: Callable[[int, int, np.ndarray], None] | None = None,
 ) -> list[EpisodeResult]:
     """The rows of policies that see frames, as `players.run_episodes` gives those of vectors: the same episodes.
 
@@ -33,6 +35,7 @@ def run_seeing(
         jobs: with `cameras`.
         device: on which frames are encoded.
         workers: processes that simulate and draw; None: one for each CPU that this process may use; 0 or 1: none.
+        acted: told the place of a job, the number of its episode that is over, and the actions (T, A) taken in it.
     """
     numbers, workers = numbers_of(jobs, episodes), num_cpus() if workers is None else workers
     groups: dict[tuple, list[int]] = {}
@@ -46,17 +49,30 @@ def run_seeing(
                 policy = policy_of(read(checkpoint_file(job.copy or job.checkpoint), job.sha256), job.seed)
                 check_fit(job.checkpoint, policy, envs.first)
                 assert isinstance(policy, SeeingPolicy)
-                for row in _played(job, policy.to(device), envs, numbers[index]):
+                for row, actions in _played(job, policy.to(device), envs, numbers[index]):
                     rows[index, row.episode] = row
+                    if acted:
+                        acted(index, row.episode, np.stack(actions))
                     if progress:
                         progress(len(rows), sum(map(len, numbers)), row)
     return [rows[item] for item in sorted(rows)]
 
 
-def _played(job: PolicyJob, policy: SeeingPolicy, envs: Stepper, wanted: Sequence[int]) -> Iterator[EpisodeResult]:
-    """The rows of a policy's episodes, as they end."""
+class _Playing(NamedTuple):
+    """An episode under way."""
+
+    episode: int
+    actions: list[np.ndarray]
+    rewards: list[float]
+    successes: list[bool | None]
+
+
+def _played(
+    job: PolicyJob, policy: SeeingPolicy, envs: Stepper, wanted: Sequence[int]
+) -> Iterator[tuple[EpisodeResult, list[np.ndarray]]]:
+    """The rows of a policy's episodes, as they end, and its actions in them."""
     table, waiting = envs.table, iter(wanted)
-    playing: dict[int, tuple[int, list[float], list[bool | None]]] = {}  # episode, rewards, successes
+    playing: dict[int, _Playing] = {}
     frames = {name: frames_in(table, i) for i, name in enumerate(camera.name for camera in job.cameras)}
     stacks = {name: np.repeat(frames[name][:, None], policy.observe.stack, axis=1) for name in frames}
     free = list(range(ENVS))
@@ -74,12 +90,13 @@ def _played(job: PolicyJob, policy: SeeingPolicy, envs: Stepper, wanted: Sequenc
             for number in begun:
                 stack[number] = frames[name][number]
         free = []
-        for number, (episode, rewards, successes) in playing.items():
-            rewards.append(float(table["reward"][number]))
-            successes.append(None if table["success"][number] < 0 else bool(table["success"][number]))
+        for number, one in playing.items():
+            one.actions.append(table["action"][number].copy())
+            one.rewards.append(float(table["reward"][number]))
+            one.successes.append(None if table["success"][number] < 0 else bool(table["success"][number]))
             if table["over"][number]:
                 free.append(number)
-                yield result_row(job, episode, rewards, successes)
+                yield result_row(job, one.episode, one.rewards, one.successes), one.actions
         for number in free:
             del playing[number]
-        playing |= {number: (episode, [], []) for number, episode in begun.items()}
+        playing |= {number: _Playing(episode, [], [], []) for number, episode in begun.items()}

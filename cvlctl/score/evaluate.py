@@ -237,8 +237,9 @@ def _filmed(recipe: EvaluateRecipe, wanted: _Wanted, rows: kept.JobRows) -> dict
     held = [content for content in wanted.in_training if kept.copy_of(recipe.out, content) in {j.copy for j in rows}]
     with kept.copies(recipe.out, held), Progress("videos", len(rows) * count, "episodes") as progress:
         videos.make_videos(
-            list(rows), count, recipe.seed, recipe.video.settings, place, workers=workers, progress=progress.update
-        )
+            list(rows), count, recipe.seed, recipe.video.settings, place, device=_seeing_device(recipe, rows),
+            workers=workers, progress=progress.update,
+        )  # fmt: skip
     told = [
         {"algorithm": job.algorithm, "task": job.task, "seed": job.seed, "step": job.step, "episode": at,
          "return": rows[job][at].episode_return, "success": rows[job][at].success, "path": str(place(job, at))}
@@ -283,6 +284,12 @@ def _played(jobs: Sequence[PolicyJob], asked: str, options: dict[str, Any]) -> l
     if jobs[0].cameras:
         return run_seeing(jobs, device=device, **options)
     return run_episodes(jobs, **options) if device == "cpu" else run_lockstep(jobs, device=device, **options)
+
+
+def _seeing_device(recipe: EvaluateRecipe, jobs: Iterable[PolicyJob]) -> str:
+    """Where frames are encoded, if any policy sees them."""
+    seeing = [job for job in jobs if job.cameras]
+    return _device(recipe.device, seeing) if seeing else "cpu"
 
 
 def _device(asked: str, jobs: Sequence[PolicyJob]) -> str:

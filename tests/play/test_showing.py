@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import cvlctl
 from cvlctl import checkpoints
 from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import load
 from cvlctl.learn.finetune import finetune
+from cvlctl.play import videos
+from cvlctl.play.rollout import roll
 from cvlctl.score.evaluate import evaluate
 
 ROBOT = '''
@@ -86,6 +89,28 @@ def test_the_policy_sees_and_rows_are_the_same_for_any_number_of_workers(robot: 
     assert alone == two and len(alone) == 22
     assert {row["episode"] for row in alone} == set(range(11))
     assert min(row["episode_return"] for row in alone) > 4.5, "who sees nothing gets 0 on average"
+
+
+def test_videos_are_of_the_episodes_that_were_scored(
+    robot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[float] = []
+
+    def recorded(*args: Any) -> Any:
+        found = roll(*args)
+        played.append(sum(found[2]))
+        return found
+
+    monkeypatch.setattr(videos, "roll", recorded)
+    film = "video={episodes: 2, cameras: {default: {size: 32}}}"
+    rows = {(row["seed"], row["episode"]): row for row in scores(robot, tmp_path / "here", film, "workers=0")}
+    assert played == [rows[seed, episode]["episode_return"] for seed in (0, 1) for episode in (0, 1)]
+    scores(robot, tmp_path / "there", film, "workers=2")
+    here, there = (sorted((tmp_path / name / "videos").iterdir()) for name in ("here", "there"))
+    assert [file.name for file in here] == [file.name for file in there] and len(here) == 4
+    assert [file.read_bytes() for file in here] == [file.read_bytes() for file in there]
+    with Image.open(here[0]) as shown:
+        assert shown.n_frames > 1  # type: ignore[attr-defined]
 
 
 def test_where_cameras_stand_must_be_known(robot: Path, tmp_path: Path) -> None:
