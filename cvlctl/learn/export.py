@@ -63,6 +63,9 @@ def export(
         raise CvlctlError(f"--format {format} needs {' and '.join(missing)}", f"pip install 'cvlctl[{format}]'")
     found = read(checkpoint_file(run, int(checkpoint) if checkpoint.isdigit() else checkpoint))
     policy = policy_of(found, seed)
+    if isinstance(policy, SeeingPolicy) and policy.needs_goal:
+        what = f"{run}: its policy is shown a goal as frames, for which an exported file has no place"
+        raise CvlctlError(what, "load_policy takes one beside what is seen: policy(shown, goal=...)")
     if units == "physical":
         policy = in_units(policy, action_bounds, str(run))
     observations, checked_on = _observations(found, policy)

@@ -16,7 +16,7 @@ from cvlctl.checkpoints import checkpoint_file, read
 from cvlctl.errors import CvlctlError
 from cvlctl.machine import num_cpus
 from cvlctl.play.envs import make
-from cvlctl.play.policies import NumpyPolicy, vector_policy_of
+from cvlctl.play.policies import NumpyPolicy, Policy, vector_policy_of
 from cvlctl.play.rollout import EVALUATION_SEED, Episodes, GoalUse, PolicyJob, Progress, check_fit, result_row, roll
 from cvlctl.play.settings import Settings
 from cvlctl.play.workers import share_out
@@ -138,13 +138,15 @@ def goal_lookup() -> Callable[[PolicyJob, int], np.ndarray | None]:
 
 
 def succeeds(
-    job: PolicyJob, policy: NumpyPolicy, observation: np.ndarray, goal: np.ndarray | None, success: bool | None
+    job: PolicyJob, policy: Policy, observation: np.ndarray, goal: np.ndarray | None, success: bool | None
 ) -> bool | None:
     """Success of a step that led to `observation`: within reach of the goal, or what the environment says."""
     if goal is None or job.goals is None or job.goals.within is None:
         return success
-    columns = job.goals.columns or (policy.goals and policy.goals.goal)
+    own = policy.goals if isinstance(policy, NumpyPolicy) else None
+    columns = job.goals.columns or (own and own.goal)
     if columns is None:
-        what = f"goals.within: {job.algorithm} has no goals, and does not say which columns of a state make one"
+        has = "is shown its goals" if policy.needs_goal else "has no goals"
+        what = f"goals.within: {job.algorithm} {has}, and does not say which columns of a state make one"
         raise CvlctlError(what, "add goals.columns, such as [0, 1, 2]")
     return bool(np.linalg.norm(observation[list(columns)] - goal[list(columns)]) < job.goals.within)

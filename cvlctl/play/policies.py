@@ -18,7 +18,7 @@ import numpy as np
 
 from cvlctl.checkpoints import Saved, checkpoint_file, read
 from cvlctl.errors import CvlctlError
-from cvlctl.play.sights import SeeingPolicy, encoder_names, seen_by
+from cvlctl.play.sights import GOAL_LEARNERS, LEARNERS, SeeingPolicy, encoder_names, seen_by
 from cvlctl.types import Spec, require_finite
 from cvlctl.units import Bounds, Units, limits, read_units
 
@@ -196,7 +196,8 @@ def in_units(policy: Policy, action_bounds: Bounds | None, path: str) -> Policy:
     """The same policy, whose actions are in the robot's units; raises as `load_policy` does."""
     if isinstance(policy, SeeingPolicy):
         assert isinstance(policy.head, NumpyPolicy)
-        return SeeingPolicy(policy.arrays, head_in_units(policy.head, action_bounds, path), policy.spec, policy.observe)
+        head = head_in_units(policy.head, action_bounds, path)
+        return SeeingPolicy(policy.arrays, head, policy.spec, policy.observe, policy.goals_by)
     return head_in_units(policy, action_bounds, path)
 
 
@@ -226,12 +227,17 @@ def policy_of(found: Saved, seed: int) -> Policy:
     depth = (len(names) - 2) // 2
     layers = [(arrays[f"actor.{i}.weight"], arrays[f"actor.{i}.bias"].reshape(-1)) for i in range(depth)]
     mean, goals, data_range, spec = arrays["observation_mean"], header["goals"], header["data_range"], header["spec"]
-    if header["observe"] is not None:
-        width = len(layers[0][0]) - len(mean)  # of all features, which are as they are
+    if (observe := header["observe"]) is not None:
+        width = observe.features * len(observe.cameras)  # of features, which are as they are
         mean, std = np.append(mean, np.zeros(width)), np.append(std, np.ones(width))
+        if goals:
+            mean, std = np.tile(mean, 2), np.tile(std, 2)
         head = NumpyPolicy(layers, mean, std, replace(spec, observation_shape=(len(mean),)), units=header["units"])
-        encoders = {name: _member(found, name, member) for name in _encoder_names(found, header)}
-        return SeeingPolicy(encoders, head, spec, header["observe"])
+        seen = _encoder_names(found, header, LEARNERS)
+        told = _encoder_names(found, header, GOAL_LEARNERS) if goals else []
+        encoders = {name.removeprefix("ema/"): _member(found, name, member) for name in [*seen, *told]}
+        goals_by = told[0].removeprefix("ema/").partition(".")[0] if told else None
+        return SeeingPolicy(encoders, head, spec, observe, goals_by)
     if goals and not goals.command:  # a goal is normalised as what it is, a part of a state
         mean, std = (np.concatenate([x, x[list(goals.goal)]]) for x in (mean, std))
         data_range = (
@@ -270,8 +276,6 @@ def _header(found: Saved) -> dict[str, Any]:
             f"{file} has no readable cvlctl header ({type(error).__name__}: {error})",
             "it is not a checkpoint of cvlctl",
         ) from error
-    if goals is not None and observe is not None:
-        raise CvlctlError(f"{file}: its policy is told goals as frames, which nothing plays yet", "name another run")
     units = read_units(str(file), header.get("units") or {}, spec)
     told = {"spec": spec, "observe": observe, "goals": goals, "units": units, "data_range": data_range}
     return {"seeds": list(seeds), **told}
@@ -310,8 +314,8 @@ def _actor_names(found: Saved, header: dict[str, Any]) -> list[str]:
     width = spec.observation_shape[0]
     expected: dict[str, tuple[int, ...]] = {f"observation_{what}": (members, width) for what in ("mean", "std")}
     goals, observe = header["goals"], header["observe"]
-    width += len(goals.goal) if goals and not goals.command else 0
-    width += 0 if observe is None else observe.features * len(observe.cameras)
+    seen = 0 if observe is None else observe.features * len(observe.cameras)
+    width += seen + (len(goals.goal) + seen if goals and not goals.command else 0)
     for i in range(max(weights) + 1):
         shape = shapes.get(f"actor.{i}.weight", ())
         out = 2 * spec.action_dim if i == max(weights) else (shape[2] if len(shape) == 3 else -1)
@@ -324,12 +328,12 @@ def _actor_names(found: Saved, header: dict[str, Any]) -> list[str]:
     return list(expected)
 
 
-def _encoder_names(found: Saved, header: dict[str, Any]) -> list[str]:
-    """Names of the encoders' arrays, after checking their shapes."""
+def _encoder_names(found: Saved, header: dict[str, Any], learners: Sequence[str]) -> list[str]:
+    """Names of the arrays of the encoders that one of `learners` has, after checking their shapes."""
     from cvlctl.play.convolutions import shapes  # and with it torch
 
-    names, observe, spec = encoder_names(found.places), header["observe"], header["spec"]
-    stem = names[0].partition(".")[0] if names else "actor"
+    names, observe, spec = encoder_names(found.places, learners), header["observe"], header["spec"]
+    stem = names[0].partition(".")[0] if names else learners[0]
     for i, camera in enumerate(observe.cameras):
         sizes = shapes(observe.encoder, spec.cameras[camera], observe.stack, observe.features)
         for j, size in enumerate(sizes):

@@ -37,6 +37,7 @@ class GoalUse:
     file: Path  # .npy of states (N, O)
     columns: tuple[int, ...] | None = None  # of a state, that make the goal; None: the policy's own
     within: float | None = None  # success is to come this close (Euclidean); None: the environment's own success
+    frames: Path | None = None  # .npz of these states' frames by camera, (N, S, H, W, C), the latest last
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def check_fit(checkpoint: Path, policy: Policy, env: Env, has_goal: bool = False
     """Refuse a policy that sees or does something else than the environment has, or in other units, or lacks a goal."""
     if policy.needs_goal and not has_goal:
         what = f"{checkpoint} sees the observation and a goal beside it, and no goal is given"
-        raise CvlctlError(what, "evaluate it with goals: {from: STORE}, or train it with critic.command_columns")
+        stated = "" if isinstance(policy, SeeingPolicy) else ", or train it with critic.command_columns"
+        raise CvlctlError(what, f"evaluate it with goals: {{from: STORE}}{stated}")
     sees, does = policy.spec.observation_shape, policy.spec.action_dim
     if isinstance(policy, SeeingPolicy) and not policy.observe.vector:
         sees = env.spec.observation_shape

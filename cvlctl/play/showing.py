@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cvlctl.checkpoints import checkpoint_file, read
+from cvlctl.errors import CvlctlError
 from cvlctl.machine import num_cpus
-from cvlctl.play.players import numbers_of
+from cvlctl.play.env import Env
+from cvlctl.play.players import goal_lookup, numbers_of, succeeds
 from cvlctl.play.policies import policy_of
 from cvlctl.play.rollout import EVALUATION_SEED, Episodes, PolicyJob, Progress, check_fit, result_row
 from cvlctl.play.sights import VECTOR, SeeingPolicy
@@ -47,9 +49,10 @@ def run_seeing(
             for index in indices:
                 job = jobs[index]
                 policy = policy_of(read(checkpoint_file(job.copy or job.checkpoint), job.sha256), job.seed)
-                check_fit(job.checkpoint, policy, envs.first)
+                check_fit(job.checkpoint, policy, envs.first, job.goals is not None)
                 assert isinstance(policy, SeeingPolicy)
-                for row, actions in _played(job, policy.to(device), envs, numbers[index]):
+                goals = _Goals(job, policy, envs.first)
+                for row, actions in _played(job, policy.to(device), envs, numbers[index], goals):
                     rows[index, row.episode] = row
                     if acted:
                         acted(index, row.episode, np.stack(actions))
@@ -58,23 +61,57 @@ def run_seeing(
     return [rows[item] for item in sorted(rows)]
 
 
+class _Goals:
+    """Where a job sends its policy: episode i to state i mod N.
+
+    Raises:
+        CvlctlError: how near the environment comes to them cannot be told.
+    """
+
+    def __init__(self, job: PolicyJob, policy: SeeingPolicy, env: Env) -> None:
+        self._job, self._policy, self._state_of = job, policy, goal_lookup()
+        self._frames: dict[str, np.ndarray] = {}
+        if job.goals is not None and job.goals.frames is not None:
+            with np.load(job.goals.frames, allow_pickle=False) as kept:
+                self._frames = {name: kept[name][:, -policy.observe.stack :] for name in policy.observe.cameras}
+        state = self.state(0)
+        if state is not None and job.goals and job.goals.within and len(state) != env.spec.observation_shape[0]:
+            has = f"observations of {env.spec.observation_shape[0]} columns, and the goals have {len(state)}"
+            hint = "take goals from: a store of this task with a vector beside its frames, or leave within out"
+            raise CvlctlError(f"goals.within: {env.task} has {has}", hint)
+
+    def state(self, episode: int) -> np.ndarray | None:
+        """(O,); None where none is commanded."""
+        return self._state_of(self._job, episode)
+
+    def told(self, episode: int) -> np.ndarray | None:
+        """(1, G), what the policy is told; None where it is told none."""
+        state = self.state(episode)
+        if state is None or not self._policy.needs_goal:
+            return None
+        frames = {name: of[episode % len(of)][None] for name, of in self._frames.items()}
+        return self._policy.told({VECTOR: state[None], **frames})
+
+
 class _Playing(NamedTuple):
     """An episode under way."""
 
     episode: int
+    goal: np.ndarray | None
     actions: list[np.ndarray]
     rewards: list[float]
     successes: list[bool | None]
 
 
 def _played(
-    job: PolicyJob, policy: SeeingPolicy, envs: Stepper, wanted: Sequence[int]
+    job: PolicyJob, policy: SeeingPolicy, envs: Stepper, wanted: Sequence[int], goals: _Goals
 ) -> Iterator[tuple[EpisodeResult, list[np.ndarray]]]:
     """The rows of a policy's episodes, as they end, and its actions in them."""
     table, waiting = envs.table, iter(wanted)
     playing: dict[int, _Playing] = {}
     frames = {name: frames_in(table, i) for i, name in enumerate(camera.name for camera in job.cameras)}
     stacks = {name: np.repeat(frames[name][:, None], policy.observe.stack, axis=1) for name in frames}
+    told: np.ndarray | None = None  # (ENVS, G)
     free = list(range(ENVS))
     while True:
         begun = {number: episode for number in free if (episode := next(waiting, None)) is not None}
@@ -82,7 +119,7 @@ def _played(
             return
         if playing:
             shown = {name: stacks[name] for name in policy.observe.cameras}
-            table["action"] = policy({**shown, VECTOR: table["observation"]})
+            table["action"] = policy({**shown, VECTOR: table["observation"]}, goal=told)
         envs.run(begun, list(playing))
         for name, stack in stacks.items():
             stack[:, :-1] = stack[:, 1:]
@@ -93,10 +130,15 @@ def _played(
         for number, one in playing.items():
             one.actions.append(table["action"][number].copy())
             one.rewards.append(float(table["reward"][number]))
-            one.successes.append(None if table["success"][number] < 0 else bool(table["success"][number]))
+            success = None if table["success"][number] < 0 else bool(table["success"][number])
+            one.successes.append(succeeds(job, policy, table["observation"][number], one.goal, success))
             if table["over"][number]:
                 free.append(number)
                 yield result_row(job, one.episode, one.rewards, one.successes), one.actions
         for number in free:
             del playing[number]
-        playing |= {number: _Playing(episode, [], [], []) for number, episode in begun.items()}
+        for number, episode in begun.items():
+            playing[number] = _Playing(episode, goals.state(episode), [], [], [])
+            if (goal := goals.told(episode)) is not None:
+                told = goal.repeat(ENVS, axis=0) if told is None else told
+                told[number] = goal

@@ -12,6 +12,7 @@ from cvlctl.types import Observe, Spec, require_finite
 from cvlctl.units import Units
 
 LEARNERS = ("actor", "phi", "critic", "feature")  # whose encoder a policy sees by: its own, or else a critic's
+GOAL_LEARNERS = ("actor", "ema/psi", "psi")  # by which it sees goals
 VECTOR = "vector"  # the key of the vector in what a policy is shown
 Shown = Mapping[str, np.ndarray]  # by camera (N, H, W, C) or (N, S, H, W, C) uint8; "vector": (N, O)
 Seen = np.ndarray | Shown  # (N, O), of what sees the vector alone
@@ -26,9 +27,6 @@ class Head(Protocol):
     @property
     def scale(self) -> tuple[np.ndarray, np.ndarray]: ...
 
-    @property
-    def needs_goal(self) -> bool: ...
-
     def __call__(self, observations: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray: ...
 
 
@@ -37,14 +35,18 @@ class SeeingPolicy:
 
     Args:
         arrays: the encoders' weights, without a member axis, by name: "actor.camera0.small.0.weight".
-        head: the actor, on the vector followed by the features of each camera.
+        head: the actor, on the vector followed by the features of each camera, and where it is told a goal on the same
+            of that.
         spec, observe: what it sees and does.
+        goals_by: whose encoder goals are seen by, in the names of `arrays`; None: it is told none.
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], head: Head, spec: Spec, observe: Observe) -> None:
+    def __init__(
+        self, arrays: Mapping[str, np.ndarray], head: Head, spec: Spec, observe: Observe, goals_by: str | None = None
+    ) -> None:
         import torch
 
-        self.arrays, self.head, self.spec, self.observe = dict(arrays), head, spec, observe
+        self.arrays, self.head, self.spec, self.observe, self.goals_by = dict(arrays), head, spec, observe, goals_by
         self._weights = {name: torch.from_numpy(value) for name, value in self.arrays.items()}
         self._name, self._device = next(iter(arrays)).partition(".")[0], "cpu"
 
@@ -62,7 +64,7 @@ class SeeingPolicy:
     @property
     def needs_goal(self) -> bool:
         """Whether a goal must be given beside what is seen."""
-        return self.head.needs_goal
+        return self.goals_by is not None
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
@@ -72,18 +74,34 @@ class SeeingPolicy:
         }
         return {**stacks, VECTOR: self.spec.observation_shape} if self.observe.vector else stacks
 
-    def __call__(self, shown: Shown, noise: np.ndarray | None = None) -> np.ndarray:
+    def __call__(
+        self, shown: Shown, noise: np.ndarray | None = None, goal: Shown | np.ndarray | None = None
+    ) -> np.ndarray:
         """Actions (N, A) float32 for N observations, in [-1, 1] or in the robot's own units.
 
         Args:
             shown: by camera (N, H, W, C) uint8, or (N, S, H, W, C) of stacks, the latest frame last; "vector" (N, O)
                 where the policy sees it.
             noise: (N, A) standard normal: sampled actions. None: greedy.
+            goal: where a goal-conditioned policy is sent, as `shown`: N of them, or one for all; or what `told` made of
+                that.
 
         Raises:
-            CvlctlError: where a camera is missing, or frames have another size or type.
+            CvlctlError: where a camera or the goal is missing, or frames have another size or type.
         """
-        return self.head(self.features(shown), noise)
+        seen = self.features(shown)
+        if self.goals_by is not None:
+            if goal is None:
+                what = "the policy is told a goal beside what it sees, and none is given"
+                raise CvlctlError(what, f'give goal={{"{self.observe.cameras[0]}": frames of the goal, ...}}')
+            told = goal if isinstance(goal, np.ndarray) else self.told(goal)
+            seen = np.concatenate([seen, np.broadcast_to(told, seen.shape)], axis=1)
+        return self.head(seen, noise)
+
+    def told(self, goal: Shown) -> np.ndarray:
+        """What the actor is told of goals (N, O + F), which are shown as observations are."""
+        assert self.goals_by is not None
+        return self._features(goal, self.goals_by)
 
     def outside(self, shown: Shown) -> np.ndarray:
         """Raises a CvlctlError: how far from the data frames are is not known."""
@@ -92,6 +110,9 @@ class SeeingPolicy:
 
     def features(self, shown: Shown) -> np.ndarray:
         """What the actor is computed from (N, O + F): the vector as it is, and the features of each camera."""
+        return self._features(shown, self._name)
+
+    def _features(self, shown: Shown, name: str) -> np.ndarray:
         import torch
 
         from cvlctl.play import convolutions
@@ -100,7 +121,7 @@ class SeeingPolicy:
         seen = checked(shown, self.observe, self.spec.cameras, width, columns)
         found = [seen[VECTOR]]
         for i, camera in enumerate(self.observe.cameras):
-            kind, layers = convolutions.layers_of(self._weights, f"{self._name}.camera{i}")
+            kind, layers = convolutions.layers_of(self._weights, f"{name}.camera{i}")
             with torch.inference_mode():
                 parts = torch.from_numpy(np.require(seen[camera], requirements=("C", "W"))).split(FRAMES_AT_ONCE)
                 encoded = [convolutions.encode(kind, layers, part.to(self._device)) for part in parts]
@@ -113,9 +134,10 @@ def part(seen: Seen, rows: slice | np.ndarray) -> Seen:
     return {name: of[rows] for name, of in seen.items()} if isinstance(seen, Mapping) else seen[rows]
 
 
-def encoder_names(names: Iterable[str]) -> list[str]:
-    """Of a state's names those of the encoders that its policy sees by; none where it sees a vector alone."""
-    found = {learner: [name for name in names if name.startswith(f"{learner}.camera")] for learner in LEARNERS}
+def encoder_names(names: Iterable[str], learners: Sequence[str] = LEARNERS) -> list[str]:
+    """Of a state's names those of the encoders that its policy sees by, or with GOAL_LEARNERS its goals: of the first
+    learner that has any. None where it sees a vector alone."""
+    found = {learner: [name for name in names if name.startswith(f"{learner}.camera")] for learner in learners}
     return next(filter(None, found.values()), [])
 
 

@@ -102,7 +102,7 @@ def film(request: Mapping[str, Any]) -> None:
     """One episode in a worker, and its file."""
     job, actions = job_of(request["job"]), request["actions"]
     with closing(make(job.task, EVALUATION_SEED + request["seed"], job.horizon, job.env)) as env:
-        act = _asked(job, request["episode"], env) if actions is None else lambda _, step: np.float32(actions[step])
+        act = _asked(job, request["episode"], env) if actions is None else lambda _, step: np.array(actions[step])
         fps = _fps(env)
         every = max(1, round(fps / MOST_FPS))
         film = Film(env, cameras_of(request["cameras"]), every=every)

@@ -12,7 +12,8 @@ import io
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,12 +28,16 @@ from cvlctl.play.policies import policy_of
 from cvlctl.play.rollout import EVALUATION_SEED, Episodes, GoalUse, PolicyJob
 from cvlctl.play.rollout import Progress as OnEpisode
 from cvlctl.play.showing import run_seeing
+from cvlctl.play.sights import SeeingPolicy
 from cvlctl.progress import Progress, say
 from cvlctl.score import find_runs, kept, places
 from cvlctl.score.recipe import EvaluateRecipe, EvaluationGoals
 from cvlctl.score.report import Estimates, as_text, baseline_of, can_be_shown, estimates_of, render, report
 from cvlctl.score.tuning import settings_of
-from cvlctl.types import EpisodeResult
+from cvlctl.types import EpisodeResult, Spec
+
+if TYPE_CHECKING:
+    from cvlctl.data.examples import Examples  # zarr: not without need
 
 __all__ = ["as_text", "evaluate", "render"]
 
@@ -47,7 +52,7 @@ class _Wanted(NamedTuple):
     in_training: list[Saved]  # checkpoints whose runs replace them
     estimates: Estimates
     baseline: str
-    goals: np.ndarray | None  # (N, O)
+    goals: Examples | None  # states to arrive at
     record: dict[str, Any]  # what is written of it
 
 
@@ -98,7 +103,7 @@ def _wanted(recipe: EvaluateRecipe) -> _Wanted:
     jobs = [
         PolicyJob(
             *key, checkpoint.step, checkpoint.file, estimates[key].gamma if key in estimates else None,
-            _goal_use(recipe), recipe.horizon, checkpoint.sha256,
+            _goal_use(recipe, goals), recipe.horizon, checkpoint.sha256,
             None if checkpoint.held is None else kept.copy_of(recipe.out, checkpoint.held), checkpoint.settings,
             checkpoint.cameras,
         )
@@ -113,7 +118,7 @@ def _wanted(recipe: EvaluateRecipe) -> _Wanted:
              "checkpoint": str(job.checkpoint), "sha256": job.sha256}
             for job in jobs
         ],
-        **({} if goals is None else {"goals": hashlib.sha256(goals.tobytes()).hexdigest()}),
+        **({} if goals is None else {"goals": _digest(goals)}),
     }  # fmt: skip
     told: dict[str, Any] = {
         "environments": {job.task: places.described(job.env) for job in jobs if job.env is not None},
@@ -152,28 +157,46 @@ def _begun(recipe: EvaluateRecipe, wanted: _Wanted, before: dict[str, Any] | Non
     if before is None:
         kept.write_record(out, record)
     if wanted.goals is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, wanted.goals)
+        buffer, frames = io.BytesIO(), io.BytesIO()
+        np.save(buffer, wanted.goals.observations)
         write_atomically(out / kept.GOALS, buffer.getvalue())
+        if wanted.goals.images:
+            np.savez(frames, allow_pickle=False, **wanted.goals.images)
+            write_atomically(out / kept.GOAL_FRAMES, frames.getvalue())
     kept.save(out, record, rows)
     return rows
 
 
-def _goals(source: EvaluationGoals, found: Sequence[find_runs.Checkpoint]) -> np.ndarray:
-    """The states (N, O) to arrive at: of the shape that all policies see."""
-    from cvlctl.data.examples import success_examples  # torch and zarr: not without need
+def _goals(source: EvaluationGoals, found: Sequence[find_runs.Checkpoint]) -> Examples:
+    """The states to arrive at (N, O): of the shape that all policies see. With frames (N, S, H, W, C) of the cameras
+    that any of them sees, and then the whole vector of a store, by which arrivals are judged."""
+    from cvlctl.data.examples import found_examples  # torch and zarr: not without need
+    from cvlctl.data.store import open_store
 
-    specs = [policy_of(checkpoint.content(), checkpoint.seeds[0]).spec for checkpoint in found]
-    states = [success_examples(source, spec, "goals") for spec in dict.fromkeys(specs)]
-    bad = [column for column in source.columns or () if column >= states[0].shape[1]]
-    if bad:
-        raise CvlctlError(f"goals.columns: {bad} of states with {states[0].shape[1]} columns", "columns count from 0")
-    return states[0]
+    asked: dict[tuple[Spec, int], None] = {}
+    for policy in (policy_of(checkpoint.content(), checkpoint.seeds[0]) for checkpoint in found):
+        spec, stack = policy.spec, policy.observe.stack if isinstance(policy, SeeingPolicy) else 0
+        if stack and source.from_ is not None:
+            spec = replace(spec, observation_shape=open_store(source.from_).spec.observation_shape)
+        asked[spec, stack] = None
+    states = [found_examples(source, spec, "goals", stack) for spec, stack in sorted(asked, key=lambda one: one[1])]
+    widest = max(states, key=lambda one: one.observations.shape[1])
+    width = widest.observations.shape[1]
+    if bad := [column for column in source.columns or () if column >= width]:
+        raise CvlctlError(f"goals.columns: {bad} of states with {width} columns", "columns count from 0")
+    return widest._replace(images={camera: frames for one in states for camera, frames in one.images.items()})
 
 
-def _goal_use(recipe: EvaluateRecipe) -> GoalUse | None:
+def _digest(goals: Examples) -> str:
+    return hashlib.sha256(b"".join(x.tobytes() for x in (goals.observations, *goals.images.values()))).hexdigest()
+
+
+def _goal_use(recipe: EvaluateRecipe, found: Examples | None) -> GoalUse | None:
     goals = recipe.goals
-    return None if goals is None else GoalUse(recipe.out / kept.GOALS, goals.columns, goals.within)
+    if goals is None or found is None:
+        return None
+    frames = recipe.out / kept.GOAL_FRAMES if found.images else None
+    return GoalUse(recipe.out / kept.GOALS, goals.columns, goals.within, frames)
 
 
 def _simulators(

@@ -129,8 +129,8 @@ def _cameras(recipe: EvaluateRecipe, run: Path, saved: Saved) -> tuple[Camera, .
     if observe is None:
         return ()
     what = f"{run}: its policy sees cameras {', '.join(observe.cameras)}"
-    if recipe.goals is not None or recipe.backend != "gymnasium":
-        raise CvlctlError(f"{what}, and is shown no goals, nor played by envpool", "leave its run out")
+    if recipe.backend != "gymnasium":
+        raise CvlctlError(f"{what}, and envpool renders nothing", "leave its run out, or leave out backend")
     said = saved.metadata.get("cameras")
     known = (said if isinstance(said, dict) else {}) | {name: one.model_dump() for name, one in recipe.cameras.items()}
     if lacking := [name for name in observe.cameras if name not in known]:

@@ -1,7 +1,7 @@
 """What an evaluation keeps on disk, and what of it the next one may use. One process at a time.
 
 <out>/rows.jsonl        one line an episode: what everything else is computed from
-<out>/goals.npy         with `goals`: the states (N, O) that policies are sent to
+<out>/goals.npy         with `goals`: the states (N, O) that policies are sent to; their frames are in goals.npz
 <out>/evaluation.json   the recipe, and which checkpoint (by its sha256) each row is of
 <out>/table.json        what the command returns; its sha256 is in the record, once all else is there
 <out>/videos/           with `video`: episodes as GIF or MP4
@@ -32,9 +32,9 @@ from cvlctl.types import EpisodeResult
 from cvlctl.version import versions
 
 FORMAT = 1
-GOALS, VIDEOS = "goals.npy", "videos"
+GOALS, GOAL_FRAMES, VIDEOS = "goals.npy", "goals.npz", "videos"
 FILES = (
-    "evaluation.json", "rows.jsonl", GOALS, "table.csv", "table.md", "table.json", "curves.csv",
+    "evaluation.json", "rows.jsonl", GOALS, GOAL_FRAMES, "table.csv", "table.md", "table.json", "curves.csv",
     *(f"{name}.{kind}" for name in ("scores", "curves", "profiles") for kind in ("png", "svg")),
 )  # fmt: skip
 _JOB = {"algorithm": str, "task": str, "seed": int, "step": int, "checkpoint": str, "sha256": str}

@@ -43,7 +43,7 @@ class EvaluationGoals(SuccessExamples):
     """States that goal-conditioned policies are sent to, chosen as success examples are: episode i gets state i mod N.
 
     Success is to come `within` a distance of it in `columns` (None: the policy's own goal columns). Without `within` it
-    is the environment's own, which knows nothing of these goals.
+    is the environment's own, which knows nothing of these goals. Policies that see frames are shown the states' own.
     """
 
     rule: Literal["successes", "last"] = "last"  # states marked as successful, or the last k of each episode
