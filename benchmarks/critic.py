@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from common import AS_SHIPPED, BF16, COMPILED, EAGER, FORM, HIDDEN, OUR_SETTING, SPEC, Contestant
 from torch import Tensor, nn
 
-from cvlctl.data import samplers
+from cvlctl.data import statistics
 from cvlctl.data.samplers import Data
 from cvlctl.learn.algorithms import cvl, laeo, occupancy
 from cvlctl.learn.networks import State
@@ -87,7 +87,7 @@ def plain_update(
 
 def theirs(data: Data, config: occupancy.Config, batch_size: int, settings: Settings) -> Contestant:
     """Plain PyTorch: a loop over the seeds, each with its own module, optimiser and batch."""
-    mean, std = samplers.observation_statistics(data.observation)
+    mean, std = statistics.observation_statistics(data.observation)
     observations = (data.observation - mean) / std
     row, last = data.layout.row, data.layout.last
     log_gamma = float(np.log(config.gamma))

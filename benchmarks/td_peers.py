@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from common import SPEC, Contestant
 from torch import Tensor, nn
 
-from cvlctl.data import samplers
+from cvlctl.data import statistics
 from cvlctl.data.samplers import Data
 from cvlctl.learn.algorithms import ALGORITHMS, cql, iql, td3_bc
 from cvlctl.learn.settings import Settings
@@ -47,7 +47,7 @@ def peer(method: str, config: Any, data: Data) -> Any:
     Its squared TD error has no factor 1/2, so that the weight of CQL's penalty beside it is twice that of CQL Eq. 4.
     """
     d3rlpy = library()
-    mean, std = (x.numpy() for x in samplers.observation_statistics(data.observation))
+    mean, std = (x.numpy() for x in statistics.observation_statistics(data.observation))
     encoder = d3rlpy.models.VectorEncoderFactory(list(config.hidden))
     settings: dict[str, Any] = {
         "observation_scaler": d3rlpy.preprocessing.StandardObservationScaler(mean, std),
@@ -68,7 +68,7 @@ def peer(method: str, config: Any, data: Data) -> Any:
         }
         return d3rlpy.algos.TD3PlusBCConfig(**settings).create(device="cpu")
     if isinstance(config, iql.Config):
-        scale = iql.RETURN_RANGE / float(samplers.return_range(data))
+        scale = iql.RETURN_RANGE / float(statistics.return_range(data))
         settings |= {
             "expectile": config.expectile,
             "weight_temp": config.inverse_temperature,
@@ -176,7 +176,7 @@ class PlainTD3BC:
 
 def plain(config: td3_bc.Config, data: Data, settings: Settings) -> Contestant:
     """PlainTD3BC on batches indexed from tensors in memory, as wide as ours."""
-    mean, std = samplers.observation_statistics(data.observation)
+    mean, std = statistics.observation_statistics(data.observation)
     row, ends = data.layout.row, data.layout.terminated & (data.layout.row + 1 == data.layout.last)
     observations, actions = (data.observation[row] - mean) / std, data.action[row]
     next_observations, rewards = (data.observation[row + 1] - mean) / std, data.arrival_reward[0, row + 1]

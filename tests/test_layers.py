@@ -34,7 +34,8 @@ LIGHT = {"torch", "numpy", "cvlctl", "math", "dataclasses", "typing", "collectio
 SHARED = {"occupancy", "actors", "values", "readouts"}  # what algorithms may import of each other
 STEP = {  # what a training step may import of cvlctl: nothing that needs more than torch and numpy
     "cvlctl.learn.algorithms", "cvlctl.learn.losses", "cvlctl.learn.networks", "cvlctl.learn.updates",
-    "cvlctl.learn.encoders", "cvlctl.play.convolutions", "cvlctl.data.samplers", "cvlctl.types", "cvlctl.errors",
+    "cvlctl.learn.encoders", "cvlctl.play.convolutions", "cvlctl.data.samplers", "cvlctl.data.statistics",
+    "cvlctl.types", "cvlctl.errors",
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from cvlctl.data.store import Column, Store
 from cvlctl.data.units import bounds_of, column_names, units_of
 from cvlctl.units import physical
 
-ROUNDING = 1e-6  # relative: float32's, as `samplers.never_varied` has it
+ROUNDING = 1e-6  # relative: float32's, as `statistics.never_varied` has it
 BLOCK_ROWS = 2**14  # what is looked at at a time
 SAMPLE_ROWS = 201  # of a block, whose middle value may be the most common one
 MOSTLY, SATURATED = 0.9, 0.05  # shares of the rows from which on it is said

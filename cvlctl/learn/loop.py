@@ -16,7 +16,8 @@ from torch import Tensor
 from cvlctl import checkpoints
 from cvlctl.data.concerns import concerns, never_varied
 from cvlctl.data.load import Reading, hold_out, opened
-from cvlctl.data.samplers import BLOCK, Data, Draws, Indices, at, batches, draw, gather, observation_range
+from cvlctl.data.samplers import BLOCK, Data, Draws, Indices, at, batches, draw, gather
+from cvlctl.data.statistics import observation_range
 from cvlctl.data.stream import Stream, window_rows
 from cvlctl.data.units import column_names
 from cvlctl.errors import CvlctlError

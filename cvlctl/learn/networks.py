@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvlctl.data.samplers import generator, never_varied, observation_statistics
+from cvlctl.data.samplers import generator
+from cvlctl.data.statistics import never_varied, observation_statistics
 from cvlctl.learn import encoders
 from cvlctl.learn.encoders import State
 from cvlctl.types import Observation, Views

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cvlctl
-from cvlctl.data import samplers
+from cvlctl.data import samplers, statistics
 from cvlctl.data.samplers import batches
 from cvlctl.learn.algorithms import occupancy, td3_bc
 from cvlctl.learn.programs import programs_of, whole_step
@@ -35,7 +35,7 @@ def test_the_plain_critic_learns_what_ours_learns(script: Script) -> None:
         net = critic.PlainCritic(critic.SPEC, config.hidden, config.latent_dim)
         net.load(state, member)
         plain.append((net, torch.optim.Adam(net.parameters(), lr=config.learning_rate)))
-    mean, std = samplers.observation_statistics(data.observation)
+    mean, std = statistics.observation_statistics(data.observation)
     draws = occupancy.draws(config, critic.SPEC, 64)
     for _, (indices, noise) in batches(data, draws, critic.SEEDS, 0, 5):
         batch = samplers.gather(data, indices, draws)
@@ -175,7 +175,7 @@ def test_the_plain_td3_bc_learns_what_ours_learns(script: Script) -> None:
             layer.weight.data.copy_(weight.T[:outputs])
             layer.bias.data.copy_(bias.flatten()[:outputs])
         target.load_state_dict(module.state_dict())
-    mean, std = samplers.observation_statistics(data.observation)
+    mean, std = statistics.observation_statistics(data.observation)
     draws = td3_bc.draws(config, td_learners.common.SPEC, 64)
     programs = programs_of(td3_bc, config, Settings("cpu", 1, "float32", False))
     for step, (indices, noise) in batches(data, draws, [0], 0, 4):

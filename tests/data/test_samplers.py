@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from cvlctl.data import samplers
+from cvlctl.data import samplers, statistics
 
 
 def law(remaining: int, terminated: bool, gamma: float) -> np.ndarray:
@@ -136,4 +136,4 @@ def test_transitions_are_those_of_labelled_episodes_and_end_where_the_episode_te
 def test_return_range_by_hand() -> None:
     d = data()._replace(arrival_reward=torch.ones(1, len(data().observation)))
     d = d._replace(labelled=torch.arange(30), layout=samplers.layout(np.array([11, 50]), np.array([False, True])))
-    assert samplers.return_range(d).item() == 20 - 10  # the second episode is labelled for 20 of its steps
+    assert statistics.return_range(d).item() == 20 - 10  # the second episode is labelled for 20 of its steps

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cvlctl.data import samplers
+from cvlctl.data import samplers, statistics
 from cvlctl.learn import labellers
 from cvlctl.learn.algorithms import ALGORITHMS, cvl, iql, readouts
 from cvlctl.learn.networks import State
@@ -100,11 +100,11 @@ def test_the_guards_change_no_bit_of_sound_data() -> None:
     u = torch.rand(index.shape, generator=pick, dtype=torch.float64)
     drawn = samplers.future(d.layout, index, u, 0.9)
     reward = torch.where(drawn.absorbed, 0.0, d.arrival_reward[:, drawn.row]).double()
-    mean, std = samplers.reward_statistics(d, 0.9)
+    mean, std = statistics.reward_statistics(d, 0.9)
     assert torch.equal(std, reward.std(dim=1, keepdim=True).float())
     assert torch.equal(mean, reward.mean(dim=1, keepdim=True).float())
     returns = torch.stack([d.arrival_reward[0, 21 * k + 1 : 21 * (k + 1)].double().sum() for k in range(4)])
-    assert samplers.return_range(d).item() == pytest.approx((returns.max() - returns.min()).item(), rel=1e-6)
+    assert statistics.return_range(d).item() == pytest.approx((returns.max() - returns.min()).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("rewards", ["zero", "equal", "rounding", "tiny"])
@@ -116,7 +116,7 @@ def test_iql_leaves_rewards_as_they_are_where_returns_have_no_range(rewards: str
     assert state["reward_scale"].tolist() == [[1.0], [1.0]]  # a single episode
     sound = data("sound")
     state = iql.init(iql.Config(**SMALL), SPEC, [0], sound)
-    assert state["reward_scale"].item() == (iql.RETURN_RANGE / samplers.return_range(sound)).item()
+    assert state["reward_scale"].item() == (iql.RETURN_RANGE / statistics.return_range(sound)).item()
 
 
 def test_each_member_has_its_own_range_where_labels_are_learned() -> None:

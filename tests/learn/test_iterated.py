@@ -15,9 +15,9 @@ from tabular import MDP, Array
 from test_learning import greedy, learn
 
 import cvlctl
-from cvlctl.data import samplers
+from cvlctl.data import samplers, statistics
 from cvlctl.learn import networks
-from cvlctl.learn.algorithms import ALGORITHMS, occupancy
+from cvlctl.learn.algorithms import ALGORITHMS, goal_conditioned, occupancy
 from cvlctl.learn.losses import contrastive
 from cvlctl.types import Spec
 
@@ -90,8 +90,21 @@ def test_next_states_by_hand_and_the_law_of_the_bank() -> None:
     arrival, absorbed = samplers.marginal_of_next(ends, terminated, labelled, 0.75)
     np.testing.assert_allclose(arrival, wanted.numpy() * np.array([1, 1, 1, 0.25, 1, 1, 1, 1, 1]), rtol=1e-6)
     np.testing.assert_allclose(absorbed, [0, 0, 0, 0.75 / 7, 0, 0, 0, 0, 0])
-    mean, _ = samplers.reward_statistics(data, 0.75, next_states=True)
+    mean, _ = statistics.reward_statistics(data, 0.75, next_states=True)
     assert float(mean) == pytest.approx((1 + 2 + 0.75 + 5 + 6 + 7 + 8) / 7, rel=0.02)
+
+
+def test_a_future_of_each_pair_beside_its_next_state() -> None:
+    rows = np.arange(9, dtype=np.float32)[:, None]
+    data = tabular.data_of([cvlctl.Episode(x, x[1:] / 10, np.ones(len(x) - 1)) for x in (rows[:4], rows[4:])])
+    draws = samplers.Draws(8000, gamma=0.5, futures=True, next_states=True, own_futures=True)
+    indices, _ = samplers.draw(data, draws, [0], 0, 1)
+    batch = samplers.gather(data, samplers.Indices(*(x[0] for x in indices)), draws)
+    row, own = batch.observation[0, :, 0], batch.bank_observation[0, :, 0]
+    assert torch.equal(batch.future_observation[0, :, 0], row + 1)
+    share = [float((own[row == 4] == k).float().mean()) for k in range(5, 9)]
+    np.testing.assert_allclose(share, np.array([8, 4, 2, 1]) / 15, atol=0.04)
+    assert (own[row < 3] <= 3).all() and (own[row == 2] == 3).all()
 
 
 # --- occupancies of policies that nobody followed
@@ -135,7 +148,13 @@ def answer(
             chosen = torch.multinomial(torch.from_numpy(policy)[at], 1, generator=g)[:, 0]
             batch, noise = occupancy.of_policy(batch, actions[chosen].unsqueeze(0)), {}
         state, _ = occupancy.step(config, state, batch, noise)
+    return judged(mdp if policy is None else replace(mdp, policy=policy), mdp, config, state, data)
+
+
+def judged(exact: MDP, mdp: MDP, config: occupancy.Config, state: networks.State, data: samplers.Data) -> Answer:
+    """What a critic learned, held to the occupancy of `exact`; the data were collected in `mdp`."""
     num_states, num_actions = mdp.policy.shape
+    states, where = torch.from_numpy(mdp.states), data.layout
     pairs = (
         torch.from_numpy(np.repeat(mdp.states, num_actions, 0)).unsqueeze(0),
         torch.from_numpy(np.tile(mdp.actions, (num_states, 1))).unsqueeze(0),
@@ -144,16 +163,13 @@ def answer(
         phi = occupancy.phi(config, state, networks.normalise(state, pairs[0]), pairs[1])
         f = (phi @ occupancy.psi(config, state, networks.normalise(state, states.unsqueeze(0))).mT)[0]
     row = tabular.state_of(mdp, data.observation.numpy())
-    ends, ended = np.cumsum([len(e) + 1 for e in episodes]), np.array([e.terminated for e in episodes])
+    ends, ended = np.append(where.first[1:], len(row)), where.terminated[where.row + 1 == where.last].numpy()
     law = samplers.marginal_of_next if occupancy.by_next(config) else samplers.marginal
-    mass = sum(law(ends, ended, np.ones(len(ends), bool), mdp.gamma)) if not shuffled else None
-    if mass is None:
-        mass = np.isin(np.arange(len(row)), data.layout.row.numpy() + 1) / len(data.layout.row)
+    mass = sum(law(ends, ended, np.ones(len(ends), bool), mdp.gamma))
     ratio = f.numpy() if occupancy.linear(config) else np.exp(f.numpy())
     learned = ratio.reshape(*mdp.policy.shape, -1) * np.bincount(row, weights=mass, minlength=num_states)
     learned /= learned.sum(-1, keepdims=True)
-    exact = mdp if policy is None else replace(mdp, policy=policy)
-    visits = np.bincount(row[data.layout.row.numpy()], minlength=num_states) / len(data.layout.row)
+    visits = np.bincount(row[where.row.numpy()], minlength=num_states) / len(where.row)
     weight = visits[:, None] * mdp.policy
 
     def off(found: Array) -> float:
@@ -308,6 +324,42 @@ def test_iterating_looks_past_the_collector_s_mistakes_at_the_crossroads() -> No
     task = crossroads()
     once, iterated = (learned(task, "cvl", "td_info_nce", way, 500)[:2].tolist() for way in ("one_step", "iterated"))
     assert once == [[1.0, 0.0], [0.0, 1.0]] and iterated == [[0.0, 1.0], [0.0, 1.0]]
+
+
+def random_goal_policy(mdp: MDP, config: goal_conditioned.Config, state: networks.State, goals: Array) -> Array:
+    """The policy (S, A) of actions drawn for goals (G, O), each as likely."""
+    num, generator = len(mdp.states), torch.Generator().manual_seed(0)
+    at, told = (networks.normalise(state, torch.from_numpy(x).unsqueeze(0)) for x in (
+        mdp.states.repeat(len(goals), axis=0), np.tile(goals, (num, 1))))  # fmt: skip
+    with torch.no_grad():
+        mean, log_std = networks.actor(state, goal_conditioned.command(config, at, told))
+        action = torch.tanh(mean + log_std.exp() * torch.randn(mean.shape, generator=generator))
+    taken = mdp.action_of(action[0].numpy()).reshape(num, -1)
+    return np.stack([(taken == a).mean(axis=1) for a in range(len(mdp.actions))], axis=1)
+
+
+def test_the_critic_of_a_goal_conditioned_policy_knows_its_own_random_goals(capsys: pytest.CaptureFixture[str]) -> None:
+    mdp = tabular.ring()
+    mdp = replace(mdp, policy=np.tile([0.8, 0.1, 0.1], (len(mdp.states), 1)))
+    data = tabular.data_of(mdp.episodes(300, 40, seed=0, spread=True))
+    small: dict[str, Any] = {"hidden": (64, 64), "latent_dim": 32, "target_rate": 0.02, "learning_rate": 1e-3}
+    config = goal_conditioned.Config(
+        critic=occupancy.Config(loss="td_info_nce", gamma=mdp.gamma, **small), improvement="iterated", hidden=(64, 64),
+        learning_rate=1e-3, bc_coefficient=0.01,
+    )  # fmt: skip
+    state = learn("goal_conditioned", config, data, 1000)
+    law = samplers.future(data.layout, *_uniform(len(data.layout.row)), mdp.gamma).row
+    policy = random_goal_policy(mdp, config, state, data.observation[law].numpy())
+    found = judged(replace(mdp, policy=policy), mdp, config.critic, state, data)
+    with capsys.disabled():
+        print(f"\n  random goals: off by {found.off:.3f}, the collector's by {found.collector_off:.3f}", end="")
+    assert found.collector_off >= 0.15 and found.off <= 0.5 * found.collector_off
+
+
+def _uniform(num: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """500 transitions, and what draws their futures."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(num, (500,), generator=g), torch.rand(500, generator=g, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", ["cvl", pytest.param("laeo", marks=pytest.mark.slow)])

@@ -34,6 +34,7 @@ ALL = [
     "bc",
     "goal_conditioned",
     "goal_conditioned-command",
+    "goal_conditioned-iterated",
     *TD,
 ]
 
@@ -54,6 +55,8 @@ def recipe_of(name: str, store: Path, out: Path, *overrides: str) -> Any:
         "goal_conditioned": f"{{name: goal_conditioned, hidden: [32], critic: {CRITIC}}}",
         "goal_conditioned-command": "{name: goal_conditioned, hidden: [32], "
         f"critic: {CRITIC[:-1]}, future_columns: [0, 1], command_columns: [2, 3]}}}}",
+        "goal_conditioned-iterated": "{name: goal_conditioned, hidden: [32], improvement: iterated, "
+        f"critic: {by_next}}}}}",
         "laeo-td": f"{{name: laeo, hidden: [32], critic: {by_next}}}}}",
         "cvl-iterated": "{name: cvl, hidden: [32], bank_size: 64, improvement: iterated, "
         f"critic: {by_next}, twin: true}}}}",

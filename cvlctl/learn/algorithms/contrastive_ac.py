@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cvlctl.data.samplers import Data, Draws, reward_statistics
+from cvlctl.data.samplers import Data, Draws
+from cvlctl.data.statistics import reward_statistics
 from cvlctl.learn import networks
 from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import support, td

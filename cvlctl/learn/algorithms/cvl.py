@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cvlctl.data.samplers import Data, Draws, reward_statistics
+from cvlctl.data.samplers import Data, Draws
+from cvlctl.data.statistics import reward_statistics
 from cvlctl.learn import networks
 from cvlctl.learn.algorithms import actors, occupancy, readouts
 from cvlctl.learn.networks import State

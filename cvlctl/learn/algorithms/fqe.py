@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cvlctl.data.samplers import NO_SHIFT, Data, Draws, generator, labelled_rewards, observed
+from cvlctl.data.samplers import NO_SHIFT, Data, Draws, generator, observed
+from cvlctl.data.statistics import labelled_rewards
 from cvlctl.learn import encoders, networks
 from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import td

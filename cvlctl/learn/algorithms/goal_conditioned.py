@@ -5,6 +5,8 @@ the occupancy critic knows it: f(s, a, g) = phi(s, a) . psi(g) = log Q(s, a, g) 
 So argmax_a f = argmax_a Q, and the actor maximises f as it is. InfoNCE's optimum is log Q - log p(g) + c(s, a) with any
 c: the same argmax only where the partition penalty (its log-mean form) holds c at 0; with `partition_coefficient: 0` f
 does not rank actions. The Q is that of the data's policy, whatever goals it was after: one step of policy improvement.
+With a critic of a td_ loss and `improvement: iterated` it is that of the policy in the making, told another goal at
+each step: of the random-goal policy sum_g pi(a | s, g) p(g).
 
 Goals are states of the store: the columns `critic.future_columns` of one (None: all). With `critic.command_columns` the
 observation has a place in which the environment states its goal: the actor's goal stands there, in training a state
@@ -27,7 +29,7 @@ from cvlctl.learn.algorithms import actors, occupancy
 from cvlctl.learn.losses import policy
 from cvlctl.learn.networks import State
 from cvlctl.learn.updates import Metrics
-from cvlctl.types import Number, OccupancyBatch, Spec, Whole, check_widths
+from cvlctl.types import Number, Observation, OccupancyBatch, Spec, Whole, check_widths
 
 LEARNS_FROM = "actions"
 SEES_BY = "phi"
@@ -42,6 +44,8 @@ class Config:
 
     critic: occupancy.Config = field(default_factory=occupancy.binary_nce)  # from scratch; else the pretrained run's
     mode: Literal["auto", "scratch", "continue", "frozen"] = "auto"  # auto: continue with init_from, else scratch
+    # iterated: Q is of the policy that is being made, told goals at random; needs a critic of a td_ loss
+    improvement: Literal["one_step", "iterated"] = "one_step"
     random_goals: Number = 0.5  # share of the actor's goals that are other pairs' futures; the rest are the pair's own
     bc_coefficient: Number = 0.05  # of cloning the pair's action for its own future as goal; 1 for f over its mean |f|
     hidden: tuple[Whole, ...] = (256, 256)
@@ -49,6 +53,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_widths(self.hidden)
+        occupancy.check_improvement(self.improvement, self.mode)
         if not 0 <= self.random_goals < 1:
             raise ValueError("random_goals must lie in [0, 1): cloning needs pairs with their own future")
         if self.bc_coefficient < 0 or self.learning_rate <= 0:
@@ -56,8 +61,12 @@ class Config:
 
 
 def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
-    noise = (("action", (batch_size, spec.action_dim)),)
-    return Draws(batch_size, config.critic.gamma, futures=True, noise=noise)
+    train_critic = config.mode != "frozen"
+    following = occupancy.following_noise(config.critic, spec, batch_size, config.improvement) if train_critic else ()
+    return Draws(
+        batch_size, **occupancy.law(config.critic), futures=True, own_futures=occupancy.by_next(config.critic),
+        noise=(("action", (batch_size, spec.action_dim)), *following),
+    )  # fmt: skip
 
 
 def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
@@ -95,22 +104,42 @@ def f(config: Config, state: State, observation: Tensor, action: Tensor, psi: Te
     return value.amin(dim=1) if config.critic.twin else value
 
 
+def _told(
+    config: Config, state: State, observation: Observation, goal: Observation
+) -> tuple[Observation, Observation, Tensor]:
+    """What the actor is shown of observations and of goals, and what phi sees of the former. No gradient."""
+    observation, goal = networks.normalise(state, observation), networks.normalise(state, goal)
+    features = occupancy.seen(state, observation)
+    told = networks.shown(state, goal, occupancy.goal_seen(config.critic, state, goal))
+    return networks.shown(state, observation, features), told, features
+
+
+def _policy(config: Config, params: State, shown: Observation, told: Observation) -> tuple[Tensor, Tensor]:
+    """Mean and log std (E, B, A) before the tanh."""
+    seen, goal = networks.see(params, "actor", shown), networks.see(params, "actor", told)
+    return networks.actor(params, command(config, seen, occupancy.goal_of(config.critic, goal)))
+
+
 def step(config: Config, state: State, batch: OccupancyBatch, noise: dict[str, Tensor]) -> tuple[State, Metrics]:
     """Update the critic (unless frozen), then the actor on E[-f(s, a ~ pi(s, g), g) / mean |f|] + BC."""
     metrics: Metrics = {}
+    size = batch.action.shape[1]
+    reached = batch.bank_observation if occupancy.by_next(config.critic) else batch.future_observation
+    if config.improvement == "iterated":
+        any_goal = tree_map(lambda x: goals(x, size), reached)
+        with torch.no_grad():
+            *told, _ = _told(config, state, batch.future_observation, any_goal)
+            following, _ = policy.sample_tanh(*_policy(config, state, *told), noise["next_action"])
+        batch, noise = occupancy.of_policy(batch, following), {"action": noise["action"]}
     if config.mode != "frozen":
         state, metrics = occupancy.step(config.critic, state, batch, noise)
-    num_random = int(config.random_goals * batch.action.shape[1])
-    future = tree_map(lambda x: goals(x, num_random), batch.future_observation)
+    num_random = int(config.random_goals * size)
+    future = tree_map(lambda x: goals(x, num_random), reached)
     psi = occupancy.bank_psi(config.critic, state, future)
-    observation, goal = (networks.normalise(state, x) for x in (batch.observation, future))
-    features = occupancy.seen(state, observation)
-    shown = networks.shown(state, observation, features)
-    shown_goal = networks.shown(state, goal, occupancy.goal_seen(config.critic, state, goal))
+    shown, goal, features = _told(config, state, batch.observation, future)
 
     def loss(params: State) -> tuple[Tensor, Metrics]:
-        seen, told = (networks.see(params, "actor", x) for x in (shown, shown_goal))
-        mean, log_std = networks.actor(params, command(config, seen, occupancy.goal_of(config.critic, told)))
+        mean, log_std = _policy(config, params, shown, goal)
         action, log_prob = policy.sample_tanh(mean, log_std, noise["action"])
         value = f(config, state, features, action, psi)
         scale = value.detach().abs().mean(dim=-1) + 1e-8

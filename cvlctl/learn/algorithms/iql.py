@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cvlctl.data.samplers import Data, Draws, return_range
+from cvlctl.data.samplers import Data, Draws
+from cvlctl.data.statistics import return_range
 from cvlctl.learn import networks
 from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import policy, td

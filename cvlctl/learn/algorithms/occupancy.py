@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cvlctl.data.samplers import Data, Draws, never_varied, observation_statistics
+from cvlctl.data.samplers import Data, Draws
+from cvlctl.data.statistics import never_varied, observation_statistics
 from cvlctl.errors import CvlctlError
 from cvlctl.learn import encoders, networks
 from cvlctl.learn.algorithms import actors

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cvlctl.data.samplers import Data, Draws, labelled_rewards
+from cvlctl.data.samplers import Data, Draws
+from cvlctl.data.statistics import labelled_rewards
 from cvlctl.errors import CvlctlError
 from cvlctl.learn import encoders, networks
 from cvlctl.learn.algorithms import actors, values
