@@ -20,7 +20,9 @@ from cvlctl.collect.recipe import BuildRecipe, MixSource, Reaching
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ONLINE
 from cvlctl.play import envs
-from cvlctl.play.policies import NumpyPolicy, vector_policy_of
+from cvlctl.play.cameras import Camera
+from cvlctl.play.eyes import cameras_seen, playing, stand
+from cvlctl.play.policies import Policy, policy_of
 from cvlctl.play.rollout import EVALUATION_SEED, Outcome, check_fit, collect_episode, outcome
 from cvlctl.progress import Progress, say
 from cvlctl.runs import read_run
@@ -36,20 +38,21 @@ def normal(spec: Spec, seed: int, number: int, stream: int) -> np.ndarray:
     return rng.standard_normal((spec.horizon, spec.action_dim), dtype=np.float32)
 
 
-def sampled(policy: NumpyPolicy, env: envs.Env, number: int) -> envs.Act:
-    """What acts in episode `number` where the policy's actions are sampled."""
-    exploration = normal(env.spec, env.seed, number, 1)
-    return lambda observation, step: policy(observation, exploration[step])
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A policy checkpoint of a finished online collection."""
 
     file: Path
     step: int  # environment steps of the collection by then
-    policy: NumpyPolicy
+    policy: Policy
     content: Saved  # of the file, as it was when the policy was read from it
+    cameras: tuple[Camera, ...] = ()  # that the policy sees
+
+
+def sampled(checkpoint: Checkpoint, env: envs.Env, number: int) -> envs.Act:
+    """What acts in episode `number` where the policy's actions are sampled."""
+    drawn = normal(env.spec, env.seed, number, 1)
+    return playing(checkpoint.policy, env, checkpoint.cameras, drawn, np.zeros_like(drawn))
 
 
 def checkpoints_of(run: Path, env: envs.Env) -> list[Checkpoint]:
@@ -79,13 +82,13 @@ def checkpoints_of(run: Path, env: envs.Env) -> list[Checkpoint]:
 
 def _checkpoint(file: Path, step: int, seed: int) -> Checkpoint:
     content = read(file)
-    return Checkpoint(file, step, vector_policy_of(content, seed), content)
+    return Checkpoint(file, step, policy_of(content, seed), content, cameras_seen(file, content, stand(content)))
 
 
 def measure(checkpoint: Checkpoint, env: envs.Env, episodes: int) -> list[Outcome]:
     """What `episodes` episodes of sampled actions come to. `env` is of the evaluation seed."""
     numbers = range(episodes)
-    return [outcome(collect_episode(env, sampled(checkpoint.policy, env, number), number)) for number in numbers]
+    return [outcome(collect_episode(env, sampled(checkpoint, env, number), number)) for number in numbers]
 
 
 def first_reaching(rule: Reaching, recipe: BuildRecipe) -> tuple[Checkpoint, dict[str, Any]]:

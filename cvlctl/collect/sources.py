@@ -26,8 +26,9 @@ from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
 from cvlctl.interrupts import held
 from cvlctl.play import envpool, envs
-from cvlctl.play.policies import RandomPolicy, vector_policy_of
-from cvlctl.play.rollout import Outcome, PolicyAct, check_fit, collect_episode, in_words, outcome
+from cvlctl.play.eyes import cameras_seen, playing, stand
+from cvlctl.play.policies import RandomPolicy, policy_of
+from cvlctl.play.rollout import Outcome, check_fit, collect_episode, in_words, outcome
 from cvlctl.progress import Progress, say
 from cvlctl.types import Episode
 
@@ -118,16 +119,21 @@ def _actors(
         contents = [chosen.content]
     else:
         contents = [read(checkpoint_file(path)) for path in source.checkpoints]
-    policies = [vector_policy_of(content, source.seed) for content in contents]
-    for content, policy in zip(contents, policies, strict=True):
+    policies = [policy_of(content, source.seed) for content in contents]
+    given = {name: camera.model_dump() for name, camera in recipe.cameras.items()}
+    cameras = [cameras_seen(content.path, content, given | stand(content)) for content in contents]
+    for content, policy, seen in zip(contents, policies, cameras, strict=True):
         check_fit(content.path, policy, env)
+        if seen and source.backend == "envpool":
+            what = f"{content.path}: its policy sees frames, and EnvPool renders nothing"
+            raise CvlctlError(what, "leave source.backend out")
     facts["sha256"] = [content.sha256 for content in contents]
 
     def act_of(number: int) -> envs.Act:
         place = number % len(policies) if source.episodes is None else number // source.episodes
-        policy = policies[place]
         sampling = None if source.greedy else measured.normal(spec, seed, number, 1)
-        return PolicyAct(policy, sampling, np.float32(source.noise) * measured.normal(spec, seed, number, 0))
+        noise = np.float32(source.noise) * measured.normal(spec, seed, number, 0)
+        return playing(policies[place], env, cameras[place], sampling, noise)
 
     return act_of, len(policies), facts
 
@@ -149,7 +155,7 @@ def _mixed(source: MixSource, recipe: BuildRecipe, env: envs.Env, writer: StoreW
     def roll() -> Iterator[Episode]:
         while writer.num_episodes < source.episodes:
             number, place = writer.num_episodes, mixer.choose()
-            act = measured.sampled(checkpoints[place].policy, env, number)
+            act = measured.sampled(checkpoints[place], env, number)
             episode = collect_episode(env, act, number, collected_at=writer.num_transitions)
             mixer.record(place, bool(outcome(episode)[1]))
             yield episode

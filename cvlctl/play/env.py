@@ -70,6 +70,7 @@ class Env:
         self.steps, self._over = 0, True  # of the episode under way, if one is
         self.seen = np.zeros(self.spec.observation_shape, dtype=np.float32)
         self.film: Film | None = None
+        self.renderers: dict[Any, Any] = {}  # `cameras.Renderer`s by what they draw, closed with it
 
     def reset(self, episode: int) -> np.ndarray:
         """Begin episode number `episode` (>= 0); returns its first observation (O,), float32."""
@@ -132,6 +133,8 @@ class Env:
 
     def close(self) -> None:
         """Free what the simulator holds."""
+        for renderer in self.renderers.values():
+            renderer.close()
         self.raw.close()
 
     def versions(self) -> dict[str, str]:

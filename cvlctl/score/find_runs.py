@@ -14,9 +14,9 @@ from cvlctl.checkpoints import Saved, read
 from cvlctl.errors import CvlctlError
 from cvlctl.files import read_json
 from cvlctl.play import envs
-from cvlctl.play.cameras import Camera, cameras_of
+from cvlctl.play.cameras import Camera
+from cvlctl.play.eyes import cameras_seen, stand
 from cvlctl.play.settings import Settings
-from cvlctl.play.sights import seen_by
 from cvlctl.progress import say
 from cvlctl.runs import called
 from cvlctl.score.places import place_of
@@ -121,27 +121,11 @@ def _found(
 
 def _cameras(recipe: EvaluateRecipe, run: Path, saved: Saved) -> tuple[Camera, ...]:
     """The cameras that a policy sees, as its data were made; none where it sees a vector."""
-    try:
-        spec, observe = seen_by(saved.metadata)
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"{saved.path} cannot be read as a checkpoint: {type(error).__name__}: {error}"
-        raise CvlctlError(what, "it is damaged, or not of cvlctl: train it again, or leave its run out") from error
-    if observe is None:
-        return ()
-    what = f"{run}: its policy sees cameras {', '.join(observe.cameras)}"
-    if recipe.backend != "gymnasium":
-        raise CvlctlError(f"{what}, and envpool renders nothing", "leave its run out, or leave out backend")
-    said = saved.metadata.get("cameras")
-    known = (said if isinstance(said, dict) else {}) | {name: one.model_dump() for name, one in recipe.cameras.items()}
-    if lacking := [name for name in observe.cameras if name not in known]:
-        example = f"cameras: {{{lacking[0]}: {{size: {spec.cameras[lacking[0]][0]}}}}}"
-        raise CvlctlError(f"{what}; its data do not say where {lacking[0]} stands", f"say it, such as {example}")
-    found = cameras_of({name: known[name] for name in observe.cameras})
-    for camera in found:
-        if (camera.height, camera.width, 3) != spec.cameras[camera.name]:
-            size = "x".join(map(str, spec.cameras[camera.name]))
-            got = f"{camera.height}x{camera.width}x3"
-            raise CvlctlError(f"{what}; frames of {camera.name} were {size}, and here are {got}", "give that size")
+    found = cameras_seen(run, saved, stand(saved) | {name: one.model_dump() for name, one in recipe.cameras.items()})
+    if found and recipe.backend != "gymnasium":
+        raise CvlctlError(
+            f"{run}: its policy sees frames, and EnvPool renders nothing", "leave out backend, or its run"
+        )
     return found
 
 
