@@ -38,7 +38,7 @@ from cvlctl.version import versions
 _CHECKPOINT = re.compile(r"(last|(step|episodes)-\d+)\.safetensors")  # others are somebody's own
 LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
 EXPLAINED = "explain"  # a folder in it: what `cvlctl explain` keeps, by these names
-_EXPLAINED = re.compile(r"psi-\d+\.(npy|json)|map-\d+-\d+\.png")
+_EXPLAINED = re.compile(r"psi-\d+\.(npy|json)|map-\d+-\d+\.png|frames\.png")
 _DECIDED = ("device", "threads", "precision", "compile", "memory_gb")  # as it begins, where a recipe says "auto"
 _NO_MATTER = ("out", "loggers", "label")  # what comes out is the same
 REPLACED = {"status": "replaced", "inputs": {}, "recipe": {}}  # a record like no run's: what it was of is going

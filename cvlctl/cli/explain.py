@@ -34,7 +34,8 @@ def explain(
         str | None, typer.Option("--map", metavar="X,Y", help="Draw Q over these columns of the observation instead.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="A .png or .svg. Default of --map: in RUN/explain/.")
+        Path | None,
+        typer.Option("--plot", help="A .png or .svg. Of --map, and of frames, also without: in RUN/explain/."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the picture.")] = False,
     as_json: Json = False,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
 import numpy as np
 
 from cvlctl.data.store import Column, Store
 from cvlctl.play.sights import VECTOR, Seen
 from cvlctl.types import Observe
+
+ROWS, FRAMES = 16_384, 512  # at a time, of vectors and of frames: bounds memory
 
 
 class Sight:
@@ -45,3 +50,23 @@ def stacks(column: Column, ends: np.ndarray, rows: np.ndarray, stack: int) -> np
     place = np.maximum(rows[:, None] - np.arange(stack)[::-1], first[:, None])
     needed, where = np.unique(place, return_inverse=True)
     return column.take(needed)[where.reshape(place.shape)]
+
+
+def pieces(stores: Sequence[Store], observe: Observe | None) -> Iterator[Seen]:
+    """What is seen at all rows of stores, in order."""
+    for store in stores:
+        sight, size = Sight(store, observe), FRAMES if observe else ROWS
+        for rows in np.split(np.arange(store.num_rows), range(size, store.num_rows, size)):
+            yield sight.at(rows)
+
+
+def state_of(stores: Sequence[Store], observe: Observe | None) -> Callable[[int], Seen]:
+    """What is seen at one row of stores, counted through all of them; of rows that ascend each chunk is read once."""
+    ends = np.cumsum([store.num_rows for store in stores])
+    sight = lru_cache(maxsize=1)(lambda i: Sight(stores[i], observe))
+
+    def state(j: int) -> Seen:
+        i = int(np.searchsorted(ends, j, side="right"))
+        return sight(i).at(np.array([j - int(ends[i]) + stores[i].num_rows]))
+
+    return state

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +25,9 @@ from torch import Tensor
 from cvlctl.errors import CvlctlError
 from cvlctl.files import read_json, sweep, write_atomically, write_json
 from cvlctl.learn.critics import Critic
+from cvlctl.play.sights import Seen
 from cvlctl.progress import Progress, say
 
-ROWS = 16_384  # of psi at a time: bounds memory
 PAIRS, CACHED = 512, 4096  # pairs at a time, and states: what their logits take stays in the processor's cache
 LEAST = 1e-9  # of the weight: what is left of less is rounding
 
@@ -66,8 +66,9 @@ class Readout:
         self._scale = 1.0 if normaliser == "examples" else 1 / (1 - critic.gamma)
         self._seen = (states.arrival + states.absorbed) > 0
 
-    def q(self, observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """Q (N,) float64 of observations (N, O) and actions (N, A), in memory that does not grow with the states."""
+    def q(self, observations: Seen, actions: np.ndarray) -> np.ndarray:
+        """Q (N,) float64 of observations (N, O), or frames, and actions (N, A), in memory that does not grow with the
+        states."""
         parts = [np.zeros(0)]
         for phi in self._phi(observations, actions):
             top, sums = self._sums(phi)
@@ -75,9 +76,10 @@ class Readout:
             parts.append(q.min(axis=0) * self._scale)
         return np.concatenate(parts)
 
-    def shares(self, observation: np.ndarray, action: np.ndarray) -> Shares:
-        """The share of every state in Q at an observation (O,) and an action (A,)."""
-        (phi,) = self._phi(observation[None], action[None])
+    def shares(self, observation: Seen, action: np.ndarray) -> Shares:
+        """The share of every state in Q at an observation (O,), or (1, O), or one of frames, and an action (A,)."""
+        one = observation if isinstance(observation, Mapping) else observation.reshape(1, -1)
+        (phi,) = self._phi(one, action[None])
         found = [self._shares(psi @ copy[0].numpy()) for psi, copy in zip(self.states.psi, phi, strict=True)]
         return min(found, key=lambda one: one.q)
 
@@ -96,7 +98,7 @@ class Readout:
             q = left / rest if self.normaliser == "self" else left * shares.mass / (1 - mass)
         return np.where((rest > LEAST) & (mass < 1 - LEAST), q * self._scale, np.nan)
 
-    def _phi(self, observations: np.ndarray, actions: np.ndarray) -> list[Tensor]:
+    def _phi(self, observations: Seen, actions: np.ndarray) -> list[Tensor]:
         """(copies, at most PAIRS, latent) each."""
         shape = (len(self.states.psi), -1, self.states.psi.shape[-1])
         return [
@@ -137,19 +139,19 @@ def by_group(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return np.add.reduceat(values, groups[:-1])
 
 
-def psi_of(critic: Critic, observations: np.ndarray) -> np.ndarray:
-    """psi (copies, M, latent) of observations (M, O), as readouts use it."""
+def psi_of(critic: Critic, observations: Seen) -> np.ndarray:
+    """psi (copies, M, latent) of observations (M, O), or frames, as readouts use it."""
     psi = critic._psi(observations)
     return (psi if critic.config.twin else psi.unsqueeze(0)).numpy()
 
 
 def kept_psi(
-    critic: Critic, rows: int, observations: Callable[[], Iterator[np.ndarray]], file: Path, digest: str
+    critic: Critic, rows: int, observations: Callable[[], Iterator[Seen]], file: Path, digest: str
 ) -> np.ndarray:
     """psi (copies, rows, latent) of many observations, as kept in `file`, or computed and kept there.
 
     Args:
-        observations: yields them in order, (n, O) at a time.
+        observations: yields them in order, (n, O) at a time, or frames: as many as fit in memory.
         file: .npy. Beside it lies what it is of: without that, or with another digest, it is made anew.
         digest: of the critic and the data.
     """
@@ -161,10 +163,10 @@ def kept_psi(
     psi, done = np.empty(shape, dtype=np.float32), 0
     with Progress("psi of all states", rows, "states") as progress:
         for chunk in observations():
-            for part in np.array_split(chunk, -(-len(chunk) // ROWS)):
-                psi[:, done : done + len(part)] = psi_of(critic, part)
-                done += len(part)
-                progress.update(done)
+            found = psi_of(critic, chunk)
+            psi[:, done : done + found.shape[1]] = found
+            done += found.shape[1]
+            progress.update(done)
     content = psi.data.cast("B")
     try:
         sweep(file.parent, file.name, about.name)

@@ -7,14 +7,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from cvlctl.data.load import Reading
-from cvlctl.data.shown import stacks
-from cvlctl.data.store import Column
+from cvlctl.data.shown import FRAMES, pieces
 from cvlctl.files import read_json, write_json
 from cvlctl.learn import networks
 from cvlctl.learn.algorithms import occupancy
@@ -24,7 +25,6 @@ from cvlctl.progress import Progress
 from cvlctl.types import Views
 
 FILE = "features.npy"
-ROWS = 512  # of a store that are encoded at a time
 
 
 def encoded(reading: Reading, critic: occupancy.Config, state: State, out: Path, device: str) -> Reading:
@@ -78,16 +78,13 @@ def _write(file: Path, shape: tuple[int, ...], reading: Reading, params: State, 
     part, done = file.with_suffix(".part"), 0
     table = np.lib.format.open_memmap(part, "w+", np.float32, shape)
     with Progress("features of all frames", shape[0], "rows") as progress:
-        for store in reading.stores:
-            assert reading.observe is not None
-            ends = store.episode_ends()
-            cameras = [Column(store, store.camera_array(camera)) for camera in reading.observe.cameras]
-            for rows in np.split(np.arange(store.num_rows), range(ROWS, store.num_rows, ROWS)):
-                frames = (stacks(camera, ends, rows, reading.observe.stack) for camera in cameras)
-                found = _features(tuple(map(torch.from_numpy, frames)), params, device)
-                table[done : done + len(found)] = found
-                done += len(found)
-                progress.update(done)
+        assert reading.observe is not None
+        for seen in pieces(reading.stores, replace(reading.observe, vector=False)):
+            assert isinstance(seen, Mapping)
+            found = _features(tuple(map(torch.from_numpy, seen.values())), params, device)
+            table[done : done + len(found)] = found
+            done += len(found)
+            progress.update(done)
     table.flush()
     del table
     with open(part, "rb") as written:
@@ -108,5 +105,5 @@ def _features(stacks: tuple[torch.Tensor, ...], params: State, device: str) -> n
 def _of_examples(frames: list[np.ndarray], params: State, device: str) -> np.ndarray:
     """(X, 1, E, K) of stacks (X, S, H, W, C) of each camera."""
     stacks = tuple(map(torch.from_numpy, frames))
-    parts = zip(*(camera.split(ROWS) for camera in stacks), strict=True)
+    parts = zip(*(camera.split(FRAMES) for camera in stacks), strict=True)
     return np.concatenate([_features(part, params, device) for part in parts])[:, None]

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from cvlctl.data.load import open_stores, seen_spec
+from cvlctl.data.recipe import StoreUse
+from cvlctl.data.shown import Sight
 from cvlctl.data.store import Column, Store, open_store
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.attribution import Shares, by_group
 from cvlctl.play import envs
 from cvlctl.play.rollout import EVALUATION_SEED, check_fit, collect_episode, outcome
+from cvlctl.play.sights import SeeingPolicy, Seen, part
 from cvlctl.runs import EXPLAINED
 from cvlctl.score.explained import plot_map, plot_moments
 from cvlctl.score.grounds import Grounds, grounds
 from cvlctl.score.places import place_of
 from cvlctl.score.recipe import EvaluateRecipe
-from cvlctl.types import Episode
+from cvlctl.score.sheet import draw_sheet
+from cvlctl.types import Episode, Spec
 
 CANDIDATES = 64  # seeded actions, the worst of which is the rejected one
 STRETCHES = 5  # of the collection
+FRAMES = "frames.png"  # in the run, where no other place is named
 READ = 2e9  # pairs times states of a map: a minute or so
 Top = int | Literal["all"]
 
@@ -30,7 +36,7 @@ class Moment(NamedTuple):
     """A step of an episode, with the actions that are explained there."""
 
     step: int
-    observation: np.ndarray  # (O,)
+    seen: Seen  # (1, O), or by camera (1, S, H, W, C)
     actions: dict[str, np.ndarray]  # (A,) by name: policy, logged
 
 
@@ -60,7 +66,8 @@ def explain(
         checkpoint: "last", or a step such as 5000.
         label: whose rewards count; None: those that the run learned from.
         top: how many states and episodes of each answer, those with the largest weights; "all": every one.
-        plot: a PNG of the answer. force: replace it where it is there.
+        plot: a PNG of the answer; None: of a run that sees frames RUN/explain/frames.png, which is replaced. force:
+            replace it where it is there.
 
     Returns:
         One dict an action: step, action ("policy", "logged", or "rejected": that with the lowest Q of 64 seeded ones),
@@ -78,9 +85,26 @@ def explain(
     moments, notes = _moments(found, episode, steps, None if store is None else Path(store), play)
     notes = [*found.notes, *notes]
     answers = [(moment, name, shares) for moment in moments for name, shares in _shares(found, moment).items()]
-    if plot is not None:
-        plot_moments(Path(plot), found, [(m.step, name, shares) for m, name, (_, shares) in answers], force=force)
+    target = None if plot is None else Path(plot)
+    if found.observe is not None:
+        notes.append(_picture(target, found, [(m, name, shares) for m, name, (_, shares) in answers], force))
+    elif target is not None:
+        plot_moments(target, found, [(m.step, name, shares) for m, name, (_, shares) in answers], force=force)
     return [_answer(found, m.step, name, values, shares, top, notes) for m, name, (values, shares) in answers]
+
+
+def _picture(path: Path | None, found: Grounds, answers: Sequence[tuple[Moment, str, Shares]], force: bool) -> str:
+    """Draw what a run that sees frames stands on, in the run if no other place is named; what is to be said of it."""
+    target = found.run / EXPLAINED / FRAMES if path is None else path
+    try:
+        draw_sheet(
+            target, found, [(m.step, m.seen, name, shares) for m, name, shares in answers], force=force or not path
+        )
+    except CvlctlError as error:
+        if path is not None:
+            raise
+        return f"frames are not drawn: {error.what}"  # a run of somebody else's: the answer does not depend on it
+    return f"frames of these moments, and of the states that weigh most: {target}"
 
 
 def map_q(
@@ -103,7 +127,7 @@ def map_q(
     Returns:
         status, path, columns, points, q (least, median and largest), notes.
     """
-    found = grounds(Path(run), seed, checkpoint, label)
+    found = grounds(Path(run), seed, checkpoint, label, frames=False)
     (width,) = found.spec.observation_shape
     if not all(0 <= column < width for column in columns):
         raise CvlctlError(f"--map {columns[0]},{columns[1]}: observations have columns 0 to {width - 1}")
@@ -143,38 +167,53 @@ def _moments(
         value, success = outcome(episode)
         told = "" if success is None else f", {'a success' if success else 'no success'}"
         notes.append(f"{where}: {len(episode)} steps, return {value:.4g}{told}; its actions are the policy's")
+        logged = _Logged(lambda step: episode.observations[step : step + 1], episode.actions)
     else:
         opened = open_store(path or found.stores[0])
-        episode, where = _logged(found, opened, number), f"{opened.path}: episode {number}"
-        if episode.task not in ("", found.task):
-            notes.append(f"{where} is of {episode.task}, the run of {found.task}")
-    count = len(episode)
+        logged, where = _logged(found, opened, number), f"{opened.path}: episode {number}"
+        if (task := opened.episode_tasks()[number] or opened.task) not in ("", found.task):
+            notes.append(f"{where} is of {task}, the run of {found.task}")
+    count = len(logged.actions)
     chosen = sorted({0, count // 2, count - 1}) if steps is None else list(steps)
     for step in chosen:
         if not -count <= step < count:
             raise CvlctlError(f"step {step}: {where} has steps 0 to {count - 1}", "-1 is the last of them")
+    policy: Any = found.policy
     moments = []
     for step in (step % count for step in chosen):
-        actions = {} if found.policy is None else {"policy": found.policy(episode.observations[step])}
+        seen = logged.seen(step)
+        actions = {} if policy is None else {"policy": policy(seen)[0]}
         if not play:
-            actions["logged"] = episode.actions[step]
-        moments.append(Moment(step, episode.observations[step], actions))
+            actions["logged"] = logged.actions[step]
+        moments.append(Moment(step, seen, actions))
     return moments, notes
 
 
-def _logged(found: Grounds, store: Store, number: int) -> Episode:
-    """An episode of a store, without its labels."""
+class _Logged(NamedTuple):
+    """An episode, without its labels."""
+
+    seen: Callable[[int], Seen]  # at a step
+    actions: np.ndarray  # (T, A)
+
+
+def _logged(found: Grounds, store: Store, number: int) -> _Logged:
+    """An episode of a store, what is seen of it read as it is asked for."""
     if not 0 <= number < store.num_episodes:
         raise CvlctlError(f"episode {number}: {store.path} has episodes 0 to {store.num_episodes - 1}")
-    spec = found.spec
-    if (store.spec.observation_shape, store.spec.action_dim) != (spec.observation_shape, spec.action_dim):
-        has = f"{store.spec.observation_shape} and {store.spec.action_dim} action dimensions"
-        what = f"{store.path} has observations {has}; {found.run} knows {spec.observation_shape} and {spec.action_dim}"
+    open_stores([StoreUse(path=store.path)], found.observe)  # it tells of cameras that are not there
+    has, knows = (_words(spec) for spec in (seen_spec(store.spec, found.observe), found.spec))
+    if has != knows:
+        what = f"{store.path} has observations {has}; {found.run} knows {knows}"
         raise CvlctlError(what, "take an episode of the robot that the run was trained on")
-    end = int(store.episode_ends()[number])
-    begin = end - int(store.lengths()[number]) - 1
-    observations, actions = (Column(store, f"data/{name}").rows(begin, end) for name in ("observation", "action"))
-    return Episode(observations, actions[:-1], task=store.episode_tasks()[number] or store.task)
+    count = int(store.lengths()[number])
+    begin, sight = int(store.episode_ends()[number]) - count - 1, Sight(store, found.observe)
+    actions = Column(store, "data/action").rows(begin, begin + count)
+    return _Logged(lambda step: sight.at(np.array([begin + step])), actions)
+
+
+def _words(spec: Spec) -> str:
+    sizes = "".join(f", {camera} {'x'.join(map(str, size))}" for camera, size in spec.cameras.items())
+    return f"{spec.observation_shape} and {spec.action_dim} action dimensions{sizes}"
 
 
 def _played(found: Grounds, number: int, path: Path | None) -> Episode:
@@ -184,6 +223,9 @@ def _played(found: Grounds, number: int, path: Path | None) -> Episode:
         raise CvlctlError("--play and --store both say which episode is meant", "leave one of them out")
     if policy is None:
         raise CvlctlError(f"{found.run} has no policy that could be played", "name an episode of a store: --episode N")
+    if isinstance(policy, SeeingPolicy):
+        what = f"--play: the policy of {found.run} sees frames, and is not played here"
+        raise CvlctlError(what, "name an episode of a store: --episode N")
     if number < 0:
         raise CvlctlError(f"episode {number}: they are numbered from 0 on")
     try:
@@ -202,9 +244,9 @@ def _shares(found: Grounds, moment: Moment) -> dict[str, tuple[np.ndarray, Share
     if found.rewards:
         rng = np.random.default_rng([moment.step])
         candidates = rng.uniform(-1, 1, (CANDIDATES, found.spec.action_dim)).astype(np.float32)
-        q = found.readout.q(np.repeat(moment.observation[None], CANDIDATES, axis=0), candidates)
+        q = found.readout.q(part(moment.seen, np.zeros(CANDIDATES, int)), candidates)
         actions["rejected"] = candidates[q.argmin()]
-    return {name: (action, found.readout.shares(moment.observation, action)) for name, action in actions.items()}
+    return {name: (action, found.readout.shares(moment.seen, action)) for name, action in actions.items()}
 
 
 def _answer(

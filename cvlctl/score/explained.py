@@ -134,7 +134,7 @@ def percent(share: float) -> str:
 def plot_moments(path: Path, found: Grounds, answers: Sequence[tuple[int, str, Shares]], *, force: bool) -> str:
     """A PNG: above, each step's states over episode and time of its first action; below, weight by episode of each
     action, beside the episode's share of the data."""
-    _can_draw()
+    check_can_draw()
     steps = list(dict.fromkeys(step for step, _, _ in answers))
     panels = [(kind, f"step {step}") for kind in ("states", "episodes") for step in steps]
     figure, axes = make_panels(panels, height=2.7)
@@ -171,7 +171,7 @@ def _draw_states(figure: Figure, panel: Axes, found: Grounds, shares: Shares, of
 
 def plot_map(path: Path, positions: np.ndarray, q: np.ndarray, columns: Sequence[int], *, force: bool) -> str:
     """A PNG of Q (N,) at positions (N, 2), two columns of an observation."""
-    _can_draw()
+    check_can_draw()
     figure, panels = make_panels([("", "Q")], height=4.2)
     ((_, axes),) = panels.items()
     draw_map(figure, axes, positions, q)
@@ -202,7 +202,8 @@ def draw_map(
     figure.colorbar(points, ax=axes)
 
 
-def _can_draw() -> None:
+def check_can_draw() -> None:
+    """Raise a CvlctlError where no picture can be drawn."""
     if not can_draw():
         raise CvlctlError("matplotlib is not installed: no picture can be drawn", "pip install matplotlib")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,17 +13,17 @@ from cvlctl.data.examples import array_digest, found_examples
 from cvlctl.data.load import best_numbers, held_out, open_stores
 from cvlctl.data.recipe import StoreUse, SuccessExamples
 from cvlctl.data.samplers import marginal, marginal_of_next
-from cvlctl.data.store import Column, Store, json_digest
+from cvlctl.data.shown import pieces, state_of
+from cvlctl.data.store import Store, json_digest
 from cvlctl.data.stream import arrival_reward
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ALGORITHMS, occupancy
 from cvlctl.learn.attribution import Readout, States, by_group, kept_psi, psi_of
 from cvlctl.learn.critics import Critic, Trained, critic_of, critics_of
-from cvlctl.play.policies import NumpyPolicy, vector_policy_of
+from cvlctl.play.policies import Policy, policy_of
+from cvlctl.play.sights import VECTOR, Seen, part, seen_by
 from cvlctl.runs import EXPLAINED, LABELS_FILE, read_run
-from cvlctl.types import Spec
-
-CHUNK = 65_536  # observations at a time
+from cvlctl.types import Observe, Spec
 
 
 class Episodes(NamedTuple):
@@ -49,8 +48,10 @@ class Grounds(NamedTuple):
     run: Path
     stores: list[Path]  # that it was trained on
     metadata: dict[str, Any]  # of its checkpoint
-    spec: Spec
-    policy: NumpyPolicy | None
+    spec: Spec  # what is seen of the stores
+    observe: Observe | None  # of their cameras; None: the vector alone
+    policy: Policy | None
+    state: Callable[[int], Seen]  # what is seen at one of the states (1, ...), by its number
 
     @property
     def task(self) -> str:
@@ -58,7 +59,7 @@ class Grounds(NamedTuple):
         return str(self.metadata["task"])
 
 
-Found = tuple[Readout, bool, np.ndarray, Episodes, list[str]]  # the first fields of Grounds
+Found = tuple[Readout, bool, np.ndarray, Episodes, list[str], Callable[[int], Seen]]  # fields of Grounds
 
 
 class _Subject(NamedTuple):
@@ -69,6 +70,8 @@ class _Subject(NamedTuple):
     found: checkpoints.Saved
     trained: Trained
     critic: Critic
+    spec: Spec
+    observe: Observe | None
     seed: int
     uses: list[StoreUse]  # what it was trained on
 
@@ -85,20 +88,31 @@ class _Subject(NamedTuple):
         return name in ALGORITHMS and ALGORITHMS[name].LEARNS_FROM == "rewards"
 
 
-def grounds(run: Path, seed: int | None = None, checkpoint: str | int = "last", label: str | None = None) -> Grounds:
+def grounds(
+    run: Path,
+    seed: int | None = None,
+    checkpoint: str | int = "last",
+    label: str | None = None,
+    *,
+    frames: bool = True,
+) -> Grounds:
     """The Q of one seed of a run, with psi of all states: computed once, and kept in the run.
 
     Args:
         seed: None: the first. label: whose rewards are weighed; None: those that the run learned from.
+        frames: whether it may be of a run that sees frames.
 
     Raises:
         CvlctlError: no such run, checkpoint, seed or label; it has no occupancy critic; its stores are gone, or others
             than it was trained on.
     """
     subject = _subject(run, seed, checkpoint)
+    if subject.observe is not None and not frames:
+        what = f"{run} sees frames of {', '.join(subject.observe.cameras)}: a map is of columns of a vector"
+        raise CvlctlError(what, "leave --map out: moments are explained, and drawn")
     laeo = subject.algorithm.get("name") == "laeo"
     read = _of_examples if laeo else _of_stores
-    readout, rewards, time, episodes, notes = read(subject, label)
+    readout, rewards, time, episodes, notes, state = read(subject, label)
     policy, gap = _policy(subject)
     columns = subject.critic.config.future_columns
     if columns is not None:
@@ -106,7 +120,7 @@ def grounds(run: Path, seed: int | None = None, checkpoint: str | int = "last", 
     stores = [use.path for use in subject.uses]
     return Grounds(
         readout, rewards, time, episodes, [*_progress(subject), *notes, *gap], run, stores,
-        subject.found.metadata, subject.trained.spec, policy,
+        subject.found.metadata, subject.spec, subject.observe, policy, state,
     )  # fmt: skip
 
 
@@ -115,9 +129,6 @@ def _subject(run: Path, seed: int | None, checkpoint: str | int) -> _Subject:
     if run.is_file():
         raise CvlctlError(f"{run} is a file", "name its run's directory, which says what it was trained on")
     record, found = read_run(run), checkpoints.read(file)
-    if (observe := found.metadata.get("observe")) is not None:
-        what = f"{run} learned from frames of {', '.join(observe['cameras'])}"
-        raise CvlctlError(what, "explain a run that sees the vector alone: shares of frames are not computed")
     trained = critics_of(found, run)
     seed = trained.seeds[0] if seed is None else seed
     if occupancy.linear(trained.config):
@@ -131,7 +142,7 @@ def _subject(run: Path, seed: int | None, checkpoint: str | int) -> _Subject:
     except (KeyError, TypeError, ValueError) as error:
         what = f"{run / 'run.json'}: its recipe says of no stores what was trained on ({type(error).__name__}: {error})"
         raise CvlctlError(what, "it is damaged, or not of cvlctl: train again") from error
-    return _Subject(run, record, found, trained, critic, seed, uses)
+    return _Subject(run, record, found, trained, critic, *seen_by(found.metadata), seed, uses)
 
 
 def _progress(subject: _Subject) -> list[str]:
@@ -141,11 +152,11 @@ def _progress(subject: _Subject) -> list[str]:
     return [f"{subject.run} is not finished: shown is its critic at step {step} of {total}"]
 
 
-def _policy(subject: _Subject) -> tuple[NumpyPolicy | None, list[str]]:
+def _policy(subject: _Subject) -> tuple[Policy | None, list[str]]:
     """The run's policy, or why its action is not shown."""
     if not any(name.startswith("actor.") for name in subject.found.places):
         return None, [f"{subject.run} has a critic and no policy: the policy's action is not shown"]
-    policy = vector_policy_of(subject.found, subject.seed)
+    policy = policy_of(subject.found, subject.seed)
     if policy.needs_goal:
         return None, ["its policy is told a goal beside the observation: the policy's action is not shown"]
     return policy, []
@@ -156,7 +167,7 @@ def _policy(subject: _Subject) -> tuple[NumpyPolicy | None, list[str]]:
 
 def _of_stores(subject: _Subject, label: str | None) -> Found:
     config, uses, own = subject.algorithm, subject.uses, subject.by_rewards
-    stores = _opened(subject, uses)
+    observe, stores = subject.observe, _opened(subject, uses)
     if label is not None or not own:
         uses = [use.model_copy(update={"rewards": label or "given", "fraction": 1.0}) for use in uses]
     reward, notes = _rewards(subject, stores, uses, asked=label is not None or own)
@@ -173,12 +184,13 @@ def _of_stores(subject: _Subject, label: str | None) -> Found:
     episodes = _episodes(stores, arrival + absorbed)
     digest = json_digest([subject.critic.digest(), *(store.digest() for store in stores)])
     file = subject.run / EXPLAINED / f"psi-{subject.seed}.npy"
-    psi = kept_psi(subject.critic, len(arrival), lambda: _observations(stores), file, digest)
+    psi = kept_psi(subject.critic, len(arrival), lambda: pieces(stores, observe), file, digest)
     states = States(psi, arrival, absorbed, np.zeros(len(arrival)) if reward is None else reward)
     normaliser = config.get("normaliser", "self")
     notes += _about_readout(config)
     time = np.arange(len(arrival)) - np.repeat(episodes.begins[:-1], np.diff(episodes.begins))
-    return Readout(subject.critic, states, normaliser), reward is not None, time, episodes, notes
+    readout = Readout(subject.critic, states, normaliser)
+    return readout, reward is not None, time, episodes, notes, state_of(stores, observe)
 
 
 def _about_readout(config: dict[str, Any]) -> list[str]:
@@ -198,7 +210,7 @@ def _about_readout(config: dict[str, Any]) -> list[str]:
 
 def _opened(subject: _Subject, uses: Sequence[StoreUse]) -> list[Store]:
     try:
-        stores = open_stores(uses)
+        stores = open_stores(uses, subject.observe)
     except CvlctlError as error:
         hint = "it was trained on that: put it back, or run from the folder in which it was trained"
         raise CvlctlError(f"{subject.run}: stores: {error.what}", hint) from error
@@ -270,13 +282,6 @@ def _law(store: Store, counts: np.ndarray, critic: Critic) -> tuple[np.ndarray, 
     return *found, int(store.lengths()[counts].sum())
 
 
-def _observations(stores: Sequence[Store]) -> Iterator[np.ndarray]:
-    for store in stores:
-        column = Column(store, "data/observation")
-        for begin, end in pairwise([*range(0, store.num_rows, CHUNK), store.num_rows]):
-            yield column.rows(begin, end)
-
-
 def _episodes(stores: Sequence[Store], mass: np.ndarray) -> Episodes:
     sizes = np.concatenate([store.lengths() + 1 for store in stores])
     begins = np.concatenate([[0], np.cumsum(sizes)])
@@ -294,26 +299,32 @@ def _episodes(stores: Sequence[Store], mass: np.ndarray) -> Episodes:
 
 
 def _of_examples(subject: _Subject, label: str | None) -> Found:
-    config, critic = subject.algorithm, subject.critic
+    config, critic, observe = subject.algorithm, subject.critic, subject.observe
     if label is not None:
         raise CvlctlError(f"--label {label}: {subject.run} learned from success examples, and weighs no rewards")
     source = SuccessExamples.model_validate(subject.record["recipe"]["success_examples"])
     origin = source.file or source.from_
     try:
-        found = found_examples(source, subject.trained.spec)
+        found = found_examples(source, subject.spec, stack=observe.stack if observe else 0)
     except CvlctlError as error:
         raise CvlctlError(f"{subject.run}: {error.what}", "it was trained on these examples: put them back") from error
-    _check_digest(subject, f"examples:{origin}", array_digest(found.observations))
+    _check_digest(subject, f"examples:{origin}", array_digest(found.observations, *found.images.values()))
+    seen: Seen = {VECTOR: found.observations, **found.images} if observe else found.observations
     count = len(found.rows)
     law = np.full(count, 1 / count)
-    states = States(psi_of(critic, found.observations), law, np.zeros(count), np.ones(count))
+    states = States(psi_of(critic, seen), law, np.zeros(count), np.ones(count))
+    readout = Readout(critic, states, "examples")
     notes = [f"Q is the mean of e^f over {count} success examples: how much likelier these are than by chance"]
     if config.get("readout", "posterior") == "posterior":
         notes.append("weights are shares of that mean, not of the posterior Q / (1 + Q) that its actor maximised")
+
+    def state(j: int) -> Seen:
+        return part(seen, slice(j, j + 1))
+
     if found.store is None:
         begins = np.array([0, count])
         episodes = Episodes(begins, [str(origin)], [None], [""], np.zeros(1, dtype=np.int64), np.ones(1))
-        return Readout(critic, states, "examples"), True, found.rows, episodes, notes
+        return readout, True, found.rows, episodes, notes, state
     ends = found.store.episode_ends()
     numbers, begins = np.unique(np.searchsorted(ends, found.rows, side="right"), return_index=True)
     begins = np.append(begins, count)
@@ -323,4 +334,4 @@ def _of_examples(subject: _Subject, label: str | None) -> Found:
         found.store.collected_at()[numbers], np.diff(begins) / count,
     )  # fmt: skip
     time = found.rows - np.repeat(starts[numbers], np.diff(begins))
-    return Readout(critic, states, "examples"), True, time, episodes, notes
+    return readout, True, time, episodes, notes, state

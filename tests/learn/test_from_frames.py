@@ -164,14 +164,6 @@ def test_rewards_are_learned_from_frames(rewards: str, frames: Path, tmp_path: P
 # --- what cannot be
 
 
-def test_policies_that_are_told_goals_as_frames_are_not_explained_yet(frames: Path, tmp_path: Path) -> None:
-    run("goal_conditioned", frames, tmp_path / "run", "steps=1")
-    with pytest.raises(
-        CvlctlError, match="run learned from frames of front, left\nexplain a run that sees the vector alone"
-    ):
-        cvlctl.explain(tmp_path / "run")
-
-
 def test_a_run_goes_on_with_what_its_critic_saw(frames: Path, tmp_path: Path) -> None:
     run("occupancy", frames, tmp_path / "critic", "steps=1")
     start = f"init_from={tmp_path / 'critic'}"
