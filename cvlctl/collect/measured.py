@@ -63,12 +63,12 @@ def checkpoints_of(run: Path, env: envs.Env) -> list[Checkpoint]:
     """
     record = read_run(run)
     steps, seeds = record.get("steps", -1), record.get("seeds", [])
-    # contrastive_ac learns offline too: the recipe of such a run names it as `algorithm`, a collection's as `source`
+    # some learn offline too: the recipe of such a run names them as `algorithm`, a collection's as `source`
     collected = record.get("algorithm") in tuple(ONLINE) and "algorithm" not in record["recipe"]
     told = isinstance(steps, int) and isinstance(seeds, list) and len(seeds) == 1
     if record["status"] != "finished" or not collected or not told:
         what = f"{run} is not the run of a finished online collection"
-        raise CvlctlError(what, "collect it first: cvlctl build-dataset with source: {name: sac} or contrastive_ac")
+        raise CvlctlError(what, "collect it first: cvlctl build-dataset with source: {name: sac} or the like")
     numbered = [
         (re.fullmatch(r"step-(\d{1,18})", file.stem), file) for file in (run / "checkpoints").glob("*.safetensors")
     ]

@@ -29,7 +29,7 @@ from cvlctl.data.store import Store
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
 from cvlctl.learn import networks
-from cvlctl.learn.algorithms import ONLINE, actors, contrastive_ac, sac
+from cvlctl.learn.algorithms import ONLINE, actors, contrastive_ac
 from cvlctl.learn.networks import State
 from cvlctl.learn.programs import Program, programs_of
 from cvlctl.learn.settings import configure, resolve_settings, saved_settings
@@ -146,7 +146,7 @@ def learner_of(source: OnlineSource) -> Learner:
         )  # fmt: skip
     return Learner(
         module, config,
-        init=partial(sac.init, config),
+        init=partial(module.init, config),
         explore=lambda act, observation, noise: act(observation, noise),
     )  # fmt: skip
 

@@ -128,15 +128,29 @@ class ContrastiveSource(OnlineSource):
     exploration_noise: Noise = 0.1  # standard deviation
 
 
+class CvlSource(OnlineSource):
+    """CVL online: SAC's actor, on a Q that is read from a critic of its own occupancy.
+
+    The other keys are those of the algorithm's Config.
+    """
+
+    title: ClassVar[str] = "CVL"
+
+    name: Literal["cvl"]
+
+
 if TYPE_CHECKING:
     _Contrastive = ContrastiveSource
+    _Cvl = CvlSource
 else:
-    _Contrastive = create_model(
-        "contrastive_source",
-        __base__=ContrastiveSource,
-        **fields_of(ONLINE["contrastive_ac"].Config, besides=ContrastiveSource.model_fields),
-    )
-    _Contrastive.described_by = (ONLINE["contrastive_ac"].Config,)
+
+    def _with_config(name: str, base: type[OnlineSource]) -> type[OnlineSource]:
+        config = ONLINE[name].Config
+        model = create_model(f"{name}_source", __base__=base, **fields_of(config, besides=base.model_fields))
+        model.described_by = (config,)
+        return model
+
+    _Contrastive, _Cvl = _with_config("contrastive_ac", ContrastiveSource), _with_config("cvl", CvlSource)
 
 
 class _Rollouts(Strict):
@@ -172,7 +186,7 @@ class Reaching(Strict):
     Each is measured over `episodes` episodes of sampled actions, whose starts are apart from those of any collection.
     """
 
-    run: Place  # the policies beside a store of `source: {name: sac}` or contrastive_ac
+    run: Place  # the policies beside a store of `source: {name: sac}`, contrastive_ac or cvl
     reaches: Share  # of the last return
     episodes: Count = 10
 
@@ -198,7 +212,7 @@ class MixSource(Strict):
     """
 
     name: Literal["mix"]
-    run: Place  # the policies beside a store of `source: {name: sac}` or contrastive_ac
+    run: Place  # the policies beside a store of `source: {name: sac}`, contrastive_ac or cvl
     success_rate: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)]  # share of episodes that succeed
     episodes: Count
     tolerance: Rate = 0.025  # how far from it the share may end
@@ -223,7 +237,7 @@ class BuildRecipe(Computed):
 
     task: Annotated[str, AfterValidator(checked(_known_task))]  # one, a list of them, or all of a family: metaworld/all
     source: Annotated[
-        SacSource | _Contrastive | RandomSource | ScriptedSource | PolicySource | MixSource | StoresSource,
+        SacSource | _Contrastive | _Cvl | RandomSource | ScriptedSource | PolicySource | MixSource | StoresSource,
         Field(discriminator="name"),
     ]  # where episodes come from
     out: Out

@@ -117,7 +117,7 @@ def test_acting_follows_the_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"name": "sac"}, {"name": "contrastive_ac"}, {"name": "contrastive_ac", "gate": "none"}]
+    "more", [{"name": "sac"}, {"name": "contrastive_ac"}, {"name": "contrastive_ac", "gate": "none"}, {"name": "cvl"}]
 )
 def test_online_learners_learn(one_step: None, tmp_path: Path, more: dict[str, Any]) -> None:
     """A step pays 1 + the action: 3 an episode at random, 6 at best."""

@@ -18,7 +18,12 @@ from cvlctl.data.store import open_store
 
 
 @pytest.mark.parametrize(
-    "source", [pytest.param(SAC, id="sac"), pytest.param(CONTRASTIVE, id="contrastive_ac", marks=pytest.mark.slow)]
+    "source",
+    [
+        pytest.param(SAC, id="sac"),
+        pytest.param(CONTRASTIVE, id="contrastive_ac", marks=pytest.mark.slow),
+        pytest.param({**SAC, "name": "cvl", "bank_size": 16}, id="cvl", marks=pytest.mark.slow),
+    ],
 )
 def test_a_captured_step_is_the_eager_one(source: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
     short = {**source, "steps": 56, "learning_starts": 40}

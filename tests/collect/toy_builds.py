@@ -90,13 +90,13 @@ def die_before_finish(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OneStep:
-    """One or more steps; an action above 0 succeeds, and the reward is 1 + the action."""
+    """One or more steps; an action above 0 succeeds, the reward is 1 + the action, and what is seen then shows it."""
 
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
     observation_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
 
     def step(self, action: np.ndarray) -> Any:
-        return np.zeros(2), float(1 + action[0]), False, False, {"success": float(action[0] > 0)}
+        return np.array([action[0], 0.0]), float(1 + action[0]), False, False, {"success": float(action[0] > 0)}
 
     def close(self) -> None:
         pass

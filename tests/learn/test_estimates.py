@@ -20,7 +20,7 @@ from cvlctl.data import samplers
 from cvlctl.data.samplers import Data, batches, gather
 from cvlctl.experiments import commands
 from cvlctl.learn import settings, speed
-from cvlctl.learn.algorithms import ALGORITHMS, occupancy, sac
+from cvlctl.learn.algorithms import ALGORITHMS, ONLINE, occupancy
 from cvlctl.learn.programs import programs_of
 from cvlctl.learn.recipe import FinetuneRecipe, PretrainRecipe
 from cvlctl.learn.settings import Settings, configure, resolve_settings
@@ -158,13 +158,15 @@ def updating(module: Any, config: Any, seeds: tuple[int, ...], batch_size: int) 
     return run
 
 
-def of_sac(config: sac.Config) -> Any:
-    state, wanted = sac.init(config, SPEC, [0]), sac.draws(config, SPEC, 256)
-    (program,) = programs_of(sac, config, Settings("cpu", 1, "float32", False))
+def of_online(name: str) -> Any:
+    module = ONLINE[name]
+    config = module.Config()
+    state, wanted = module.init(config, SPEC, [0]), module.draws(config, SPEC, 256)
+    (program,) = programs_of(module, config, Settings("cpu", 1, "float32", False))
     buffer = replay.Replay(300, SPEC)
     for _ in range(300):
         buffer.add(torch.randn(39).numpy(), torch.rand(4).numpy(), 0.0, False, torch.randn(39).numpy())
-    draws = replay.draw("sac", wanted, SPEC, [0], 0)
+    draws = replay.draw(name, wanted, SPEC, [0], 0)
 
     def run(updates: int) -> None:
         for i in range(updates):
@@ -210,9 +212,10 @@ def test_an_update_is_taken_for_what_it_is(name: str) -> None:
     assert 0.75 < estimate.flops / found.flops < 1.4, found
 
 
-def test_so_is_sac() -> None:
-    source = BuildRecipe.model_validate({"task": "gym/Hopper-v5", "source": {"name": "sac", "steps": 9}, "out": "a"})
-    found, estimate = counted(of_sac(sac.Config()), 1), source.source.update
+@pytest.mark.parametrize("name", ["sac", "cvl"])
+def test_so_are_online_learners(name: str) -> None:
+    source = BuildRecipe.model_validate({"task": "gym/Hopper-v5", "source": {"name": name, "steps": 9}, "out": "a"})
+    found, estimate = counted(of_online(name), 1), source.source.update
     assert 0.75 < estimate.calls / found.calls < 1.33 and 0.75 < estimate.flops / found.flops < 1.4, found
 
 

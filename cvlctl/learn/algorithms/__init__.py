@@ -17,6 +17,7 @@ from cvlctl.learn.algorithms import (
     contrastive_ac,
     cql,
     cvl,
+    cvl_online,
     fqe,
     goal_conditioned,
     iql,
@@ -33,4 +34,6 @@ ALGORITHMS: dict[str, ModuleType] = {
     "contrastive_ac": contrastive_ac,
 }  # fmt: skip
 
-ONLINE: dict[str, ModuleType] = {"sac": sac, "contrastive_ac": contrastive_ac}  # what collects a store as it learns
+ONLINE: dict[str, ModuleType] = {  # what collects a store as it learns
+    "sac": sac, "contrastive_ac": contrastive_ac, "cvl": cvl_online,
+}  # fmt: skip

@@ -142,13 +142,8 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
     if max((*(columns or ()), *config.command_columns), default=0) >= observation_dim:
         what = f"critic: future_columns {columns}, command_columns {config.command_columns}"
         raise CvlctlError(f"{what}: observations have {observation_dim} columns", "columns count from 0")
-    state = weights(config, spec, seeds)
-    names = list(state)
-    state |= adam_init(state, "critic", names)
-    if config.ema_rate > 0:
-        state |= {f"ema/{name}": state[name].clone() for name in names if name.startswith("psi.")}
+    state = learner(config, spec, seeds)
     if by_next(config):
-        state |= {f"target/{name}": state[name].clone() for name in names}
         cloned = networks.actor_init(seeds, observation_dim, spec.action_dim, config.hidden, "behaviour")
         state |= cloned | adam_init(cloned, "behaviour", list(cloned))
     mean, std = observation_statistics(data.observation)
@@ -157,6 +152,18 @@ def init(config: Config, spec: Spec, seeds: Sequence[int], data: Data) -> State:
         # a goal stated is normalised as one reached: where the data were collected for a single goal it never varies
         mean[command], std[command], constant[command] = mean[column], std[column], constant[column]
     return state | networks.normaliser_init(seeds, mean.cpu(), std.cpu(), constant.cpu())
+
+
+def learner(config: Config, spec: Spec, seeds: Sequence[int]) -> State:
+    """The weights as they begin, with what an update needs beside them: Adam's moments, averages and targets."""
+    state = weights(config, spec, seeds)
+    names = list(state)
+    state |= adam_init(state, "critic", names)
+    if config.ema_rate > 0:
+        state |= {f"ema/{name}": state[name].clone() for name in names if name.startswith("psi.")}
+    if by_next(config):
+        state |= {f"target/{name}": state[name].clone() for name in names}
+    return state
 
 
 def weights(config: Config, spec: Spec, seeds: Sequence[int]) -> State:
