@@ -26,7 +26,7 @@ from cvlctl.learn.labellers import LABELLERS
 from cvlctl.learn.loop import Learner, train
 from cvlctl.learn.networks import State
 from cvlctl.learn.recipe import FinetuneRecipe, check_critic
-from cvlctl.learn.starting import members, policy, read_start, require_scale
+from cvlctl.learn.starting import begin, members, policy, require_scale
 from cvlctl.runs import LABELS_FILE, Run
 from cvlctl.types import Spec
 
@@ -34,6 +34,10 @@ from cvlctl.types import Spec
 def finetune(recipe: FinetuneRecipe, *, force: bool = False, unfinished: bool = False) -> dict[str, Any]:
     """Train, resume, or find the run finished. `unfinished`: so may be the run that `init_from` names."""
     name, config = recipe.algorithm.name, recipe.algorithm.config
+    given, (recipe, found) = recipe, begin(recipe, unfinished=unfinished)
+    if found is None and hasattr(ALGORITHMS[name], "STARTS_FROM"):
+        what = f"algorithm {name} evaluates a finished policy, and needs init_from"
+        raise CvlctlError(what, "add init_from: the run of a policy, such as runs/finetune/x")
     stores, observe = open_stores(recipe.stores, recipe.observe), recipe.sees
     learns_from, seen = ALGORITHMS[name].LEARNS_FROM, seen_spec(stores[0].spec, observe)
     spec = seeing(seen, observe)
@@ -44,13 +48,13 @@ def finetune(recipe: FinetuneRecipe, *, force: bool = False, unfinished: bool = 
         examples = found_examples(recipe.success_examples, seen, stack=observe.stack if observe else 0)
         origin = recipe.success_examples.file or recipe.success_examples.from_
         inputs[f"examples:{origin}"] = array_digest(examples.observations, *examples.images.values())
-    config, initial, found = _begun_from(config, recipe, spec, unfinished)
+    config, initial = _begun_from(config, recipe, spec, found)
     if found is not None:
         assert recipe.init_from is not None
         require_scale(recipe.init_from, found, stores)
         inputs[f"init_from:{recipe.init_from}"] = found.sha256
-    plain = {**recipe.resolved(), "mode": getattr(config, "mode", "scratch")}
-    run = Run(recipe.out, plain, inputs, recipe.with_defaults)
+    plain = {**given.resolved(), "mode": getattr(config, "mode", "scratch")}
+    run = Run(recipe.out, plain, inputs, given.with_defaults)
     reading = Reading(stores, recipe.stores, examples, learns_from == "rewards", observe=observe)
     still = getattr(config, "mode", "") == "frozen" and labeller is None  # the encoders, and all that is seen by them
     if observe and still and initial and not observe.shift and observe.actor_encoder == "critic":
@@ -97,19 +101,15 @@ def labels(
 
 
 def _begun_from(
-    config: Any, recipe: FinetuneRecipe, spec: Spec, unfinished: bool
-) -> tuple[Any, State | None, checkpoints.Saved | None]:
-    """The config with its mode decided; what `init_from` gives to begin with, and the file that it is from."""
+    config: Any, recipe: FinetuneRecipe, spec: Spec, found: checkpoints.Saved | None
+) -> tuple[Any, State | None]:
+    """The config with its mode decided, and what `init_from` gives to begin with."""
     name = recipe.algorithm.name
-    if recipe.init_from is None:
-        if hasattr(ALGORITHMS[name], "STARTS_FROM"):
-            what = f"algorithm {name} evaluates a finished policy, and needs init_from"
-            raise CvlctlError(what, "add init_from: the run of a policy, such as runs/finetune/x")
-        return (replace(config, mode="scratch") if hasattr(config, "mode") else config), None, None
+    if recipe.init_from is None or found is None:
+        return (replace(config, mode="scratch") if hasattr(config, "mode") else config), None
     try:
-        found = read_start(recipe.init_from, unfinished=unfinished)
         if not hasattr(config, "mode"):
-            return config, policy(recipe.init_from, found, recipe.seeds, spec), found
+            return config, policy(recipe.init_from, found, recipe.seeds, spec)
         before = critics_of(found, recipe.init_from)
         try:
             check_critic(before.config, name, config)
@@ -119,4 +119,4 @@ def _begun_from(
         raise CvlctlError(f"init_from: {error.what.removeprefix('init_from: ')}", error.hint) from error
     initial = members(recipe.init_from, recipe.seeds, before.state, before.seeds, before.spec, spec)
     mode = "continue" if config.mode == "auto" else config.mode
-    return replace(config, mode=mode, critic=before.config), initial, found
+    return replace(config, mode=mode, critic=before.config), initial

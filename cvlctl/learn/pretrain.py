@@ -11,7 +11,7 @@ from cvlctl.learn.critics import critics_of
 from cvlctl.learn.encoders import seeing
 from cvlctl.learn.loop import Learner, train
 from cvlctl.learn.recipe import PretrainRecipe
-from cvlctl.learn.starting import members, policy, read_start, require_scale
+from cvlctl.learn.starting import begin, members, policy, read_start, require_scale
 from cvlctl.runs import Run
 
 
@@ -20,13 +20,13 @@ def pretrain(recipe: PretrainRecipe, *, force: bool = False, unfinished: bool = 
 
     `unfinished`: so may be the runs that `init_from` and `policy` name.
     """
+    given, (recipe, found) = recipe, begin(recipe, unfinished=unfinished)
     stores = open_stores(recipe.stores, recipe.observe)
     inputs = {str(use.path): store.digest() for use, store in zip(recipe.stores, stores, strict=True)}
     critic, initial, reading = recipe.critic, None, Reading(stores, recipe.stores, observe=recipe.observe)
     spec = seeing(reading.spec, recipe.observe)
-    if recipe.init_from is not None:
+    if recipe.init_from is not None and found is not None:
         try:
-            found = read_start(recipe.init_from, unfinished=unfinished)
             before = critics_of(found, recipe.init_from)
         except CvlctlError as error:
             raise CvlctlError(f"init_from: {error.what}", error.hint) from error
@@ -44,6 +44,6 @@ def pretrain(recipe: PretrainRecipe, *, force: bool = False, unfinished: bool = 
         require_scale(other, found, stores)
         beside = {name.replace("actor.", f"{occupancy.POLICY}."): value for name, value in actor.items()}
         inputs[f"policy:{other}"] = found.sha256
-    run = Run(recipe.out, recipe.resolved(), inputs, recipe.with_defaults)
+    run = Run(recipe.out, given.resolved(), inputs, given.with_defaults)
     learner = Learner("occupancy", stores[0].task, occupancy, critic, critic, initial, beside=beside)
     return train(recipe, learner, reading, run, force=force)

@@ -54,7 +54,8 @@ def _critic_update(critic: occupancy.Config, cloned: bool) -> tuple[int, int]:
 
 class _TrainRecipe(Computed):
     stores: Annotated[tuple[StoreUse, ...], Field(min_length=1)]
-    observe: Observe | None = None  # what of the stores' cameras is seen; None: the vector alone
+    # what of the stores' cameras is seen; none: what the run of init_from saw, or else the vector alone
+    observe: Observe | None = None
     steps: Steps
     seeds: Seeds = (0,)
     checkpoint_every_steps: Count | None = None  # numbered checkpoints are kept: learning curves; None: the last alone
@@ -76,6 +77,12 @@ class _TrainRecipe(Computed):
     def seeing(self, frames: float) -> float:
         """What so many frames of each camera take to encode, as weights of networks."""
         return 0.0 if self.observe is None else frames * len(self.observe.cameras) * ENCODING[self.observe.encoder]
+
+    def begun(self, critic: Any, start: Path | None, others: Others) -> tuple[Self, Any]:
+        """It and its critic as they begin, where `others` hold the recipe of the run `start`."""
+        other = None if start is None else others.get(start)
+        observe = self.observe or getattr(other, "observe", None)
+        return self.model_copy(update={"observe": observe}), getattr(other, "critic", critic)
 
     @abstractmethod
     def learning(self, others: Others = NONE) -> tuple[int, Update]:
@@ -123,10 +130,8 @@ class PretrainRecipe(_TrainRecipe):
         return None if self.policy == "data" else Path(self.policy)
 
     def learning(self, others: Others = NONE) -> tuple[int, Update]:
-        critic = self.critic
-        if self.init_from is not None and self.init_from in others:
-            critic = getattr(others[self.init_from], "critic", critic)
-        return self.steps, self.update(critic)
+        begun, critic = self.begun(self.critic, self.init_from, others)
+        return self.steps, begun.update(critic)
 
     def update(self, critic: Any) -> Update:
         """What an update of this critic is."""
@@ -250,15 +255,19 @@ class FinetuneRecipe(_TrainRecipe):
     @property
     def sees(self) -> Observe | None:
         """What is seen of cameras, and by what; a method without a critic learns the actor's own encoder."""
-        if self.observe is None or ALGORITHMS[self.algorithm.name].SEES_BY != "actor":
+        if self.observe is None:
+            return None
+        by = getattr(ALGORITHMS[self.algorithm.name], "SEES_BY", None)
+        if by is None:  # of `init_from`: what the recipe itself says was checked as it was read
+            what = f"init_from: {self.init_from} saw frames, and algorithm {self.algorithm.name} learns from vectors"
+            raise CvlctlError(what, "name a run that sees the vector alone")
+        if by != "actor":
             return self.observe
         return dataclasses.replace(self.observe, actor_encoder="own")
 
     def learning(self, others: Others = NONE) -> tuple[int, Update]:
-        critic = getattr(self.algorithm.config, "critic", None)
-        if self.init_from is not None and self.init_from in others:
-            critic = getattr(others[self.init_from], "critic", critic)
-        return self.steps, self.update(critic)
+        begun, critic = self.begun(getattr(self.algorithm.config, "critic", None), self.init_from, others)
+        return self.steps, begun.update(critic)
 
     def update(self, critic: Any) -> Update:
         """What an update is with this critic, or None."""

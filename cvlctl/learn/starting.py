@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,10 +15,14 @@ from cvlctl.data.units import agreed, require_alike
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.encoders import seeing
 from cvlctl.learn.networks import State
+from cvlctl.learn.recipe import FinetuneRecipe, PretrainRecipe
 from cvlctl.play.policies import policy_of, policy_part
-from cvlctl.play.sights import SeeingPolicy
+from cvlctl.play.sights import SeeingPolicy, seen_by
+from cvlctl.progress import say
 from cvlctl.types import Seeing, Spec
 from cvlctl.units import read_units
+
+R = TypeVar("R", FinetuneRecipe, PretrainRecipe)
 
 
 def read_start(run: Path, *, unfinished: bool = False) -> checkpoints.Saved:
@@ -39,6 +43,34 @@ def read_start(run: Path, *, unfinished: bool = False) -> checkpoints.Saved:
         )
         raise CvlctlError(f"{run} is not finished: step {step} of {steps}", hint)
     return found
+
+
+def begin(
+    recipe: R, *, unfinished: bool = False, tell: Callable[[str], Any] = say
+) -> tuple[R, checkpoints.Saved | None]:
+    """A recipe as it begins, and the file that its `init_from` names: a recipe that says nothing of cameras sees what
+    that run saw.
+
+    Args:
+        tell: is told so.
+
+    Raises:
+        CvlctlError: as `read_start` does.
+    """
+    if recipe.init_from is None:
+        return recipe, None
+    try:
+        found = read_start(recipe.init_from, unfinished=unfinished)
+    except CvlctlError as error:
+        raise CvlctlError(f"init_from: {error.what}", error.hint) from error
+    try:
+        spec, observe = seen_by(found.metadata)
+    except (KeyError, TypeError, ValueError, AttributeError):  # said where its state is read
+        return recipe, found
+    if recipe.observe is not None or observe is None:
+        return recipe, found
+    tell(f"{recipe.out} sees {_words(_sight(seeing(spec, observe)))}, as {recipe.init_from} did")
+    return recipe.model_copy(update={"observe": observe}), found
 
 
 def require_scale(run: Path, found: checkpoints.Saved, stores: Sequence[Store]) -> None:

@@ -23,6 +23,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.experiments import dry_run
 from cvlctl.learn import loop
 from cvlctl.learn.finetune import finetune
+from cvlctl.learn.pretrain import pretrain
 from cvlctl.learn.settings import have_compiler
 from cvlctl.runs import read_metrics
 from cvlctl.types import Observe
@@ -164,17 +165,34 @@ def test_rewards_are_learned_from_frames(rewards: str, frames: Path, tmp_path: P
 # --- what cannot be
 
 
-def test_a_run_goes_on_with_what_its_critic_saw(frames: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_what_its_critic_saw(frames: Path, tmp_path: Path, capsys: Any) -> None:
+    """Said again or not, it is the same run; of a store that does not show it, or said otherwise, there is none."""
     run("occupancy", frames, tmp_path / "critic", "steps=1")
-    start = f"init_from={tmp_path / 'critic'}"
-    with pytest.raises(CvlctlError, match=r"saw cameras front 10x10x3, left 8x9x3 \(.*stack: 2.* the vector alone"):
-        finetuned(frames, tmp_path / "vector", start, observe="null")
+    start = (f"init_from={tmp_path / 'critic'}", "steps=3")
+    text = "observe: null, algorithm: {name: cvl, hidden: [16]}"
+    plan = dry_run.plan(load("finetune", frames, tmp_path / "plan", text, *start))
+    assert "sees cameras front 10x10x3, left 8x9x3" in plan["sees"] and plan["recipe"]["observe"]["stack"] == 2
+    finetuned(frames, tmp_path / "again", *start, observe=OBSERVE)
+    capsys.readouterr()
+    assert finetuned(frames, tmp_path / "taken", *start, observe="null")["status"] == "trained"
+    assert "taken sees cameras front 10x10x3, left 8x9x3 (vector: true, stack: 2" in capsys.readouterr().err
+    again, taken = state_of(tmp_path / "again"), state_of(tmp_path / "taken")
+    assert again.keys() == taken.keys() and all(torch.equal(again[key], taken[key]) for key in again)
+    assert finetuned(frames, tmp_path / "taken", *start, observe="null")["status"] == "finished already"
+    assert (
+        dry_run.plan(load("finetune", frames, tmp_path / "taken", text, "batch_size=8", *start))["state"] == "finished"
+    )
+    pretrain(load("pretrain", frames, tmp_path / "more", "steps: 1", start[0]))
+    assert checkpoints.load(tmp_path / "more" / "checkpoints" / "last.safetensors")[1]["observe"]["stack"] == 2
     with pytest.raises(CvlctlError, match=r"saw .*stack: 2.*and here it is .*stack: 1"):
-        finetuned(frames, tmp_path / "single", start, observe="{cameras: [front, left], features: 6, vector: true}")
+        finetuned(frames, tmp_path / "single", *start, observe="{cameras: [front, left], features: 6, vector: true}")
+    run("occupancy", frames, tmp_path / "flat", "steps=1", observe="null")
+    with pytest.raises(CvlctlError, match=r"saw the vector alone, and here it is cameras front 10x10x3"):
+        finetuned(frames, tmp_path / "single", f"init_from={tmp_path / 'flat'}", observe=OBSERVE)
 
 
-def finetuned(store: Path, out: Path, *overrides: str, observe: str) -> None:
-    recipe_without_critic("cvl", store, out, *overrides, observe=observe)
+def finetuned(store: Path, out: Path, *overrides: str, observe: str) -> Any:
+    return recipe_without_critic("cvl", store, out, *overrides, observe=observe)
 
 
 @pytest.mark.parametrize(
