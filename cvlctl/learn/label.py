@@ -101,11 +101,15 @@ def _inputs(rewards: str, store: Store, examples: Path | None, seed: int) -> dic
     from cvlctl.learn.labellers import LABELLERS
 
     if rewards in LABELLERS:
+        if store.spec.observation_shape == (0,):
+            cameras = ", ".join(store.spec.cameras)
+            what = f"{store.path} has no vector, and --rewards {rewards} is learned of vectors here"
+            hint = (
+                f"finetune with observe: {{cameras: [{cameras}]}}, rewards: {rewards} and success_examples learns it of"
+            )
+            raise CvlctlError(what, f"{hint} frames; --rewards RUN then makes a label of what that run learned")
         if examples is None:
             raise CvlctlError(f"--rewards {rewards} is learned from success examples", "give --examples FILE.npy")
-        if store.spec.observation_shape == (0,):
-            what = f"{store.path} has no vector, and --rewards {rewards} is learned of vectors here"
-            raise CvlctlError(what, "finetune with rewards: oril or purl, and take its labels")
         source = SuccessExamples.model_validate({"file": examples, "num": 10**9})
         return {"examples": success_examples(source, seen_spec(store.spec, None), "--examples")}
     if (Path(rewards) / LABELS_FILE).is_file():

@@ -232,7 +232,11 @@ def policy_of(found: Saved, seed: int) -> Policy:
         mean, std = np.append(mean, np.zeros(width)), np.append(std, np.ones(width))
         if goals:
             mean, std = np.tile(mean, 2), np.tile(std, 2)
-        head = NumpyPolicy(layers, mean, std, replace(spec, observation_shape=(len(mean),)), units=header["units"])
+        if data_range is not None:
+            rest = np.ones(len(mean) - data_range.shape[1])  # features lie in (-1, 1)
+            data_range = np.concatenate([data_range, [-rest, rest]], axis=1)
+        of_all = replace(spec, observation_shape=(len(mean),))
+        head = NumpyPolicy(layers, mean, std, of_all, units=header["units"], data_range=data_range)
         seen = _encoder_names(found, header, LEARNERS)
         told = _encoder_names(found, header, GOAL_LEARNERS) if goals else []
         encoders = {name.removeprefix("ema/"): _member(found, name, member) for name in [*seen, *told]}

@@ -23,6 +23,9 @@ class Head(Protocol):
     """The actor of a `SeeingPolicy`, a `policies.NumpyPolicy`."""
 
     units: Units
+    mean: np.ndarray
+
+    def outside(self, observations: np.ndarray) -> np.ndarray: ...
 
     @property
     def scale(self) -> tuple[np.ndarray, np.ndarray]: ...
@@ -104,9 +107,18 @@ class SeeingPolicy:
         return self._features(goal, self.goals_by)
 
     def outside(self, shown: Shown) -> np.ndarray:
-        """Raises a CvlctlError: how far from the data frames are is not known."""
-        what = f"the policy sees frames of {', '.join(self.observe.cameras)}, and no range of columns tells of them"
-        raise CvlctlError(what, "ask a policy that sees the vector alone")
+        """How far the vector (N,) lies outside the data that the policy learned from, as `NumpyPolicy.outside` has it.
+        Of frames nothing is known: a camera that is covered, or has been moved, is not noticed.
+
+        Raises:
+            CvlctlError: the policy sees frames alone; or as a call does.
+        """
+        if not self.observe.vector:
+            what = f"the policy sees frames of {', '.join(self.observe.cameras)} alone, and no range tells of these"
+            raise CvlctlError(what, "ask a policy that sees the vector, beside them or alone")
+        (width,), columns = self.spec.observation_shape, self.units.observation_columns
+        vector = checked(shown, self.observe, self.spec.cameras, width, columns)[VECTOR]
+        return self.head.outside(np.pad(vector, ((0, 0), (0, len(self.head.mean) - width))))
 
     def features(self, shown: Shown) -> np.ndarray:
         """What the actor is computed from (N, O + F): the vector as it is, and the features of each camera."""

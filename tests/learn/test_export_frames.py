@@ -124,3 +124,19 @@ def test_a_camera_may_not_have_the_name_of_something_in_an_onnx_file() -> None:
     policy = seeing("small", "action")
     with pytest.raises(CvlctlError, match="the camera action has the name of something else"):
         FORMATS[installed("onnx")][0](arrays_of(policy), about(policy))
+
+
+def test_how_far_from_the_data_is_known_of_the_vector(robot: Path) -> None:
+    """In the data nothing; beyond them as of a policy that sees the vector alone, whatever the frames show."""
+    policy, episode = load_policy(robot, units="physical"), next(open_store(robot.parent / "a.zarr").episodes())
+    assert isinstance(policy, SeeingPolicy) and episode.images is not None
+    shown = {**episode.images, "vector": episode.observations}
+    assert (policy.outside(shown) == 0).all()
+    every = open_store(robot.parent / "a.zarr").observations()
+    low, high, std = every.min(), every.max(), policy.head.std[0]
+    for value, wanted in ((high + 3, 3 / std), (low - 2, 2 / std)):
+        far = {name: np.zeros_like(frames) for name, frames in episode.images.items()}
+        found = policy.outside({**far, "vector": np.full_like(episode.observations, value)})
+        np.testing.assert_allclose(found, np.full(len(episode) + 1, wanted), rtol=1e-4)
+    with pytest.raises(CvlctlError, match="observations lack vector"):
+        policy.outside(episode.images)

@@ -23,6 +23,7 @@ from cvlctl.errors import CvlctlError
 from cvlctl.experiments import dry_run
 from cvlctl.learn import loop
 from cvlctl.learn.finetune import finetune
+from cvlctl.learn.label import label_store
 from cvlctl.learn.pretrain import pretrain
 from cvlctl.learn.settings import have_compiler
 from cvlctl.runs import read_metrics
@@ -160,6 +161,23 @@ def test_rewards_are_learned_from_frames(rewards: str, frames: Path, tmp_path: P
     near = np.exp(-np.square(np.concatenate([e.observations[:, :2] for e in moving_point()])).sum(1))
     assert reward.shape == (store.num_rows,)
     assert np.corrcoef(reward.numpy(), near > 0.5)[0, 1] > 0.3
+
+
+def test_a_store_without_a_vector_gets_a_label_from_a_run_that_learned_it(tmp_path: Path) -> None:
+    """What learns of vectors alone says how; labels that are not learned need none."""
+    blind = write(tmp_path / "blind.zarr", num=3, vector=False)
+    for more in ({}, {"examples": tmp_path / "good.npy"}):
+        with pytest.raises(CvlctlError, match=r"blind.zarr has no vector") as told:
+            label_store(blind, "mine", tmp_path / "out.zarr", rewards="oril", **more)
+        assert "observe: {cameras: [front, left]}" in str(told.value) and "--rewards RUN" in str(told.value)
+    more = (f"stores=[{{path: '{blind}', rewards: oril}}]", f"success_examples={{from: '{blind}'}}", "labeller.steps=2")
+    run("td3_bc", blind, tmp_path / "run", *more, "steps=1", observe=ALONE)
+    label_store(blind, "mine", tmp_path / "out.zarr", rewards=str(tmp_path / "run"))
+    learned = checkpoints.load(tmp_path / "run" / "labels.safetensors")[0]["reward"][0].numpy()
+    found = cvlctl.open_store(tmp_path / "out.zarr")
+    np.testing.assert_array_equal(found.rewards("mine")[:20], learned[1:21])
+    label_store(found.path, "sparse", tmp_path / "again.zarr", rewards="successes")
+    assert cvlctl.open_store(tmp_path / "again.zarr").spec.cameras.keys() == {"front", "left"}
 
 
 # --- what cannot be
