@@ -70,11 +70,11 @@ class Spec:
 
 @dataclass(frozen=True)
 class Observe:
-    """What of a store's cameras is seen, and by what."""
+    """What of cameras is seen, and by what."""
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    cameras: tuple[str, ...] = ()  # of the stores, one or more
+    cameras: tuple[str, ...] = ()  # of the stores, or of what is built; one or more
     vector: Flag = False  # whether the vector is seen too
     stack: Whole = 1  # frames of each camera, the latest and those before it
     encoder: Literal["small", "drq", "impala"] = "small"  # small: for a CPU, eight times as fast as drq; impala: CVL's

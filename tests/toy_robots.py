@@ -51,6 +51,31 @@ class Reach(gymnasium.Env):
         return seen, reward, False, self.time == 30, {self.says: distance < 1.0} if self.says else {}
 
 
+class Lamp(gymnasium.Env):
+    """A lamp that is left or right of a picture; the reward is how near the action is to its side, and it wanders."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode=None):
+        self.observation_space, self.action_space = Box(-1, 1, (2,)), Box(-1, 1, (1,), np.float32)
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.side = 0, int(self.np_random.integers(2))
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        reward = 1 - abs(float(action[0]) - (2 * self.side - 1))
+        self.time, self.side = self.time + 1, int(self.np_random.integers(2))
+        return np.zeros(2, np.float32), reward, False, self.time == 6, {}
+
+    def render(self):
+        frame = np.zeros((8, 8, 3), np.uint8)
+        frame[2:6, 4 * self.side : 4 * self.side + 4] = 255, 200, 0
+        return frame
+
+
 class Drawn(Reach):
     """Draws itself: as bright as it is far."""
 

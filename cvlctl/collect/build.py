@@ -10,7 +10,8 @@ import numpy as np
 
 from cvlctl import units
 from cvlctl.collect import online
-from cvlctl.collect.recipe import BuildRecipe, OnlineSource
+from cvlctl.collect.recipe import BuildRecipe
+from cvlctl.collect.source_recipes import OnlineSource
 from cvlctl.collect.sources import roll_out
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import StoreWriter
@@ -55,7 +56,7 @@ def build(
         if env.own:
             probe(env)
         if recipe.is_filmed:
-            film = Film(env, recipe.filmed_by, num_cpus() if workers is None else workers)
+            film = Film(env, recipe.filmed_by, num_cpus() if workers is None else workers, live=recipe.sees is not None)
         provenance = {"recipe": plain, "environment": _versions(recipe, env), "seeds": [recipe.seed],
                       units.KEY: units.plain(units.finite(*env.action_bounds)[0] or (-1.0, 1.0))}  # fmt: skip
         open_writer = partial(

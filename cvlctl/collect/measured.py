@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from cvlctl.checkpoints import Saved, read
-from cvlctl.collect.recipe import BuildRecipe, MixSource, Reaching
+from cvlctl.collect.recipe import BuildRecipe
+from cvlctl.collect.source_recipes import MixSource, Reaching
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ONLINE
 from cvlctl.play import envs

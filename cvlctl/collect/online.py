@@ -12,30 +12,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from cvlctl import checkpoints, files, interrupts
 from cvlctl.collect import replay
-from cvlctl.collect.recipe import BuildRecipe, ContrastiveSource, OnlineSource, SacSource, policies_dir
+from cvlctl.collect.learners import Act, acting, learner_of
+from cvlctl.collect.recipe import BuildRecipe, policies_dir
+from cvlctl.collect.source_recipes import OnlineSource, SacSource
+from cvlctl.data.load import seen_spec
 from cvlctl.data.store import Store
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
-from cvlctl.learn import networks
-from cvlctl.learn.algorithms import ONLINE, actors, contrastive_ac
+from cvlctl.learn import encoders
+from cvlctl.learn.encoders import seeing
 from cvlctl.learn.networks import State
 from cvlctl.learn.programs import Program, programs_of
 from cvlctl.learn.settings import configure, resolve_settings, saved_settings
 from cvlctl.learn.updates import Metrics
 from cvlctl.play import envs
-from cvlctl.play.policies import NumpyPolicy, policy_part
+from cvlctl.play.policies import policy_part
 from cvlctl.play.rollout import Outcome, flags, in_words, outcome
 from cvlctl.progress import Progress, say
 from cvlctl.runs import Run, read_run
@@ -56,7 +55,8 @@ def collect(
     progress: type[Progress] = Progress,
 ) -> Store:
     """Collect the store of `recipe`, or resume it."""
-    run = _run(recipe)
+    run, spec = _run(recipe), seeing(_seen(recipe, env), recipe.sees)
+    encoders.init("critic", spec, [recipe.seed])  # frames that are too small are told before anything is there
     _take(run, force)
     try:
         writer = open_writer()
@@ -104,6 +104,12 @@ def _finish(run: Run, recipe: BuildRecipe, source: OnlineSource, **more: Any) ->
     run.finish(algorithm=source.name, task=recipe.task, seeds=[recipe.seed], steps=source.steps, **more)
 
 
+def _seen(recipe: BuildRecipe, env: envs.Env) -> Spec:
+    """What the learner sees of the environment."""
+    sizes = {camera.name: (camera.height, camera.width, 3) for camera in recipe.filmed_by}
+    return seen_spec(replace(env.spec, cameras=sizes), recipe.sees)
+
+
 def _state_file(run: Run, episodes: int) -> Path:
     return run.checkpoints / f"episodes-{episodes:09d}.safetensors"
 
@@ -115,45 +121,12 @@ def _saved(
     file = _state_file(run, episodes)
     try:
         state, metadata = checkpoints.load(file)
-        checkpoints.check_alike(file, state, learner_of(source).init(env.spec, [recipe.seed]))
+        spec = seeing(_seen(recipe, env), recipe.sees)
+        checkpoints.check_alike(file, state, learner_of(source).init(spec, [recipe.seed]))
     except CvlctlError as error:
         say(error.what)
         return None
     return state, metadata
-
-
-Act = Callable[[np.ndarray, np.ndarray | None], np.ndarray]  # observation (O,), noise (A,) or None: greedy -> (A,)
-
-
-class Learner(NamedTuple):
-    """Where online learners differ, beside their module's `draws` and `step`."""
-
-    module: ModuleType
-    config: Any
-    init: Callable[[Spec, list[int]], State]
-    explore: Callable[[Act, np.ndarray, np.ndarray], np.ndarray]  # how it acts: observation (O,), noise (A,)
-
-
-def learner_of(source: OnlineSource) -> Learner:
-    """The learner that a recipe asks for."""
-    module, config = ONLINE[source.name], source.config
-    if isinstance(source, ContrastiveSource):
-        scale = source.exploration_noise
-        return Learner(
-            module, config,
-            init=lambda spec, seeds: contrastive_ac.init_online(config, spec, seeds, scale),
-            explore=lambda act, observation, noise: disturbed(act(observation, None), scale, noise),
-        )  # fmt: skip
-    return Learner(
-        module, config,
-        init=partial(module.init, config),
-        explore=lambda act, observation, noise: act(observation, noise),
-    )  # fmt: skip
-
-
-def disturbed(action: np.ndarray, scale: float, noise: np.ndarray) -> np.ndarray:
-    """The action (A,) with Gaussian noise of standard deviation `scale` on it, inside [-1, 1]."""
-    return np.clip(action + np.float32(scale) * noise, -1.0, 1.0)
 
 
 class _Collector:
@@ -170,46 +143,55 @@ class _Collector:
     ) -> None:
         self.recipe, self.source, self.env, self.run, self.writer = recipe, source, env, run, writer
         self.learner = learner_of(source)
-        self.config = self.learner.config
+        self.config, self.observe = self.learner.config, recipe.sees
         self.wanted = self.learner.module.draws(self.config, env.spec, source.batch_size)
         self.frame, self.block = writer.num_transitions, -1
         self.latest: list[Outcome] = []
         self.hindsight = source.hindsight if isinstance(source, SacSource) else 0.0
-        self.replay = replay.Replay(source.steps, env.spec, envs.goals(recipe.task))
+        seen = _seen(recipe, env)
         if saved is not None:
             state, metadata = saved
             self.settings = saved_settings(_state_file(run, writer.num_episodes), metadata)
-            for number, episode in enumerate(writer.episodes(frames=False)):
-                self._remember(episode, number)
             run.cut_metrics(self.frame)
             say(f"{recipe.out}: resuming at frame {self.frame}, episode {writer.num_episodes}")
         else:
             run.cut_metrics(0)  # of a killed collection whose episodes are gone
-            state = self.learner.init(env.spec, [recipe.seed])
+            state = self.learner.init(seeing(seen, self.observe), [recipe.seed])
             # a step this small gains a third from a second thread where the machine is idle, and loses a factor of five
             # to any neighbour where it is not: auto is one
             say(f"{recipe.out}: threads: {recipe.about_threads}")
             # a GPU would be waited for at every frame, and single updates are mostly its launches: only where asked for
-            device = "cpu" if recipe.device == "auto" else recipe.device
+            # (or where frames are encoded)
+            device = "cpu" if recipe.device == "auto" and self.observe is None else recipe.device
             self.settings = resolve_settings(
                 device=device, threads=recipe.num_threads, precision=recipe.precision, compile=recipe.compile,
                 steps=source.updates, update=source.update, say=say,
             )  # fmt: skip
         configure(self.settings)
+        instants = None
+        if self.observe is not None:
+            rows = source.steps + source.steps // env.spec.horizon + 1
+            instants = replay.Instants(rows, seen, self.observe, self.settings.device)
+        self.replay = replay.Replay(source.steps, env.spec, envs.goals(recipe.task), instants)
+        for number, episode in enumerate(writer.episodes(frames=instants is not None)):
+            self._remember(episode, number)
         self.state = {name: value.to(self.settings.device) for name, value in state.items()}
         self._remember_state()
         bounds = finite(*env.action_bounds)[0] or (-1.0, 1.0)
         self.metadata = {
-            "algorithm": source.name, "task": recipe.task, "spec": env.spec.plain(), "seeds": [recipe.seed],
+            "algorithm": source.name, "task": recipe.task, "spec": seen.plain(), "seeds": [recipe.seed],
             "recipe": run.recipe, "settings": self.settings.as_dict(), "units": {KEY: plain(bounds)},
             **({"environment": envs.described(env, recipe.settings)} if env.own else {}),
         }  # fmt: skip
+        if self.observe is not None:
+            stand = {camera.name: camera.about() for camera in recipe.filmed_by if camera.name in seen.cameras}
+            self.metadata |= {"observe": asdict(self.observe), "cameras": stand}
 
     def collect(self, report: type[Progress]) -> None:
         source, what = self.source, f"{self.source.name} on {self.recipe.task}"
         every = source.policy_every_steps or max(1, source.steps // 10)
         programs = programs_of(self.learner.module, self.config, self.settings)
-        act, saved_at = acting(self.state, self.env.spec), time.monotonic()
+        act, saved_at = acting(self.state, self.env.spec, self.replay.instants), time.monotonic()
         if self.settings.compile:
             say(f"{what}: compiling the training step (10-40 s, once)")
         with report(what, source.steps, "frames", self.frame) as progress:
@@ -238,6 +220,7 @@ class _Collector:
         begin, terminated, over = self.frame, False, False
         metrics: Metrics = {}
         observations, actions, rewards, successes = [env.reset(number)], [], [], []
+        self._look(observations[0], begins=True)
         while not over:
             draws, i = self._draws()
             observation, learning = observations[-1], self.frame - source.learning_starts + 1
@@ -248,6 +231,7 @@ class _Collector:
                 else draws.uniform_action[held]
             )
             after, reward, terminated, truncated, success = env.step(action)
+            self._look(after)
             self.replay.add(observation, action, reward, terminated, after, number)
             observations.append(after)
             actions.append(action)
@@ -272,6 +256,12 @@ class _Collector:
         )  # fmt: skip
         return episode, {name: float(value) for name, value in metrics.items()}
 
+    def _look(self, vector: np.ndarray, begins: bool = False) -> None:
+        """Remember what cameras show now, where that is learned from."""
+        if self.replay.instants is not None:
+            assert self.env.film is not None
+            self.replay.instants.add(vector, self.env.film.latest, begins)
+
     def _keep(self, episode: Episode, metrics: dict[str, float]) -> None:
         """Take an episode that is over, and remember the learner as it is now: where a stop goes back to."""
         number = self.writer.num_episodes
@@ -293,15 +283,23 @@ class _Collector:
         if block != self.block:
             seeds = [self.recipe.seed]
             self.block = block
-            self.draws = replay.draw(self.source.name, self.wanted, self.env.spec, seeds, block, self.hindsight)
+            self.draws = replay.draw(
+                self.source.name, self.wanted, self.env.spec, seeds, block, self.hindsight,
+                0 if self.observe is None else self.observe.shift,
+            )  # fmt: skip
         return self.draws, i
 
     def _remember(self, episode: Episode, number: int) -> None:
         assert episode.rewards is not None
-        for t in range(len(episode)):
-            ends = episode.terminated and t == len(episode) - 1
-            now, after = episode.observations[t : t + 2]
-            self.replay.add(now, episode.actions[t], float(episode.rewards[t]), ends, after, number)
+        observations, instants = episode.observations, self.replay.instants
+        for t in range(len(episode) + 1):
+            if instants is not None:
+                shown = {camera: frames[t] for camera, frames in (episode.images or {}).items()}
+                instants.add(observations[t], shown, begins=t == 0)
+            if t > 0:
+                ends, before = episode.terminated and t == len(episode), t - 1
+                action, reward = episode.actions[before], float(episode.rewards[before])
+                self.replay.add(observations[before], action, reward, ends, observations[t], number)
         self.latest = [*self.latest[-9:], outcome(episode)]
 
     def _checkpoint(self) -> None:
@@ -318,26 +316,3 @@ class _Collector:
     def _keep_policy(self, name: str) -> None:
         file = self.run.checkpoints / f"{name}.safetensors"
         checkpoints.save(file, policy_part(self.state), {**self.metadata, "step": self.frame})
-
-
-def acting(state: State, spec: Spec) -> Act:
-    """The policy of member 0. It follows the weights as they change."""
-    depth = len(actors.names(state)) // 2
-    names = [(f"actor.{i}.weight", f"actor.{i}.bias") for i in range(depth)]
-    if state["actor.0.weight"].device.type == "cpu":  # numpy on the same memory: no copy
-        layers = [(state[w][0].numpy(), state[b][0, 0].numpy()) for w, b in names]
-        return NumpyPolicy(layers, state["observation_mean"][0].numpy(), state["observation_std"][0].numpy(), spec)
-
-    @torch.inference_mode()
-    def act(observation: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
-        given = _on(state, observation)
-        mean, log_std = networks.actor(state, networks.normalise(state, given))
-        if noise is not None:
-            mean = mean + log_std.exp() * _on(state, noise)
-        return torch.tanh(mean)[0, 0].cpu().numpy()
-
-    return act
-
-
-def _on(state: State, array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array).to(state["actor.0.weight"].device)[None, None]

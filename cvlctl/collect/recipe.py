@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, create_model, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from cvlctl.collect.source_recipes import (
+    AnyContrastive,
+    AnyCvl,
+    MixSource,
+    OnlineSource,
+    PolicySource,
+    RandomSource,
+    Reaching,
+    SacSource,
+    ScriptedSource,
+    StoresSource,
+)
 from cvlctl.errors import CvlctlError
-from cvlctl.learn.algorithms import ONLINE
 from cvlctl.play import envs
 from cvlctl.play.cameras import Camera, cameras_of
 from cvlctl.play.filming import told_of
@@ -24,207 +34,18 @@ from cvlctl.recipes.estimates import (
     Work,
     count,
     training_seconds,
-    update_of,
-    weights,
 )
 from cvlctl.recipes.matrix import expand
-from cvlctl.recipes.values import (
-    NONE,
-    Computed,
-    Count,
-    Noise,
-    Others,
-    Out,
-    PartOf,
-    Place,
-    Rate,
-    Seed,
-    Share,
-    Steps,
-    Strict,
-    checked,
-    fields_of,
-    not_bool,
-)
+from cvlctl.recipes.values import NONE, Computed, Count, Others, Out, Seed, Strict, checked
 from cvlctl.recipes.yamlfile import Source, shown
 from cvlctl.recipes.yamltext import Key
 from cvlctl.runs import difference, settled
-from cvlctl.types import Flag
+from cvlctl.types import Flag, Observe
 
 
 def _known_task(task: str) -> str:
     envs.check_task(task)
     return task
-
-
-class OnlineSource(Strict):
-    """An online learner; its replay buffer is the dataset. `steps` are environment steps."""
-
-    title: ClassVar[str]  # in messages
-
-    name: str
-    steps: Steps  # of the environment
-    hidden: Annotated[tuple[Count, ...], Field(min_length=1)] = (256, 256)
-    batch_size: Annotated[Count, Field(ge=2)] = 256
-    learning_starts: Annotated[int, BeforeValidator(not_bool), Field(ge=0)] = 1000  # random actions until here
-    random_repeat: Annotated[Count, Field(le=64)] = 1  # frames that each of them is held: pushes instead of trembling
-    random_share: PartOf = 0.0  # of the frames after that whose action is random, too
-    update_every: Count = 1  # frames
-    learning_rate: Rate = 3e-4
-    gamma: Annotated[float, BeforeValidator(not_bool), Field(ge=0, lt=1)] = 0.99
-    policy_every_steps: Count | None = None  # policy checkpoints kept along the way; None: ten of them
-
-    @property
-    def config(self) -> Any:
-        """The learner's own Config: the source's keys, and its defaults where the source has none."""
-        config = ONLINE[self.name].Config
-        return config(**{f.name: getattr(self, f.name) for f in dataclasses.fields(config) if hasattr(self, f.name)})
-
-    @property
-    def updates(self) -> int:
-        """How many there will be."""
-        return max(0, self.steps - self.learning_starts) // self.update_every
-
-    @property
-    def update(self) -> Update:
-        """What one of them is."""
-        module = ONLINE[self.name]
-        # without the gate there are the critics, their targets and the actor alone
-        passes, calls = (
-            (5, module.CALLS // 2) if getattr(self, "gate", None) == "none" else (module.PASSES, module.CALLS)
-        )
-        return update_of(self.batch_size * passes * weights(*self.hidden), calls)
-
-    @model_validator(mode="after")
-    def _check_config(self) -> Self:
-        _ = self.config  # raises ValueError
-        return self
-
-
-class SacSource(OnlineSource):
-    """Soft actor-critic."""
-
-    title: ClassVar[str] = "SAC"
-
-    name: Literal["sac"]
-    ema_rate: Share = 0.005  # of the target critic
-    hindsight: PartOf = 0.0  # of a batch's goals are relabelled (HER)
-
-    @property
-    def target_max(self) -> float | None:
-        """A goal's reward is never positive: without the clip Q of states that are at their goals drifts above 0."""
-        return 0.0 if self.hindsight else None
-
-
-class ContrastiveSource(OnlineSource):
-    """Contrastive actor-critic, or with `gate: none` TD3: a deterministic policy, collected with Gaussian noise on it.
-
-    The other keys are those of the algorithm's Config.
-    """
-
-    title: ClassVar[str] = "contrastive actor-critic"
-
-    name: Literal["contrastive_ac"]
-    exploration_noise: Noise = 0.1  # standard deviation
-
-
-class CvlSource(OnlineSource):
-    """CVL online: SAC's actor, on a Q that is read from a critic of its own occupancy.
-
-    The other keys are those of the algorithm's Config.
-    """
-
-    title: ClassVar[str] = "CVL"
-
-    name: Literal["cvl"]
-
-
-if TYPE_CHECKING:
-    _Contrastive = ContrastiveSource
-    _Cvl = CvlSource
-else:
-
-    def _with_config(name: str, base: type[OnlineSource]) -> type[OnlineSource]:
-        config = ONLINE[name].Config
-        model = create_model(f"{name}_source", __base__=base, **fields_of(config, besides=base.model_fields))
-        model.described_by = (config,)
-        return model
-
-    _Contrastive, _Cvl = _with_config("contrastive_ac", ContrastiveSource), _with_config("cvl", CvlSource)
-
-
-class _Rollouts(Strict):
-    """How much a source rolls out: so many episodes, or whole episodes until there are so many transitions."""
-
-    episodes: Count | None = None
-    transitions: Count | None = None
-    backend: Literal["gymnasium", "envpool"] = "gymnasium"  # what simulates: see docs/datasets.md on their differences
-
-    @model_validator(mode="after")
-    def _one_measure(self) -> Self:
-        if (self.episodes is None) == (self.transitions is None):
-            raise ValueError("needs exactly one of episodes and transitions")
-        return self
-
-
-class RandomSource(_Rollouts):
-    """Uniformly random actions."""
-
-    name: Literal["random"]
-
-
-class ScriptedSource(_Rollouts):
-    """Metaworld's own experts, with Gaussian noise of standard deviation `noise` on their actions."""
-
-    name: Literal["scripted"]
-    noise: Noise = 0.0
-
-
-class Reaching(Strict):
-    """A checkpoint of an online collection: the first with a mean return of at least `reaches` times that of the last.
-
-    Each is measured over `episodes` episodes of sampled actions, whose starts are apart from those of any collection.
-    """
-
-    run: Place  # the policies beside a store of `source: {name: sac}`, contrastive_ac or cvl
-    reaches: Share  # of the last return
-    episodes: Count = 10
-
-
-class PolicySource(_Rollouts):
-    """Rolls out checkpoints: `episodes` of each, or by turns until there are `transitions`.
-
-    `seed` names the member of a run of several seeds.
-    """
-
-    name: Literal["policy"]
-    checkpoints: Annotated[tuple[Place, ...], Field(min_length=1)] | Reaching  # files, or one of an online collection
-    noise: Noise = 0.0
-    greedy: Flag = False  # the most likely action, not a drawn one
-    seed: Seed = 0  # of the run whose policy it is
-
-
-class MixSource(Strict):
-    """Rolls out checkpoints of an online collection so that a share `success_rate` of the episodes succeeds.
-
-    Every checkpoint's rate is measured first; the checkpoint of each episode is then chosen by what the episodes so far
-    lack, and every episode is kept. It is an error where the share ends further than `tolerance` from the request.
-    """
-
-    name: Literal["mix"]
-    run: Place  # the policies beside a store of `source: {name: sac}`, contrastive_ac or cvl
-    success_rate: Annotated[float, BeforeValidator(not_bool), Field(gt=0, lt=1)]  # share of episodes that succeed
-    episodes: Count
-    tolerance: Rate = 0.025  # how far from it the share may end
-    measured_episodes: Count = 10  # of each checkpoint, not kept
-
-
-class StoresSource(Strict):
-    """Episodes of other stores of the task, one store after the other; `until`: those that were over by that frame."""
-
-    name: Literal["stores"]
-    stores: Annotated[tuple[Place, ...], Field(min_length=1)]
-    until: Count | Reaching | None = None  # Reaching: the frame at which its checkpoint was taken
 
 
 class BuildRecipe(Computed):
@@ -237,7 +58,7 @@ class BuildRecipe(Computed):
 
     task: Annotated[str, AfterValidator(checked(_known_task))]  # one, a list of them, or all of a family: metaworld/all
     source: Annotated[
-        SacSource | _Contrastive | _Cvl | RandomSource | ScriptedSource | PolicySource | MixSource | StoresSource,
+        SacSource | AnyContrastive | AnyCvl | RandomSource | ScriptedSource | PolicySource | MixSource | StoresSource,
         Field(discriminator="name"),
     ]  # where episodes come from
     out: Out
@@ -256,6 +77,11 @@ class BuildRecipe(Computed):
     def is_filmed(self) -> bool:
         """Whether episodes are looked at as they are played."""
         return bool(self.cameras) or self.sim_state
+
+    @property
+    def sees(self) -> Observe | None:
+        """What of its cameras an online learner learns from."""
+        return self.source.sees if isinstance(self.source, OnlineSource) else None
 
     @property
     def filmed_by(self) -> tuple[Camera, ...]:
@@ -280,6 +106,8 @@ class BuildRecipe(Computed):
             raise ValueError(f"source.backend: EnvPool simulates built-in tasks, and {self.task} is none of them")
         if self.is_filmed and getattr(self.source, "backend", "") == "envpool":
             raise ValueError("cameras: EnvPool renders nothing, and keeps no states; leave source.backend out")
+        if self.sees is not None and (lacking := [name for name in self.sees.cameras if name not in self.cameras]):
+            raise ValueError(f"source.observe: {lacking[0]} is none of cameras: say there how it is filmed")
         if self.is_filmed and isinstance(self.source, StoresSource):
             raise ValueError("cameras: these episodes are over; render their states with cvlctl data render")
         if self.env is not None and self.task.startswith("metaworld/"):
@@ -339,10 +167,11 @@ class BuildRecipe(Computed):
         return [str(getattr(one, "run", one)) for one in listed if isinstance(one, Path | Reaching)]
 
     def resolved(self) -> dict[str, Any]:
-        """As of every recipe; without `env`, `cameras` and `sim_state` where there are none, since an unfinished store
-        of an earlier version goes on by the digest of its recipe alone."""
-        later = ("env", "cameras", "sim_state")
-        return {key: value for key, value in super().resolved().items() if key not in later or value}
+        """As of every recipe; without `env`, `cameras`, `sim_state` and `source.observe` where there are none, since an
+        unfinished store of an earlier version goes on by the digest of its recipe alone."""
+        later, plain = ("env", "cameras", "sim_state"), super().resolved()
+        plain["source"] = {key: value for key, value in plain["source"].items() if key != "observe" or value}
+        return {key: value for key, value in plain.items() if key not in later or value}
 
     def writes(self) -> list[str]:
         return [str(self.out), str(policies_dir(self.out))]

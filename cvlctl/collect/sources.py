@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cvlctl.checkpoints import checkpoint_file, read
-from cvlctl.collect import measured, online
-from cvlctl.collect.recipe import (
-    BuildRecipe,
+from cvlctl.collect import measured
+from cvlctl.collect.learners import disturbed
+from cvlctl.collect.recipe import BuildRecipe
+from cvlctl.collect.source_recipes import (
     MixSource,
     OnlineSource,
     PolicySource,
@@ -139,7 +140,7 @@ def _actors(
 
 
 def _noisy(act: envs.Act, scale: float, noise: np.ndarray) -> envs.Act:
-    return lambda observation, step: online.disturbed(act(observation, step), scale, noise[step])
+    return lambda observation, step: disturbed(act(observation, step), scale, noise[step])
 
 
 # --- checkpoints, mixed to a success rate

@@ -132,8 +132,9 @@ def _fixed(recipe: Any, others: Others, machine: Machine, cells: int) -> Any:
     else:
         threads = recipe.threads
     device = recipe.device
-    if device == "auto":  # an online learner belongs on the CPU, where its environment is
-        device = decided["device"] = "cpu" if isinstance(recipe, BuildRecipe) else machine.device
+    if device == "auto":  # an online learner of vectors belongs on the CPU, where its environment is
+        by_vector = isinstance(recipe, BuildRecipe) and recipe.sees is None
+        device = decided["device"] = "cpu" if by_vector else machine.device
     on_cpu = device == "cpu"
     if recipe.precision == "auto":
         decided["precision"] = machine.precision if on_cpu else "float32"

@@ -36,6 +36,11 @@ ENCODING = {"small": 7e6, "drq": 42e6, "impala": 60e6}
 HELD_OUT_BATCHES = 4  # batches that held-out losses are the mean of
 
 
+def encoding(observe: Observe | None, frames: float) -> float:
+    """What so many frames of each camera that is seen take to encode, as weights of networks."""
+    return 0.0 if observe is None else frames * len(observe.cameras) * ENCODING[observe.encoder]
+
+
 def _critic_weights(critic: occupancy.Config) -> int:
     """Of one of its two encoders."""
     return (1 + critic.twin) * weights(*critic.hidden, critic.latent_dim)
@@ -73,10 +78,6 @@ class _TrainRecipe(Computed):
             if os.path.commonpath((out, there)) in (out, there):
                 raise ValueError(f"out: {self.out} is, holds or lies in {path}, which it reads: choose a place apart")
         return self
-
-    def seeing(self, frames: float) -> float:
-        """What so many frames of each camera take to encode, as weights of networks."""
-        return 0.0 if self.observe is None else frames * len(self.observe.cameras) * ENCODING[self.observe.encoder]
 
     def begun(self, critic: Any, start: Path | None, others: Others) -> tuple[Self, Any]:
         """It and its critic as they begin, where `others` hold the recipe of the run `start`."""
@@ -136,7 +137,7 @@ class PretrainRecipe(_TrainRecipe):
     def update(self, critic: Any) -> Update:
         """What an update of this critic is."""
         passes, calls = _critic_update(critic, cloned=self.policy == "data")
-        work = self.batch_size * passes * _critic_weights(critic) + self.seeing(2 * self.batch_size)
+        work = self.batch_size * passes * _critic_weights(critic) + encoding(self.observe, 2 * self.batch_size)
         return update_of(len(self.seeds) * work, occupancy.CALLS + calls)
 
     @model_validator(mode="after")
@@ -286,7 +287,7 @@ class FinetuneRecipe(_TrainRecipe):
             work += (bank / 3 + (learned + actions) * self.batch_size) * _critic_weights(critic)
         if not frozen:  # whose features are computed once
             pairs = 1 if method.LEARNS_FROM == "actions" and critic is None else 2  # a state, and one that follows it
-            work += self.seeing(pairs * self.batch_size + bank / 3)
+            work += encoding(self.observe, pairs * self.batch_size + bank / 3)
         return update_of(len(self.seeds) * work, calls)
 
     def inputs(self) -> list[Path]:

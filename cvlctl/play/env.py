@@ -16,6 +16,8 @@ Act = Callable[[np.ndarray, int], np.ndarray]  # (observation (O,), step of the 
 class Film(Protocol):
     """Who looks at an environment at every instant of an episode: `filming.Film`."""
 
+    latest: dict[str, np.ndarray]
+
     def look(self) -> None: ...
 
     def episode(self) -> dict[str, Any]: ...

@@ -1,7 +1,8 @@
 """Episodes with frames: what cameras see of them, from worker processes where there are several.
 
 What is kept while an episode is played are states of the simulator; frames are drawn of them when it is over, and are
-the same whoever draws them. An environment of one's own, whose state nobody knows, is drawn at every step.
+the same whoever draws them. An environment of one's own, whose state nobody knows, is drawn at every step; so is one
+whose frames are acted on.
 """
 
 from __future__ import annotations
@@ -114,38 +115,50 @@ class Film:
     Args:
         workers: processes that draw; 0 or 1: none, all in this process.
         every: so many steps apart are the instants that are kept; 1: all.
+        live: frames are drawn at once, for `latest`.
+
+    Attributes:
+        latest: (H, W, 3) uint8 by camera, of the instant that was looked at last; empty unless drawn at once.
 
     Raises:
         CvlctlError: no such camera, or nothing can be rendered here.
     """
 
-    def __init__(self, env: Env, cameras: Sequence[Camera], workers: int = 1, every: int = 1) -> None:
+    def __init__(
+        self, env: Env, cameras: Sequence[Camera], workers: int = 1, every: int = 1, live: bool = False
+    ) -> None:
         self._env, self._every, self._known = env, every, states.has_state(env)
         if not cameras:
             states.layout(env)  # says so where there are no states either
-        self._studio = Studio(env, cameras, workers if self._known else 1) if cameras else None
+        self._live = live or not self._known
+        self._studio = Studio(env, cameras, 1 if self._live else workers) if cameras else None
         self.shapes = {} if self._studio is None else self._studio.shapes
-        self._rows: list[Any] = []
+        self.latest: dict[str, np.ndarray] = {}
+        self._rows: list[np.ndarray] = []
+        self._frames: list[dict[str, np.ndarray]] = []
         env.film = self
 
     def look(self) -> None:
         """Keep this instant."""
         if self._env.steps == 0:
-            self._rows = []
+            self._rows, self._frames = [], []
         if self._env.steps % self._every:
             return
         if self._known:
             self._rows.append(states.state_of(self._env))
-        elif self._studio is not None:
-            self._rows.append(self._studio.renderer.frames())
+        if self._live and self._studio is not None:
+            self.latest = self._studio.renderer.frames(self._rows[-1] if self._known else None)
+            self._frames.append(self.latest)
 
     def episode(self) -> dict[str, Any]:
         """Of the episode so far: images, (T+1, H, W, 3) uint8 by camera, and sim_state, (T+1, n); or None."""
-        if self._known:
-            rows = np.stack(self._rows)
-            return {"images": None if self._studio is None else self._studio.frames(rows), "sim_state": rows}
-        images = {name: np.stack([frames[name] for frames in self._rows]) for name in self.shapes}
-        return {"images": images, "sim_state": None}
+        rows = np.stack(self._rows) if self._known else None
+        images: dict[str, np.ndarray] | None = None
+        if self._live:
+            images = {name: np.stack([frames[name] for frames in self._frames]) for name in self.shapes}
+        elif self._studio is not None and rows is not None:
+            images = self._studio.frames(rows)
+        return {"images": images, "sim_state": rows}
 
     def close(self) -> None:
         """Look no more."""

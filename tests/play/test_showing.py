@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy_robots
 from PIL import Image
 
 import cvlctl
@@ -20,42 +21,11 @@ from cvlctl.play import videos
 from cvlctl.play.rollout import roll
 from cvlctl.score.evaluate import evaluate
 
-ROBOT = '''
-import gymnasium
-import numpy as np
-from gymnasium.spaces import Box
-
-
-class Lamp(gymnasium.Env):
-    """A lamp that is left or right of a picture; the reward is how near the action is to its side, and it wanders."""
-
-    metadata = {"render_modes": ["rgb_array"]}
-
-    def __init__(self, render_mode=None):
-        self.observation_space, self.action_space = Box(-1, 1, (2,)), Box(-1, 1, (1,), np.float32)
-        self.render_mode = render_mode
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.time, self.side = 0, int(self.np_random.integers(2))
-        return np.zeros(2, np.float32), {}
-
-    def step(self, action):
-        reward = 1 - abs(float(action[0]) - (2 * self.side - 1))
-        self.time, self.side = self.time + 1, int(self.np_random.integers(2))
-        return np.zeros(2, np.float32), reward, False, self.time == 6, {}
-
-    def render(self):
-        frame = np.zeros((8, 8, 3), np.uint8)
-        frame[2:6, 4 * self.side : 4 * self.side + 4] = 255, 200, 0
-        return frame
-'''
-
 
 @pytest.fixture(scope="module")
 def robot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lamp")
-    (folder / "lamp.py").write_text(ROBOT)
+    task = f"py/{toy_robots.write(folder)}:Lamp"
     rng, episodes = np.random.default_rng(0), []
     for _ in range(40):
         side = rng.integers(2, size=7)
@@ -64,7 +34,7 @@ def robot(tmp_path_factory: pytest.TempPathFactory) -> Path:
             frame[2:6, 4 * one : 4 * one + 4] = 255, 200, 0
         actions = (0.95 * (2 * side[:-1, None] - 1)).astype(np.float32)
         episodes.append(cvlctl.Episode(None, actions, np.ones(6), images={"default": frames}))
-    cvlctl.write_store(folder / "lamp.zarr", episodes, task=f"py/{folder}/lamp.py:Lamp")
+    cvlctl.write_store(folder / "lamp.zarr", episodes, task=task)
     (folder / "bc.yaml").write_text(
         f"{{stores: ['{folder}/lamp.zarr'], out: '{folder}/bc', observe: {{cameras: [default], stack: 2, shift: 0}}, "
         "algorithm: {name: bc, hidden: [16], learning_rate: 3e-3}, steps: 120, batch_size: 32, compile: false, "
@@ -77,7 +47,7 @@ def robot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scores(robot: Path, out: Path, *overrides: str) -> list[dict[str, Any]]:
     recipe = out.with_suffix(".yaml")
     recipe.write_text(
-        f"{{runs: ['{robot}/bc'], task: 'py/{robot}/lamp.py:Lamp', env: {{kwargs: {{render_mode: rgb_array}}}}, "
+        f"{{runs: ['{robot}/bc'], task: 'py/{robot}/robots.py:Lamp', env: {{kwargs: {{render_mode: rgb_array}}}}, "
         f"cameras: {{default: {{size: 8}}}}, episodes: 11, out: '{out}'}}"
     )
     evaluate(load(recipe, list(overrides), "evaluate"))

@@ -38,7 +38,7 @@ def test_every_key_has_a_meaning(command: str) -> None:
 
 
 def test_meanings_are_the_comments_at_the_end_of_a_line_or_above_it_also_of_what_is_inherited() -> None:
-    from cvlctl.collect.recipe import RandomSource
+    from cvlctl.collect.source_recipes import RandomSource
     from cvlctl.experiments.recipe import ExperimentRecipe
     from cvlctl.learn.algorithms import cvl
 

@@ -1,6 +1,8 @@
 """Soft actor-critic (Haarnoja et al. 2018), twin critic and learned temperature: the collector of replay stores.
 
-Observations are not normalised (mean 0, std 1, clipped at +-10): there is no data yet when training starts.
+Observations are not normalised (mean 0, std 1, clipped at +-10): there is no data yet when training starts. From frames
+the critic's encoder learns by its TD error, and the actor takes the features without gradient or learns its own, as in
+DrQ-v2 (Yarats et al. 2021).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cvlctl.data.samplers import Draws
-from cvlctl.learn import networks
+from cvlctl.learn import encoders, networks
 from cvlctl.learn.algorithms import actors, values
 from cvlctl.learn.losses import policy, td
 from cvlctl.learn.networks import State
@@ -53,7 +55,7 @@ def draws(config: Config, spec: Spec, batch_size: int) -> Draws:
 
 def init(config: Config, spec: Spec, seeds: Sequence[int]) -> State:
     """Actor, log temperature (E, 1), twin critic and its target, with Adam's moments, on the CPU."""
-    state = networks.no_normaliser(seeds, *spec.observation_shape)
+    state = networks.no_normaliser(seeds, encoders.vector_size(spec))
     state |= actors.init(config.hidden, spec, seeds) | values.init(config.hidden, spec, seeds)
     return state | actors.temperature_init(seeds, config.initial_temperature)
 
@@ -68,16 +70,21 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     next_observation = networks.normalise(state, batch.next_observation)
     temperature = state["log_temperature"].exp()
 
-    next_action, next_log_prob = policy.sample_tanh(*networks.actor(state, next_observation), noise["next_action"])
-    next_q = values.q_values(values.target(state), next_observation, next_action)
+    following = values.seen(state, next_observation)
+    next_shown = networks.shown(state, next_observation, following)
+    next_action, next_log_prob = policy.sample_tanh(*networks.actor(state, next_shown), noise["next_action"])
+    next_q = values.q_values(values.target(state), following, next_action)
     y = td.td_target(batch.reward, batch.discount, td.soft_value(next_q, next_log_prob, temperature))
     if config.target_max is not None:
         y = y.clamp(max=config.target_max)
 
     metrics = values.regress(state, observation, batch.action, y, config.learning_rate, config.ema_rate)
 
-    def q(action: Tensor) -> Tensor:
-        return values.q_values(state, observation, action).amin(dim=1)
+    features = values.seen(state, observation)
+    shown = networks.shown(state, observation, features)
 
-    metrics |= actors.improve_soft(state, observation, noise["action"], q, config.target_entropy, config.learning_rate)
+    def q(action: Tensor) -> Tensor:
+        return values.q_values(state, features, action).amin(dim=1)
+
+    metrics |= actors.improve_soft(state, shown, noise["action"], q, config.target_entropy, config.learning_rate)
     return state, metrics
