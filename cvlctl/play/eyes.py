@@ -38,16 +38,16 @@ class SeeingAct:
         self, policy: SeeingPolicy, renderer: Renderer, sampling: np.ndarray | None, noise: np.ndarray
     ) -> None:
         self._policy, self._renderer, self._sampling, self._noise = policy, renderer, sampling, noise
-        self._stacks: dict[str, np.ndarray] = {}  # (1, S, H, W, C)
+        self.stacks: dict[str, np.ndarray] = {}  # that were seen last, of each camera (1, S, H, W, C)
 
     def __call__(self, observation: np.ndarray, step: int) -> np.ndarray:
         for name, frame in self._renderer.frames().items():
-            before = self._stacks.get(name)
+            before = self.stacks.get(name)
             now = frame[None, None]
             stack = self._policy.observe.stack
-            self._stacks[name] = now.repeat(stack, 1) if before is None else np.concatenate([before[:, 1:], now], 1)
+            self.stacks[name] = now.repeat(stack, 1) if before is None else np.concatenate([before[:, 1:], now], 1)
         drawn = None if self._sampling is None else self._sampling[step][None]
-        action = self._policy({**self._stacks, VECTOR: observation[None]}, drawn)[0]
+        action = self._policy({**self.stacks, VECTOR: observation[None]}, drawn)[0]
         return np.clip(action + self._noise[step], -1.0, 1.0)
 
 

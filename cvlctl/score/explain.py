@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,8 +16,10 @@ from cvlctl.data.store import Column, Store, open_store
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.attribution import Shares, by_group
 from cvlctl.play import envs
+from cvlctl.play.eyes import SeeingAct, cameras_seen, renderer_of, stand
+from cvlctl.play.policies import NumpyPolicy
 from cvlctl.play.rollout import EVALUATION_SEED, check_fit, collect_episode, outcome
-from cvlctl.play.sights import SeeingPolicy, Seen, part
+from cvlctl.play.sights import VECTOR, Seen, part
 from cvlctl.runs import EXPLAINED
 from cvlctl.score.explained import plot_map, plot_moments
 from cvlctl.score.grounds import Grounds, grounds
@@ -163,11 +166,11 @@ def _moments(
     """The moments that are asked for, and what is to be said of the episode."""
     notes: list[str] = []
     if play:
-        episode, where = _played(found, number, path), f"episode {number} of {found.task}, played now"
+        (episode, seen_at), where = _played(found, number, path), f"episode {number} of {found.task}, played now"
         value, success = outcome(episode)
         told = "" if success is None else f", {'a success' if success else 'no success'}"
         notes.append(f"{where}: {len(episode)} steps, return {value:.4g}{told}; its actions are the policy's")
-        logged = _Logged(lambda step: episode.observations[step : step + 1], episode.actions)
+        logged = _Logged(seen_at, episode.actions)
     else:
         opened = open_store(path or found.stores[0])
         logged, where = _logged(found, opened, number), f"{opened.path}: episode {number}"
@@ -216,26 +219,39 @@ def _words(spec: Spec) -> str:
     return f"{spec.observation_shape} and {spec.action_dim} action dimensions{sizes}"
 
 
-def _played(found: Grounds, number: int, path: Path | None) -> Episode:
-    """An episode of the run's policy: the one that an evaluation with seed 0 knows by this number."""
+def _played(found: Grounds, number: int, path: Path | None) -> tuple[Episode, Callable[[int], Seen]]:
+    """An episode of the run's policy: the one that an evaluation with seed 0 knows by this number; and what it saw."""
     policy = found.policy
     if path is not None:
         raise CvlctlError("--play and --store both say which episode is meant", "leave one of them out")
     if policy is None:
         raise CvlctlError(f"{found.run} has no policy that could be played", "name an episode of a store: --episode N")
-    if isinstance(policy, SeeingPolicy):
-        what = f"--play: the policy of {found.run} sees frames, and is not played here"
-        raise CvlctlError(what, "name an episode of a store: --episode N")
     if number < 0:
         raise CvlctlError(f"episode {number}: they are numbered from 0 on")
     try:
-        place = place_of(EvaluateRecipe(runs=(str(found.run),), out=found.run / EXPLAINED), found.run, found.metadata)
+        place = place_of(
+            EvaluateRecipe(runs=(str(found.run),), out=found.run / EXPLAINED), found.run, found.saved.metadata
+        )
+        cameras = cameras_seen(found.run, found.saved, stand(found.saved))
     except CvlctlError as error:
         hint = "build a store in it (cvlctl build-dataset), and explain an episode of that: --store STORE"
         raise CvlctlError(error.what, hint) from error
     env = envs.make(place.task, EVALUATION_SEED, settings=place.settings)
     check_fit(found.run, policy, env)
-    return collect_episode(env, lambda observation, _: policy(observation), number)
+    if isinstance(policy, NumpyPolicy):
+        episode = collect_episode(env, lambda observation, _: policy(observation), number)
+        return episode, lambda step: episode.observations[step : step + 1]
+    shown: list[dict[str, np.ndarray]] = []
+    act = SeeingAct(policy, renderer_of(env, cameras), None, np.zeros((env.spec.horizon, env.spec.action_dim)))
+
+    def watched(observation: np.ndarray, step: int) -> np.ndarray:
+        action = act(observation, step)
+        vector = {VECTOR: observation[None]} if policy.observe.vector else {}
+        shown.append({**act.stacks, **vector})
+        return action
+
+    with closing(env):
+        return collect_episode(env, watched, number), lambda step: shown[step]
 
 
 def _shares(found: Grounds, moment: Moment) -> dict[str, tuple[np.ndarray, Shares]]:

@@ -47,7 +47,7 @@ class Grounds(NamedTuple):
     notes: list[str]  # what is shown, and what is not
     run: Path
     stores: list[Path]  # that it was trained on
-    metadata: dict[str, Any]  # of its checkpoint
+    saved: checkpoints.Saved  # its checkpoint
     spec: Spec  # what is seen of the stores
     observe: Observe | None  # of their cameras; None: the vector alone
     policy: Policy | None
@@ -56,7 +56,7 @@ class Grounds(NamedTuple):
     @property
     def task(self) -> str:
         """What it was trained on, by name."""
-        return str(self.metadata["task"])
+        return str(self.saved.metadata["task"])
 
 
 Found = tuple[Readout, bool, np.ndarray, Episodes, list[str], Callable[[int], Seen]]  # fields of Grounds
@@ -120,7 +120,7 @@ def grounds(
     stores = [use.path for use in subject.uses]
     return Grounds(
         readout, rewards, time, episodes, [*_progress(subject), *notes, *gap], run, stores,
-        subject.found.metadata, subject.spec, subject.observe, policy, state,
+        subject.found, subject.spec, subject.observe, policy, state,
     )  # fmt: skip
 
 

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toy_frames
+from test_filmed import RANDOM, recipe_of
+from toy_runs import load
 from toy_stores import moving_point
 
 import cvlctl
+from cvlctl import checkpoints
 from cvlctl.cli import app
 from cvlctl.cli.console import execute
+from cvlctl.collect.build import build
 from cvlctl.data import shown
 from cvlctl.data.samplers import marginal
 from cvlctl.errors import CvlctlError
 from cvlctl.frames import beside
+from cvlctl.learn.finetune import finetune
+from cvlctl.play import envs
+from cvlctl.play.cameras import cameras_of
+from cvlctl.play.eyes import renderer_of
+from cvlctl.play.rollout import EVALUATION_SEED
 from cvlctl.score import sheet
 from cvlctl.score.explain import explain, map_q
 from cvlctl.types import Episode
@@ -158,8 +168,6 @@ def test_what_cannot_be_shown_is_one_error(runs, tmp_path: Path) -> None:
     run = runs("cvl")
     with pytest.raises(CvlctlError, match="cvl sees frames of front, left: a map is of columns of a vector"):
         map_q(run, (0, 0))
-    with pytest.raises(CvlctlError, match=r"--play: the policy of .*cvl sees frames, and is not played here"):
-        explain(run, play=True)
     episodes = [(one, one.images) for one in toy_frames.filmed(moving_point(2)) if one.images]
     others = {
         "blind": ({"front": "front"}, r"blind.zarr has no camera 'left'"),
@@ -170,6 +178,30 @@ def test_what_cannot_be_shown_is_one_error(runs, tmp_path: Path) -> None:
         path = cvlctl.write_store(tmp_path / f"{name}.zarr", made, task="point").path
         with pytest.raises(CvlctlError, match=told):
             explain(run, store=path)
+
+
+@pytest.mark.usefixtures("no_fsync", "renders")
+def test_an_episode_is_played_by_what_the_policy_sees(tmp_path: Path) -> None:
+    """The one that evaluations know by this number; its first moment is what the camera shows there, twice."""
+    build(recipe_of(tmp_path / "hopper.zarr", RANDOM, {"track": {"size": 16}}), workers=1)
+    text = "steps: 2, observe: {cameras: [track], stack: 2, features: 4, vector: true}, algorithm: {name: cvl, "
+    critic = "hidden: [8], bank_size: 8, critic: {hidden: [8], latent_dim: 4}}"
+    finetune(load("finetune", tmp_path / "hopper.zarr", tmp_path / "run", text + critic))
+    answers = explain(tmp_path / "run", play=True, episode=3, steps=[0, -1])
+    assert [one["action"] for one in answers] == ["policy", "rejected"] * 2
+    with closing(envs.make("gym/Hopper-v5", EVALUATION_SEED)) as env:
+        vector, policy = env.reset(3), cvlctl.load_policy(tmp_path / "run")
+        frame = renderer_of(env, cameras_of({"track": {"size": 16}})).frames()["track"]
+        wanted = policy({"track": frame[None], "vector": vector[None]})[0]
+    np.testing.assert_allclose(answers[0]["values"], wanted, atol=1e-5)
+    assert any("episode 3 of gym/Hopper-v5, played now: " in note for note in answers[0]["notes"])
+    with pytest.raises(CvlctlError, match="its data do not say where front stands"):
+        toy = toy_frames.write(tmp_path / "toy.zarr", num=2)
+        toy_frames.run("cvl", toy, tmp_path / "toy", "steps=1")
+        told = tmp_path / "toy" / "checkpoints" / "last.safetensors"
+        state, metadata = checkpoints.load(told)
+        checkpoints.save(told, state, {**metadata, "task": "gym/Hopper-v5"})
+        explain(tmp_path / "toy", play=True)
 
 
 def test_pieces_are_small_and_together_the_whole(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
