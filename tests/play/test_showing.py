@@ -72,10 +72,10 @@ def test_videos_are_of_the_episodes_that_were_scored(
         return found
 
     monkeypatch.setattr(videos, "roll", recorded)
-    film = "video={episodes: 2, cameras: {default: {size: 32}}}"
-    rows = {(row["seed"], row["episode"]): row for row in scores(robot, tmp_path / "here", film, "workers=0")}
+    film = ("episodes=2", "video={episodes: 2, cameras: {default: {size: 32}}}")
+    rows = {(row["seed"], row["episode"]): row for row in scores(robot, tmp_path / "here", *film, "workers=0")}
     assert played == [rows[seed, episode]["episode_return"] for seed in (0, 1) for episode in (0, 1)]
-    scores(robot, tmp_path / "there", film, "workers=2")
+    scores(robot, tmp_path / "there", *film, "workers=2")
     here, there = (sorted((tmp_path / name / "videos").iterdir()) for name in ("here", "there"))
     assert [file.name for file in here] == [file.name for file in there] and len(here) == 4
     assert [file.read_bytes() for file in here] == [file.read_bytes() for file in there]
