@@ -37,12 +37,13 @@ from cvlctl.version import versions
 
 _CHECKPOINT = re.compile(r"(last|(step|episodes)-\d+)\.safetensors")  # others are somebody's own
 LABELS_FILE = "labels.safetensors"  # in a run: rewards that it learned
+FEATURES = ("features.npy", "features.json", "features.part")  # of all frames, what these are of, and half written
 EXPLAINED = "explain"  # a folder in it: what `cvlctl explain` keeps, by these names
 _EXPLAINED = re.compile(r"psi-\d+\.(npy|json)|map-\d+-\d+\.png|frames\.png")
 _DECIDED = ("device", "threads", "precision", "compile", "memory_gb")  # as it begins, where a recipe says "auto"
 _NO_MATTER = ("out", "loggers", "label")  # what comes out is the same
 REPLACED = {"status": "replaced", "inputs": {}, "recipe": {}}  # a record like no run's: what it was of is going
-_FILES = ("run.json", "recipe.yaml", "metrics.jsonl", "metrics.png", "metrics.svg", LABELS_FILE)
+_FILES = ("run.json", "recipe.yaml", "metrics.jsonl", "metrics.png", "metrics.svg", LABELS_FILE, *FEATURES)
 
 
 class Run:
@@ -164,7 +165,7 @@ class Run:
     def _clear(self) -> None:
         # first of all it becomes a run like no other: a kill in here leaves nothing that could be taken for ours
         write_json(self.out / "run.json", REPLACED)
-        for name in ("metrics.jsonl", "metrics.png", "metrics.svg", LABELS_FILE):
+        for name in ("metrics.jsonl", "metrics.png", "metrics.svg", LABELS_FILE, *FEATURES):
             (self.out / name).unlink(missing_ok=True)
         for file in _own_checkpoints(self.out):
             file.unlink(missing_ok=True)

@@ -22,9 +22,8 @@ from cvlctl.learn.algorithms import occupancy
 from cvlctl.learn.encoders import TABLES
 from cvlctl.learn.networks import State
 from cvlctl.progress import Progress
+from cvlctl.runs import FEATURES
 from cvlctl.types import Views
-
-FILE = "features.npy"
 
 
 def encoded(reading: Reading, critic: occupancy.Config, state: State, out: Path, device: str) -> Reading:
@@ -36,7 +35,7 @@ def encoded(reading: Reading, critic: occupancy.Config, state: State, out: Path,
     """
     assert reading.observe is not None
     params = {name: value.to(device) for name, value in _weights(critic, state).items()}
-    file, digest = out / FILE, _digest(reading, params)
+    file, digest = out / FEATURES[0], _digest(reading, params)
     counts = [store.num_rows for store in reading.stores]
     shape = (sum(counts), len(next(iter(params.values()))), reading.observe.features * len(reading.observe.cameras) * 2)
     if (read_json(file.with_suffix(".json")) or {}).get("digest") != digest or not _whole(file, shape):

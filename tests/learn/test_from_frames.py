@@ -26,7 +26,7 @@ from cvlctl.learn.finetune import finetune
 from cvlctl.learn.label import label_store
 from cvlctl.learn.pretrain import pretrain
 from cvlctl.learn.settings import have_compiler
-from cvlctl.runs import read_metrics
+from cvlctl.runs import read_metrics, remove
 from cvlctl.types import Observe
 
 
@@ -128,6 +128,7 @@ def test_a_frozen_critic_does_not_see_a_frame_twice(name: str, frames: Path, tmp
     assert (tmp_path / "once" / "features.npy").is_file()
     for key, value in batches.items():
         torch.testing.assert_close(once[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    assert remove(tmp_path / "once") == [], "features outlive their run"
     assert once["actor.0.weight"].shape[1] == 13 * (2 if name == "goal_conditioned" else 1)
 
 
