@@ -19,7 +19,7 @@ from cvlctl.data.stream import arrival_reward
 from cvlctl.errors import CvlctlError
 from cvlctl.learn.algorithms import ALGORITHMS, occupancy
 from cvlctl.learn.attribution import Readout, States, by_group, kept_psi, psi_of
-from cvlctl.learn.critics import Critic, Trained, critic_of, critics_of
+from cvlctl.learn.critics import Critic, critic_of, critics_of
 from cvlctl.play.policies import Policy, policy_of
 from cvlctl.play.sights import VECTOR, Seen, part, seen_by
 from cvlctl.runs import EXPLAINED, LABELS_FILE, read_run
@@ -68,7 +68,6 @@ class _Subject(NamedTuple):
     run: Path
     record: dict[str, Any]
     found: checkpoints.Saved
-    trained: Trained
     critic: Critic
     spec: Spec
     observe: Observe | None
@@ -142,7 +141,7 @@ def _subject(run: Path, seed: int | None, checkpoint: str | int) -> _Subject:
     except (KeyError, TypeError, ValueError) as error:
         what = f"{run / 'run.json'}: its recipe says of no stores what was trained on ({type(error).__name__}: {error})"
         raise CvlctlError(what, "it is damaged, or not of cvlctl: train again") from error
-    return _Subject(run, record, found, trained, critic, *seen_by(found.metadata), seed, uses)
+    return _Subject(run, record, found, critic, *seen_by(found.metadata), seed, uses)
 
 
 def _progress(subject: _Subject) -> list[str]:
