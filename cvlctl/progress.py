@@ -31,6 +31,7 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, start: int = 0) -> None:
         self.what, self.total, self.unit, self.start = visible(what), total, unit, start
         self._begin = self._said = time.monotonic()
+        self._first: tuple[int, float] | None = None  # how much was done at the first report, and when
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -63,14 +64,16 @@ class Progress:
     def update(self, done: int, text: str = "") -> None:
         """Report `done` units out of the total."""
         now = time.monotonic()
-        rate = (done - self.start) / max(now - self._begin, 1e-9)
+        self._first = self._first or (done, now)
+        # what was waited for before the first report, compiling say, is not waited for again
+        before, since = self._first if done > self._first[0] else (self.start, self._begin)
+        rate = (done - before) / max(now - since, 1e-9)
         cell.progress(self.what, done, self.total, self.unit, rate)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, rate=f"{rate:.0f} {self.unit}/s", text=visible(text))
+            self._bar.update(self._task, completed=done, rate=f"{_number(rate)} {self.unit}/s", text=visible(text))
         elif now - self._said >= PLAIN_LINE_SECONDS:
             self._said = now
-            left = (self.total - done) / max(rate, 1e-9)
-            say(f"{self.what}: {done}/{self.total} {self.unit}, {rate:.0f}/s, {clock(left)} left{text and '  '}{text}")
+            say(f"{self.what}: {done}/{self.total} {self.unit}, {_pace(done, self.total, rate)}{text and '  '}{text}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -139,11 +142,22 @@ class Screen:
 
 def how_far(done: int, total: int, unit: str, rate: float, text: str = "") -> str:
     """ "40% of 6000 updates, 31/s, 1m56s left"."""
+    return f"{done / max(total, 1):.0%} of {total} {unit}, {_pace(done, total, rate)}{text and '  '}{text}"
+
+
+def _pace(done: int, total: int, rate: float) -> str:
+    """ "31/s, 1m56s left"."""
     left = f", {clock((total - done) / rate)} left" if rate > 1e-9 else ""
-    return f"{done / max(total, 1):.0%} of {total} {unit}, {rate:.0f}/s{left}{text and '  '}{text}"
+    return f"{_number(rate)}/s{left}"
+
+
+def _number(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 9.5 or rate == 0 else f"{rate:.1g}"
 
 
 def clock(seconds: float) -> str:
-    """A duration, as 2m03s."""
+    """A duration, as 2m03s, or 3h05m."""
     minutes, seconds = divmod(int(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h{minutes % 60:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from cvlctl.progress import Progress
+
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_on_80_columns_count_and_time_left_stay() -> None:
@@ -38,3 +40,18 @@ def test_on_80_columns_count_and_time_left_stay() -> None:
     line = next(x for x in re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())) if "500000/" in x)
     assert re.search(r"\u2501 +500000/1000000 \d+ steps/s \d:\d\d:\d\d critic .*\u2026", line), line
     assert len(line) <= 80
+
+
+def test_what_was_waited_for_before_the_first_step_is_not_waited_for_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A minute of compiling, then two updates a second; and an update that takes a minute."""
+    now = [0.0]
+    monkeypatch.setattr("cvlctl.progress.time.monotonic", lambda: now[0])
+    with Progress("finetune", 100, "updates") as bar:
+        for done, at in ((1, 60.0), (41, 80.0)):
+            now[0] = at
+            bar.update(done)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "finetune: 1/100 updates, 0.02/s, 1h39m left"
+    assert second == "finetune: 41/100 updates, 2/s, 29s left"
