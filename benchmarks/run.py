@@ -55,6 +55,7 @@ SCRIPTS: dict[str, list[str]] = {
     "frames": ["--threads", "1", "--rounds", "1", "--updates", "1", "--rows", "1100", "--size", "16", "--eager-only",
                "--batch-size", "8"],
     "rendering": ["--tasks", "gym/FetchPush-v4", "--frames", "2", "--size", "16", "--rounds", "1"],
+    "seeing": ["--tasks", "gym/FetchReach-v4", "--episodes", "2", "--horizon", "3", "--size", "24", "--rounds", "1"],
     "backends": ["--tasks", "metaworld/drawer-close-v3", "--episodes", "2", "--rounds", "1"],
 }  # fmt: skip
 # scripts without their peer

@@ -235,6 +235,14 @@ def test_benchmark_of_rendering(script: Script, tmp_path: Path) -> None:
     assert found["tasks"][0]["frames_per_cpu_second"] > 0 and found["comparisons"][0]["unit"] == "frames/s"
 
 
+@pytest.mark.usefixtures("renders")
+def test_benchmark_of_what_sees_plays_the_same_episodes(script: Script, tmp_path: Path) -> None:
+    small = ["--episodes", "2", "--horizon", "3", "--size", "24", "--rounds", "1", "--workers", "1"]
+    script("seeing").main(["--tasks", "gym/FetchReach-v4", *small, "--json", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["disagreement"]["gym/FetchReach-v4"] < 1e-3 and found["comparisons"][0]["ours"] > 0
+
+
 def test_benchmark_of_explaining(script: Script, tmp_path: Path) -> None:
     small = ["--rows", "1500", "--hidden", "16", "--rounds", "1", "--json", str(tmp_path / "found.json")]
     script("explaining").main(small)
