@@ -104,7 +104,8 @@ def _has_record(out: Path) -> bool:
 
 
 def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
-    """The record in <out>/evaluation.json; None where `out` is empty.
+    """The record in <out>/evaluation.json; None where `out` is empty, or holds one of which nothing was played yet and
+    which is another one.
 
     Raises:
         CvlctlError: where `out` holds something else, or rows of other runs, episodes or seeds.
@@ -122,6 +123,8 @@ def read_evaluation(recipe: EvaluateRecipe) -> dict[str, Any] | None:
             name == "episodes" and isinstance(then, int) and then < now[name]
         )  # those that are there stay what they are
         if then != now[name] and not more:
+            if before["status"] != "finished" and not _holds_rows(out):
+                return None  # it was refused, say: a policy that needs a goal
             raise CvlctlError(f"{out} holds another evaluation: {name} was {then}, now {now[name]}", _REPLACE)
     return before | {"recipe": recipe.with_defaults(before["recipe"])}  # of keys that an earlier version had not
 
@@ -180,6 +183,11 @@ def _rows_by_checkpoint(
         (job["sha256"], job["task"], job["seed"]): by_key[job["algorithm"], job["task"], job["seed"], job["step"]]
         for job in before["jobs"]
     }
+
+
+def _holds_rows(out: Path) -> bool:
+    path = out / "rows.jsonl"
+    return path.exists() and path.stat().st_size > 0
 
 
 def has_rows(out: Path, task: str) -> bool:

@@ -46,6 +46,22 @@ def test_a_kill_before_the_first_record_leaves_nothing_to_trip_over(tmp_path: Pa
     assert not list(out.glob(".*.tmp"))
 
 
+def test_an_evaluation_that_was_refused_before_it_played_stands_in_no_way(
+    tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise CvlctlError("no goal is given")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_episodes", refused)
+        with pytest.raises(CvlctlError, match="no goal is given"):
+            evaluate(recipe(tmp_path))
+    assert (tmp_path / "out" / "evaluation.json").exists()
+    assert evaluate(recipe(tmp_path, seed=3))["status"] == "evaluated"
+    with pytest.raises(CvlctlError, match="holds another evaluation: seed was 3, now 4"):
+        evaluate(recipe(tmp_path, seed=4))
+
+
 def test_what_dead_processes_left_goes_and_what_is_of_others_stays(tmp_path: Path, runs: Path) -> None:
     evaluate(recipe(tmp_path, episodes=1))
     out = tmp_path / "out"
