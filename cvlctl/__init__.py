@@ -12,6 +12,9 @@ TYPE_CHECKING = False  # typing's own takes 5 ms, in which Ctrl-C would still be
 # updates/s instead of 115 on two cores); not spinning at all costs 40 % on an idle machine. This many turns cost
 # neither. The variable is read when torch loads, so it has to be set before.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Those of numpy's matrix products do so for a tenth of a second, in which one that waits for its workers takes a whole
+# core away from them. 2^20 cycles, half a millisecond.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 
 if TYPE_CHECKING:
     from typing import Any

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,3 +111,17 @@ def test_a_group_outside_of_what_is_seen_is_as_the_top(tmp_path: Path) -> None:
     for number, group in enumerate(("/../..", "/elsewhere/x")):
         files = v2(group, "/docker/4f") | {"sys/fs/cgroup/cpu.max": "200000 100000\n", "cpu.max": "100000 100000\n"}
         assert num_cpus(machine(tmp_path / str(number), files)) == 2
+
+
+def test_threads_of_a_matrix_product_do_not_go_on_spinning() -> None:
+    """For a tenth of a second by default: a core less for whoever is waited for."""
+    code = (
+        "import cvlctl, time, numpy as np\n"
+        "a = np.ones((500, 500)); a @ a; begin = time.process_time(); time.sleep(0.2)\n"
+        "print(time.process_time() - begin)"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 0.03
