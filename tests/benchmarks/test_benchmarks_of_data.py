@@ -243,6 +243,7 @@ def test_benchmark_of_what_sees_plays_the_same_episodes(script: Script, tmp_path
     assert found["disagreement"]["gym/FetchReach-v4"] < 1e-3 and found["comparisons"][0]["ours"] > 0
 
 
+@pytest.mark.slow
 def test_benchmark_of_explaining(script: Script, tmp_path: Path) -> None:
     small = ["--rows", "1500", "--hidden", "16", "--rounds", "1", "--json", str(tmp_path / "found.json")]
     script("explaining").main(small)

@@ -169,6 +169,7 @@ def test_scaling_script(
     assert cvlctl.__version__ == found["machine"]["versions"]["cvlctl"]
 
 
+@pytest.mark.slow
 def test_together_counts_every_seed_s_update(
     script: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

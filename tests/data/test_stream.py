@@ -190,7 +190,7 @@ def run(name: str, stores: list[Store], out: Path, *overrides: str) -> dict[str,
     return command(load(path, list(overrides), kind))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["occupancy", "cvl", "laeo", "td3_bc"])
+@pytest.mark.parametrize("name", ["occupancy", "cvl", pytest.param("laeo", marks=pytest.mark.slow), "td3_bc"])
 def test_a_streamed_run_goes_on_with_the_same_bits(
     name: str, stores: list[Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

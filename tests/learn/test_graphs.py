@@ -8,7 +8,7 @@ from typing import Any
 import graphs
 import pytest
 import torch
-from toy_runs import ALL, load, run, state_of
+from toy_runs import ALL, VARIANTS, load, run, state_of
 
 from cvlctl.learn import loop
 from cvlctl.learn.finetune import finetune
@@ -22,7 +22,7 @@ def alike(eager: dict[str, torch.Tensor], graphed: dict[str, torch.Tensor]) -> N
         )
 
 
-SLOW = {"contrastive_ac", "successor_features", "goal_conditioned-command", "cvl-fourier", "cql"}  # seconds of tracing
+SLOW = {*VARIANTS, "contrastive_ac", "successor_features", "cvl-fourier", "cql"}  # seconds of tracing
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ALL])

@@ -222,7 +222,7 @@ RATIOS = [(make, loss, name) for make in MDPS for loss, name in (("spectral", No
 
 @pytest.mark.parametrize(
     ("make", "loss", "name"),
-    [pytest.param(*one, marks=[] if (one[0], one[2]) == QUICK else pytest.mark.slow) for one in RATIOS],
+    [pytest.param(*one, marks=pytest.mark.slow) for one in RATIOS],
 )
 def test_the_ratio_itself_can_be_learned(
     make: Callable[[], MDP], loss: str, name: str | None, capsys: pytest.CaptureFixture[str]
@@ -362,7 +362,8 @@ def _uniform(num: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(num, (500,), generator=g), torch.rand(500, generator=g, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["cvl", pytest.param("laeo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cvl", "laeo"])
 def test_stitching(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """From the first places to the prize, which no episode shows: whole futures do not lead there."""
     task = corridor()

@@ -200,7 +200,10 @@ def share_of_improvement(task: Known, name: str, steps: int) -> float:
     return float((found - before) / (best - before))
 
 
-@pytest.mark.parametrize("name", ROWS)
+SLOW = ("successor_features", "contrastive_ac")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ROWS])
 def test_grid(name: str, grid: Known) -> None:
     share = share_of_improvement(grid, name, ROWS[name].grid_steps)
     print(f"{name}: {share:.3f} of the improvement")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_runs import ALL, CRITIC, load, recipe_of, run, state_of, without
+from toy_runs import CRITIC, MOST, load, recipe_of, run, state_of, without
 
 from cvlctl import checkpoints
 from cvlctl.errors import CvlctlError
@@ -22,7 +22,7 @@ from cvlctl.learn.pretrain import pretrain
 from cvlctl.runs import read_metrics
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", MOST)
 def test_a_seed_trains_alike_alone_and_in_company(name: str, store: Path, tmp_path: Path) -> None:
     run(name, store, tmp_path / "alone", "seeds=[3]", "steps=50")
     run(name, store, tmp_path / "together", "seeds=[0,3]", "steps=50")
@@ -35,7 +35,7 @@ def test_a_seed_trains_alike_alone_and_in_company(name: str, store: Path, tmp_pa
     assert (together[weight][0] - together[weight][1]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", MOST)
 def test_a_resumed_run_ends_with_the_same_bits(name: str, store: Path, tmp_path: Path, monkeypatch) -> None:
     often = ("steps=30", "checkpoint_seconds=1e-9")
     run(name, store, tmp_path / "whole", "steps=30")
@@ -67,7 +67,7 @@ def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, to
     return state_of(out)
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_killed_from_outside(end: signal.Signals, store: Path, whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """kill -9 loses what the clock had not saved, Ctrl-C nothing; the same command goes on to the same bits."""
     recipe_of("occupancy", store, tmp_path / "cut", *LONG)

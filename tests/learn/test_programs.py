@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_runs import ALL, run, state_of
+from toy_runs import ALL, MOST, run, state_of
 
 from cvlctl.learn.settings import have_compiler
 
@@ -46,7 +46,7 @@ def test_any_number_of_compiled_runs_in_one_process(store: Path, tmp_path: Path,
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", MOST)
 def test_cuda_graph_and_eager_steps_agree(name: str, store: Path, tmp_path: Path) -> None:
     run(name, store, tmp_path / "eager", "device=cuda", "precision=float32")
     run(name, store, tmp_path / "graph", "device=cuda", "precision=float32", "compile=true")

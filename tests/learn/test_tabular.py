@@ -84,8 +84,8 @@ def train(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 ALL = [
-    *((make, "info_nce") for make in MDPS), (tabular.ring, "binary_nce"),
-    *(pytest.param(make, "binary_nce", marks=pytest.mark.slow) for make in MDPS if make is not tabular.ring),
+    *((make, "info_nce") for make in MDPS),
+    *(pytest.param(make, "binary_nce", marks=pytest.mark.slow) for make in MDPS),  # by default: test_tabular_frames.py
 ]  # fmt: skip
 
 

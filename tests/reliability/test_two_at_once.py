@@ -52,7 +52,7 @@ def faults(
     return len(chosen), lines
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "run" else n for n in NAMES])
 def test_some_moments(name: str, runner: Runner, inputs: Path, mirror: str, tmp_path: Path) -> None:
     tried, lines = faults(CASES[name], runner, inputs, mirror, tmp_path, FEW)
     count("two at once", tried, len(lines))
