@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
+
+from cvlctl.experiments.commands import load
+from cvlctl.score.evaluate import evaluate
 
 ROBOTS = '''
 import gymnasium
@@ -194,3 +199,14 @@ def write(folder: Path) -> Path:
     file = folder / "robots.py"
     file.write_text(ROBOTS)
     return file
+
+
+def scores(run: Path, task: str, out: Path, *overrides: str) -> list[dict[str, Any]]:
+    """The rows of an evaluation of a run that sees 8x8 frames of its environment's own `render()`."""
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(
+        f"{{runs: ['{run}'], task: '{task}', env: {{kwargs: {{render_mode: rgb_array}}}}, "
+        f"cameras: {{default: {{size: 8}}}}, out: '{out}'}}"
+    )
+    evaluate(load(recipe, list(overrides), "evaluate"))
+    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]

@@ -285,8 +285,8 @@ def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | Trans
         if draws.bank
         else indices.bank_row.new_ones(indices.bank_row.shape, dtype=torch.float32)
     )
-    if draws.next_states and draws.bank:  # a share gamma of the mass at a terminal state has been there before
-        bank_reward = torch.where(indices.bank_ends, (1 - draws.gamma) * bank_reward, bank_reward)
+    if draws.next_states and draws.bank:
+        bank_reward = arrival_share(bank_reward, indices.bank_ends, draws.gamma)
     return OccupancyBatch(
         observation,
         action,
@@ -299,6 +299,12 @@ def gather(data: Data, indices: Indices, draws: Draws) -> OccupancyBatch | Trans
         ended=indices.ends,
         cut=indices.cut,
     )
+
+
+def arrival_share(reward: Tensor, ends: Tensor, gamma: float) -> Tensor:
+    """What rewards of next states count in a bank of their law: a share gamma of the mass at a terminal state (`ends`)
+    has been there before, and is paid nothing."""
+    return torch.where(ends, (1 - gamma) * reward, reward)
 
 
 def observed(data: Data, row: Tensor, shift: Tensor) -> Observation:

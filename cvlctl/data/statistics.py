@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cvlctl.data.samplers import Data, future, generator
+from cvlctl.data.samplers import Data, arrival_share, future, generator
 
 
 def observation_statistics(observation: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ def reward_statistics(data: Data, gamma: float, next_states: bool = False) -> tu
     reward = torch.where(drawn.absorbed, 0.0, data.arrival_reward[:, drawn.row]).double()
     if next_states:
         ends = data.layout.terminated[pick] & (drawn.row == data.layout.last[pick])
-        reward = torch.where(ends, (1 - gamma) * reward, reward)
+        reward = arrival_share(reward, ends, gamma)
     mean, std = reward.mean(dim=1, keepdim=True), reward.std(dim=1, keepdim=True)
     return mean.float(), torch.where(_varies(std, mean.abs()), std, 1.0).float()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from cvlctl.experiments.commands import load
 from cvlctl.learn.finetune import finetune
 from cvlctl.play import videos
 from cvlctl.play.rollout import roll
-from cvlctl.score.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +43,7 @@ def robot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scores(robot: Path, out: Path, *overrides: str) -> list[dict[str, Any]]:
-    recipe = out.with_suffix(".yaml")
-    recipe.write_text(
-        f"{{runs: ['{robot}/bc'], task: 'py/{robot}/robots.py:Lamp', env: {{kwargs: {{render_mode: rgb_array}}}}, "
-        f"cameras: {{default: {{size: 8}}}}, episodes: 11, out: '{out}'}}"
-    )
-    evaluate(load(recipe, list(overrides), "evaluate"))
-    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    return toy_robots.scores(robot / "bc", f"py/{robot}/robots.py:Lamp", out, "episodes=11", *overrides)
 
 
 def test_the_policy_sees_and_rows_are_the_same_for_any_number_of_workers(robot: Path, tmp_path: Path) -> None:

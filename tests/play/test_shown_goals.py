@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import toy_robots
 from PIL import Image
 from toy_frames import picture, run, write
 
@@ -22,7 +22,6 @@ from cvlctl.learn.export import export
 from cvlctl.learn.finetune import finetune
 from cvlctl.play import envs
 from cvlctl.play.rollout import EVALUATION_SEED
-from cvlctl.score.evaluate import evaluate
 from cvlctl.types import Views
 
 ROBOT = '''
@@ -88,13 +87,8 @@ def slider(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def played(slider: Path, out: Path, *overrides: str) -> list[dict[str, Any]]:
-    recipe = out.with_suffix(".yaml")
-    recipe.write_text(
-        f"{{runs: ['{slider}/run'], task: 'py/{slider}/slider.py:Slider', env: {{kwargs: {{render_mode: rgb_array}}}}, "
-        f"cameras: {{default: {{size: 8}}}}, episodes: 10, workers: 0, out: '{out}'}}"
-    )
-    evaluate(load(recipe, list(overrides), "evaluate"))
-    return [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    task = f"py/{slider}/slider.py:Slider"
+    return toy_robots.scores(slider / "run", task, out, "episodes=10", "workers=0", *overrides)
 
 
 def test_policies_arrive_at_what_they_are_shown(slider: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from cvlctl.data.samplers import Draws
+from cvlctl.data.samplers import Draws, arrival_share
 from cvlctl.learn import networks
 from cvlctl.learn.algorithms import actors, occupancy, readouts
 from cvlctl.learn.losses import policy
@@ -80,7 +81,7 @@ def init(config: Config, spec: Spec, seeds: Sequence[int]) -> State:
 def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, Tensor]) -> tuple[State, Metrics]:
     """One update of critic, actor and temperature; `noise` as SAC's."""
     size = noise["action"].shape[1]
-    pairs, bank = (TransitionBatch(*(x[:, part] for x in _tensors(batch))) for part in (slice(size), slice(size, None)))
+    pairs, bank = _part(batch, slice(size)), _part(batch, slice(size, None))
     observation, following = (networks.normalise(state, x) for x in (pairs.observation, pairs.next_observation))
     with torch.no_grad():
         averaged = actors.target(state)
@@ -98,8 +99,9 @@ def step(config: Config, state: State, batch: TransitionBatch, noise: dict[str, 
     return state, metrics
 
 
-def _tensors(batch: TransitionBatch) -> list[Tensor]:
-    return [x for x in batch if isinstance(x, Tensor)]
+def _part(batch: TransitionBatch, rows: slice) -> TransitionBatch:
+    part: TransitionBatch = tree_map(lambda x: x[:, rows], batch)
+    return part
 
 
 def _occupancy_batch(pairs: TransitionBatch, next_action: Tensor) -> OccupancyBatch:
@@ -112,7 +114,7 @@ def _occupancy_batch(pairs: TransitionBatch, next_action: Tensor) -> OccupancyBa
 
 
 def _readout(config: Config, state: State, bank: TransitionBatch) -> readouts.Readout:
-    """Q over transitions by their rewards: those of a terminal state pay 1 - gamma, as for all td_ losses."""
-    paid = bank.reward * torch.where(bank.discount == 0, 1 - config.gamma, 1.0)
+    """Q over transitions by their rewards."""
+    paid = arrival_share(bank.reward, bank.discount == 0, config.gamma)
     rewards = (paid - paid.mean(dim=1, keepdim=True)) / (paid.std(dim=1, keepdim=True) + 1e-6)
     return readouts.exact(occupancy.bank_psi(config.critic, state, bank.next_observation), rewards, "self")
