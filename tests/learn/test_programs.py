@@ -22,6 +22,7 @@ def test_compiled_and_eager_steps_agree(name: str, store: Path, tmp_path: Path) 
         assert (value - compiled[key]).abs().max() < 2e-3, key
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not have_compiler(), reason="no C++ compiler")
 def test_compiled_and_eager_steps_agree_in_bf16(store: Path, tmp_path: Path) -> None:
     """As a whole: they round at other places, and Adam makes a step of a single weight's rounding error."""

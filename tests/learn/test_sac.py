@@ -136,6 +136,7 @@ def test_members_learn_alike_alone_and_in_company() -> None:
     assert all(value.shape == (2,) for value in metrics.values())
 
 
+@pytest.mark.slow  # half a minute: by default test_programs.py has a compiled step
 def test_compiled_update_equals_the_eager_one() -> None:
     if not have_compiler():
         pytest.skip("no C++ compiler")

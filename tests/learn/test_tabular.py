@@ -84,7 +84,7 @@ def train(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 ALL = [
-    *((make, "info_nce") for make in MDPS),
+    *(pytest.param(make, "info_nce", marks=[pytest.mark.slow] * (make is tabular.grid_sparse)) for make in MDPS),
     *(pytest.param(make, "binary_nce", marks=pytest.mark.slow) for make in MDPS),  # by default: test_tabular_frames.py
 ]  # fmt: skip
 
@@ -159,7 +159,7 @@ def test_living_is_ranked_above_dying(loss: str, train) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("form", ["paired", "phase"])
+@pytest.mark.parametrize("form", ["paired", pytest.param("phase", marks=pytest.mark.slow)])
 def test_fourier_readout_agrees_with_the_exact_one(temperature: float, form: str, train) -> None:
     t = train(tabular.grid_dense, loss="info_nce", features="unit", temperature=temperature)
     # at temperature 0.3 the kernel peaks at e^3.3, and the error is about peak / sqrt(features): 2^16 of them for 0.99

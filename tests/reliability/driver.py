@@ -118,6 +118,8 @@ def _first(a: Any, b: Any, at: str = "") -> str:
     return f"{at} was {str(a)[:200]}, is {str(b)[:200]}"
 
 
+# moments of a case in a soak of power and of two at once: SOAK_MOMENTS=20 make soak; else all
+MOMENTS = int(os.environ.get("SOAK_MOMENTS", "0")) or None
 COUNTS: dict[str, tuple[int, int]] = {}  # of what was tried: how often, and how often it failed
 
 

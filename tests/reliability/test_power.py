@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from reliability.cases import CASES, Case, lay
-from reliability.driver import Runner, count, described, difference
+from reliability.driver import MOMENTS, Runner, count, described, difference
 from reliability.power import KINDS
 
 from cvlctl.data.store import open_store
@@ -105,6 +105,6 @@ def test_some_losses_of_power(name: str, runner: Runner, inputs: Path, mirror: s
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", [name for name in CASES if name != "run"])  # its cells are processes of their own
 def test_every_loss_of_power(name: str, runner: Runner, inputs: Path, mirror: str, tmp_path: Path) -> None:
-    tried, lines = faults(CASES[name], runner, inputs, mirror, tmp_path, None)
+    tried, lines = faults(CASES[name], runner, inputs, mirror, tmp_path, MOMENTS)
     count("losses of power", tried, len(lines))
     assert not lines, f"{len(lines)} of {tried}\n" + "\n".join(lines)

@@ -78,7 +78,10 @@ def trial(request: pytest.FixtureRequest, runner: Runner, inputs: Path, tmp_path
     return Trial(CASES[request.param], runner, inputs, tmp_path)
 
 
-@pytest.mark.parametrize(("trial", "name"), [(name, name) for name in NAMES], indirect=["trial"], ids=NAMES)
+SOME = [pytest.param(n, n, marks=[pytest.mark.slow] * (n == "run"), id=n) for n in NAMES]  # `run` takes half a minute
+
+
+@pytest.mark.parametrize(("trial", "name"), SOME, indirect=["trial"])
 def test_a_signal_at_some_moment(trial: Trial, name: str) -> None:
     failed = trial.run(FEW, random.Random(name))
     assert not failed, "\n".join(failed)

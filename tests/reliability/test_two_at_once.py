@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from reliability.cases import CASES, Case, lay
-from reliability.driver import Runner, count, described, difference
+from reliability.driver import MOMENTS, Runner, count, described, difference
 
 FEW = 1  # moments of a case in the default run
 NAMES = list(CASES)
@@ -63,6 +63,6 @@ def test_some_moments(name: str, runner: Runner, inputs: Path, mirror: str, tmp_
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_moment(name: str, runner: Runner, inputs: Path, mirror: str, tmp_path: Path) -> None:
-    tried, lines = faults(CASES[name], runner, inputs, mirror, tmp_path, None)
+    tried, lines = faults(CASES[name], runner, inputs, mirror, tmp_path, MOMENTS)
     count("two at once", tried, len(lines))
     assert not lines, f"{len(lines)} of {tried}\n" + "\n".join(lines)
