@@ -31,6 +31,7 @@ from cvlctl.play.showing import run_seeing
 from cvlctl.play.sights import SeeingPolicy
 from cvlctl.progress import Progress, say
 from cvlctl.score import find_runs, kept, places
+from cvlctl.score.joined import Joined, joined
 from cvlctl.score.recipe import EvaluateRecipe, EvaluationGoals
 from cvlctl.score.report import Estimates, as_text, baseline_of, can_be_shown, estimates_of, render, report
 from cvlctl.score.tuning import settings_of
@@ -53,6 +54,7 @@ class _Wanted(NamedTuple):
     estimates: Estimates
     baseline: str
     goals: Examples | None  # states to arrive at
+    beside: Joined  # other evaluations' rows, in the same tables
     record: dict[str, Any]  # what is written of it
 
 
@@ -84,7 +86,7 @@ def evaluate(recipe: EvaluateRecipe, *, force: bool = False) -> dict[str, Any]:
             videos.check(wanted.jobs, recipe.seed, recipe.video.settings, recipe.video.format)
         rows = _begun(recipe, wanted, before)
         played = _play(recipe, wanted, rows)
-        everything = [row for job in wanted.jobs for _, row in sorted(rows[job].items())]
+        everything = [row for job in rows for _, row in sorted(rows[job].items())]
         result = report(recipe, everything, wanted.estimates, wanted.baseline, wanted.record)
         result |= _filmed(recipe, wanted, rows)
         kept.finish(recipe.out, wanted.record, result)
@@ -96,9 +98,7 @@ def _wanted(recipe: EvaluateRecipe) -> _Wanted:
     """Look for what the recipe names. Nothing is touched."""
     found = find_runs.checkpoints(recipe)
     labels = find_runs.labels(found)
-    for pattern in recipe.tuning:
-        settings_of(pattern, labels.values())
-    baseline, estimates = baseline_of(recipe, labels), estimates_of(found, labels)
+    estimates = estimates_of(found, labels)
     goals = None if recipe.goals is None else _goals(recipe.goals, found)
     jobs = [
         PolicyJob(
@@ -110,6 +110,23 @@ def _wanted(recipe: EvaluateRecipe) -> _Wanted:
         for checkpoint in found
         for key in ((labels[checkpoint.run], checkpoint.task, seed) for seed in checkpoint.seeds)
     ]  # fmt: skip
+    told: dict[str, Any] = {
+        "environments": {job.task: places.described(job.env) for job in jobs if job.env is not None},
+        "references": find_runs.references(recipe, found),
+    }
+    beside = joined(recipe, jobs, told)
+    names = list(dict.fromkeys([*labels.values(), *(job.algorithm for job in beside.rows)]))
+    for pattern in recipe.tuning:
+        settings_of(pattern, names)
+    held = [checkpoint.held for checkpoint in found if checkpoint.held is not None]
+    record = _record(recipe, jobs, beside, goals)
+    return _Wanted(jobs, held, estimates, baseline_of(recipe, names), goals, beside, record)
+
+
+def _record(
+    recipe: EvaluateRecipe, jobs: Sequence[PolicyJob], beside: Joined, goals: Examples | None
+) -> dict[str, Any]:
+    """What evaluation.json says of an evaluation; of parts that are empty, nothing."""
     record = {
         "format": kept.FORMAT,
         "recipe": recipe.resolved(),
@@ -117,17 +134,14 @@ def _wanted(recipe: EvaluateRecipe) -> _Wanted:
             {"algorithm": job.algorithm, "task": job.task, "seed": job.seed, "step": job.step,
              "checkpoint": str(job.checkpoint), "sha256": job.sha256}
             for job in jobs
-        ],
-        **({} if goals is None else {"goals": _digest(goals)}),
+        ] + beside.jobs,
     }  # fmt: skip
-    told: dict[str, Any] = {
-        "environments": {job.task: places.described(job.env) for job in jobs if job.env is not None},
-        "references": find_runs.references(recipe, found),
+    parts = beside.told | {
+        "goals": None if goals is None else _digest(goals),
         "cameras": {str(job.checkpoint): {one.name: one.about() for one in job.cameras} for job in jobs if job.cameras},
+        "beside": beside.digests,
     }
-    record |= {name: value for name, value in told.items() if value}
-    held = [checkpoint.held for checkpoint in found if checkpoint.held is not None]
-    return _Wanted(jobs, held, estimates, baseline, goals, record)
+    return record | {name: part for name, part in parts.items() if part}
 
 
 def _earlier(recipe: EvaluateRecipe, wanted: _Wanted) -> dict[str, Any] | None:
@@ -153,7 +167,7 @@ def _begun(recipe: EvaluateRecipe, wanted: _Wanted, before: dict[str, Any] | Non
     out, record = recipe.out, wanted.record
     if recipe.backend == "envpool":
         record["simulators"] = _simulators(recipe, wanted.jobs, before)
-    rows = kept.reusable(recipe, wanted.jobs, before)
+    rows = kept.reusable(recipe, wanted.jobs, before) | wanted.beside.rows
     if before is None:
         kept.write_record(out, record)
     if wanted.goals is not None:
@@ -258,9 +272,9 @@ def _filmed(recipe: EvaluateRecipe, wanted: _Wanted, rows: kept.JobRows) -> dict
     workers = None if recipe.workers == "auto" else recipe.workers
     place = lambda job, episode: recipe.out / kept.VIDEOS / videos.name_of(job, episode, form)  # noqa: E731
     held = [content for content in wanted.in_training if kept.copy_of(recipe.out, content) in {j.copy for j in rows}]
-    with kept.copies(recipe.out, held), Progress("videos", len(rows) * count, "episodes") as progress:
+    with kept.copies(recipe.out, held), Progress("videos", len(wanted.jobs) * count, "episodes") as progress:
         videos.make_videos(
-            list(rows), count, recipe.seed, recipe.video.settings, place, device=_seeing_device(recipe, rows),
+            wanted.jobs, count, recipe.seed, recipe.video.settings, place, device=_seeing_device(recipe, rows),
             workers=workers, progress=progress.update,
         )  # fmt: skip
     told = [

@@ -70,7 +70,8 @@ class EvaluateRecipe(Strict):
 
     command: ClassVar[str] = "evaluate"
 
-    runs: Annotated[tuple[Pattern, ...], Field(min_length=1)]  # run directories
+    runs: tuple[Pattern, ...]  # run directories
+    beside: tuple[Pattern, ...] = ()  # finished evaluations whose rows stand in the tables too; runs may then be empty
     # whose code may be imported, of those that the runs say; a single one is also where runs of no such task are played
     task: Annotated[tuple[Task, ...], WithJsonSchema(_ONE_OR_SEVERAL)] = ()
     env: EnvRecipe | None = None  # of these tasks: how they are made, what of them is read; None: as the runs say
@@ -104,12 +105,20 @@ class EvaluateRecipe(Strict):
 
     def reads(self) -> list[str]:
         goals = [str(path) for path in (self.goals.from_, self.goals.file) if path] if self.goals else []
-        return [*self.runs, *goals]
+        return [*self.runs, *self.beside, *goals]
 
     @field_validator("task", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else () if value is None else value
+
+    @model_validator(mode="after")
+    def _something_to_show(self) -> Self:
+        if not self.runs and not self.beside:
+            raise ValueError("runs: name at least one run directory, such as runs/finetune/*")
+        if self.beside and (self.goals is not None or self.backend != "gymnasium"):
+            raise ValueError("beside: joins episodes of gymnasium's own starts and goals; leave out goals and backend")
+        return self
 
     @model_validator(mode="after")
     def _env_of_a_task(self) -> Self:

@@ -61,9 +61,8 @@ def report(
     return {"episodes": len(rows), "plots": _write_tables(recipe, list(rows), tables), **tables}
 
 
-def baseline_of(recipe: EvaluateRecipe, labels: dict[Path, str]) -> str:
+def baseline_of(recipe: EvaluateRecipe, names: Sequence[str]) -> str:
     """What the others are compared to. CvlctlError where the recipe names a run that is not there."""
-    names = list(dict.fromkeys(labels.values()))
     if recipe.baseline is not None and recipe.baseline not in names:
         raise CvlctlError(f"baseline: no run is called {recipe.baseline!r}", nearest(recipe.baseline, names, "names"))
     return recipe.baseline or "bc"

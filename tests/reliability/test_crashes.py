@@ -76,7 +76,8 @@ class Trial:
         for name, value in self.before.items():
             legal = [content(value), content(self.expected.get(name))]
             replaced = value != self.expected.get(name) and not name.startswith("out.policies")
-            if replaced and not any(found.get(place) in legal for place in (name, f"{name}.old")):
+            first, slash, rest = name.partition("/")  # what is replaced is a file, a store, or a folder of files
+            if replaced and not any(found.get(place) in legal for place in (name, f"{first}.old{slash}{rest}")):
                 lines.append(f"lost: {name}\n")
         return "".join(lines)
 

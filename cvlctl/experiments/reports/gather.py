@@ -43,6 +43,7 @@ TABLES = (
 )
 _NEAR = 3  # folders above a run in which its evaluation is looked for
 _LOGS = 20  # failures whose last lines are shown
+_NAMED = 3  # runs that are gone, each by name
 
 
 class Evaluation(NamedTuple):
@@ -267,7 +268,10 @@ def _trained_since(evaluation: Evaluation) -> list[str]:
             gone[run] = None
         elif file.stat().st_mtime > played and run not in other and sha256(file) != job["sha256"]:
             other[run] = None
-    return [*(f"{run} was scored in {evaluation.out} and is gone since, or lies elsewhere" for run in gone),
+    lacking = [f"{run} was scored in {evaluation.out} and is gone since, or lies elsewhere" for run in gone]
+    if len(gone) > _NAMED:
+        lacking = [f"{len(gone)} runs were scored in {evaluation.out} and are gone since, or lie elsewhere"]
+    return [*lacking,
             *(f"{run} was trained further since its scores in {evaluation.out}" for run in other)]  # fmt: skip
 
 
