@@ -20,6 +20,10 @@ class Busy(CvlctlError):
     """Another process is at it."""
 
 
+class Exists(CvlctlError):
+    """Something is there already, perhaps since a moment ago: see `folders.again_where_it_exists`."""
+
+
 def _shortened(text: str, length: int) -> str:
     """The text, without its middle where it is longer: names and values in it can have any length, a screen has not."""
     return text if len(text) <= length else f"{text[: length - 305]} ... {text[-300:]}"

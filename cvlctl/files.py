@@ -280,8 +280,7 @@ def lock(file: Path) -> Lock:
         CvlctlError: the file cannot be made.
     """
     with disk(file.parent):
-        make_folder(file.parent)
-        handle = open(file, "a+")  # noqa: SIM115 (held until closed)
+        handle = _opened(file)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -298,6 +297,14 @@ def lock(file: Path) -> Lock:
     except BaseException:
         handle.close()
         raise
+
+
+def _opened(file: Path) -> TextIO:
+    for _ in range(100):
+        make_folder(file.parent)
+        with contextlib.suppress(FileNotFoundError):  # the folder's last owner took it along
+            return open(file, "a+")
+    raise _busy(file)
 
 
 def _busy(file: Path) -> Busy:

@@ -11,18 +11,35 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from cvlctl import files
-from cvlctl.errors import CvlctlError
+from cvlctl.errors import CvlctlError, Exists
 from cvlctl.interrupts import held
 from cvlctl.progress import say
 
+P = ParamSpec("P")
+R = TypeVar("R")
 LOCK, MARKER, TAIL = "lock", "unfinished.json", "tail.npz"
 KIND = "cvlctl-unfinished"  # in the marker
 CONTENT = "content"  # in the folder of an unfinished file: the file
+
+
+def again_where_it_exists(work: Callable[P, R]) -> Callable[P, R]:
+    """`work`, given again where something is in its place: another process may have finished the very same since `work`
+    looked, and is then found finished. Whatever else is there is refused by the second time too."""
+
+    @wraps(work)
+    def given(*args: P.args, **options: P.kwargs) -> R:
+        try:
+            return work(*args, **options)
+        except Exists:
+            return work(*args, **options)
+
+    return given
 
 
 def partial_of(path: Path) -> Path:
@@ -74,14 +91,17 @@ class Folder:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, folder: bool = False, force: bool = True) -> Iterator[Path]:
     """Where to write a file (or a folder, made already) that takes the place of `path` at the end, or leaves no trace.
 
     Raises:
+        Exists: something is at `path`, and no `force`.
         CvlctlError: the disk refuses, or another process is at work there; what was at `path` is still there.
     """
     work = Folder(path)
     try:
+        if not force and os.path.lexists(work.path):  # perhaps since the caller looked
+            raise Exists(f"{path} exists", "choose another path, or --force (in Python, force=True) to replace it")
         files.sweep(work.path.parent, work.path.name)  # earlier versions wrote there
         work.empty()
         with files.disk(path):

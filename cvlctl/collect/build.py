@@ -16,7 +16,7 @@ from cvlctl.collect.sources import roll_out
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import StoreWriter
 from cvlctl.errors import CvlctlError
-from cvlctl.folders import put_right
+from cvlctl.folders import again_where_it_exists, put_right
 from cvlctl.interrupts import watched
 from cvlctl.machine import num_cpus
 from cvlctl.play import envpool, envs
@@ -27,6 +27,7 @@ from cvlctl.progress import Progress
 
 
 @watched()
+@again_where_it_exists
 def build(
     recipe: BuildRecipe, *, force: bool = False, progress: type[Progress] = Progress, workers: int | None = None
 ) -> dict[str, Any]:

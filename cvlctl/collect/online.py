@@ -57,9 +57,9 @@ def collect(
     """Collect the store of `recipe`, or resume it."""
     run, spec = _run(recipe), seeing(_seen(recipe, env), recipe.sees)
     encoders.init("critic", spec, [recipe.seed])  # frames that are too small are told before anything is there
-    _take(run, force)
+    writer = open_writer()  # first: who has the store may do what it likes with the run beside it
     try:
-        writer = open_writer()
+        _take(run, force)
         saved = _saved(run, recipe, source, env, writer.num_episodes) if writer.num_episodes else None
         if writer.num_episodes and saved is None:
             writer.close(discard=True)
@@ -73,6 +73,7 @@ def collect(
             store = writer.finish(collector=about, **recipe.attributes(env))
         _finish(run, recipe, source, settings=settings)
     finally:
+        writer.close()
         run.close()
     return store
 

@@ -13,6 +13,7 @@ from cvlctl.data.derive import command_line
 from cvlctl.data.layout import SIM
 from cvlctl.data.store import Column, Store, open_store
 from cvlctl.errors import CvlctlError
+from cvlctl.folders import again_where_it_exists
 from cvlctl.machine import num_cpus
 from cvlctl.play import envs, states
 from cvlctl.play.cameras import cameras_of
@@ -20,6 +21,7 @@ from cvlctl.play.filming import Studio, told_of
 from cvlctl.progress import say
 
 
+@again_where_it_exists
 def render(
     path: Path,
     out: Path,

@@ -13,9 +13,11 @@ from cvlctl.data import formats
 from cvlctl.data.derive import command_line, summary
 from cvlctl.data.store import open_store
 from cvlctl.errors import CvlctlError
+from cvlctl.folders import again_where_it_exists
 from cvlctl.units import Bounds
 
 
+@again_where_it_exists
 def import_file(
     format: str,
     path: Path,
@@ -96,6 +98,7 @@ def _side(bound: Any) -> str:
     return ",".join(f"{value:g}" for value in bound) if isinstance(bound, Sequence) else f"{bound:g}"
 
 
+@again_where_it_exists
 def export(path: Path, format: str, out: Path, *, label: str = "given", force: bool = False) -> dict[str, Any]:
     """Write a store as a file of another project, or find it written: status, path, format, episodes, transitions."""
     store, status = open_store(path), "finished already"

@@ -28,12 +28,14 @@ from cvlctl.data.derive import (
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.units import bounds_of, require_alike, units_of, widest
 from cvlctl.errors import CvlctlError
+from cvlctl.folders import again_where_it_exists
 from cvlctl.progress import say
 from cvlctl.units import plain
 
 FINISHED = "finished already"
 
 
+@again_where_it_exists
 def merge(
     paths: Sequence[Path], out: Path, *, task: str | None = None, rescale: bool = False, force: bool = False
 ) -> dict[str, Any]:
@@ -73,6 +75,7 @@ def merge(
     return {**summary(store), "labels_left_out": left_out}
 
 
+@again_where_it_exists
 def split(
     path: Path, *, train: float = 0.9, seed: int = 0, out: Path | None = None, force: bool = False
 ) -> dict[str, Any]:
@@ -102,6 +105,7 @@ def split(
     return dict(zip(("train", "validation"), map(summary, written), strict=True))
 
 
+@again_where_it_exists
 def filter_episodes(path: Path, out: Path, criteria: Criteria, *, force: bool = False) -> dict[str, Any]:
     """Keep the episodes that meet the criteria, in their order.
 
@@ -124,6 +128,7 @@ def filter_episodes(path: Path, out: Path, criteria: Criteria, *, force: bool = 
     return _some(Part(store, numbers), out, command, force)
 
 
+@again_where_it_exists
 def subsample(
     path: Path,
     out: Path,
@@ -149,6 +154,7 @@ def subsample(
     return _some(Part(store, numbers), out, command, force)
 
 
+@again_where_it_exists
 def drop_rewards(path: Path, out: Path, *, labels: Sequence[str] = (), force: bool = False) -> dict[str, Any]:
     """Leave labels out, rewards and successes both: all of them, or those named. The digest stays the same."""
     command = command_line("drop-rewards", path, out=out, label=labels)

@@ -20,7 +20,7 @@ from cvlctl.data.provenance import environment, jsonable
 from cvlctl.data.store import Store, json_digest, open_store
 from cvlctl.data.tails import TAIL, Tail
 from cvlctl.data.units import recorded_attributes
-from cvlctl.errors import CvlctlError
+from cvlctl.errors import CvlctlError, Exists
 from cvlctl.folders import LOCK, MARKER, Folder, put_in_place
 from cvlctl.types import Episode, Spec, check_name
 from cvlctl.units import Bounds, Units, read_units
@@ -141,6 +141,7 @@ class StoreWriter:
         self.folder = Folder(self.path)
         self.partial = self.folder.partial
         try:
+            self._refuse_existing()  # another process may have finished it before the folder was ours
             with files.disk(self.partial):
                 self._restore()
                 self.folder.mark(resumes=resume)
@@ -289,7 +290,7 @@ class StoreWriter:
         if self.path.exists():
             if not self._force:
                 hint = "choose another path; --force (in Python, force=True) replaces it when the new one is done"
-                raise CvlctlError(f"{self.path} exists", hint)
+                raise Exists(f"{self.path} exists", hint)
             read_attributes(self.path)  # --force replaces stores, never a folder of something else
 
     def _restore(self) -> None:

@@ -26,9 +26,11 @@ from cvlctl.data.recipe import StoreUse, SuccessExamples
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import check_label
 from cvlctl.errors import CvlctlError
+from cvlctl.folders import again_where_it_exists
 from cvlctl.runs import LABELS_FILE
 
 
+@again_where_it_exists
 def label_store(
     path: Path,
     name: str,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reliability.cases import CASES, Case, lay
@@ -15,8 +16,20 @@ NAMES = list(CASES)
 UNLOCKED = ("examples", "plot")  # one file, made in memory and replaced whole: both may write the same one
 
 
+def some(trace: list[str], few: int | None) -> list[int]:
+    """Numbers of changes: a seeded choice, or all of them."""
+    every = list(range(1, len(trace) + 1))
+    return every if few is None else random.Random(f"{trace[0]} {len(trace)}").sample(every, min(few, len(every)))
+
+
+def first(trace: list[str], few: int | None) -> list[int]:
+    """The changes that make the first places one's own: a lock's folder, and the lock."""
+    locks = [at for at, line in enumerate(trace, start=1) if line.endswith("lock")]
+    return sorted({number for at in locks[:2] for number in (at - 1, at) if number > 0})
+
+
 def faults(
-    case: Case, runner: Runner, inputs: Path, mirror: str, folder: Path, few: int | None
+    case: Case, runner: Runner, inputs: Path, mirror: str, folder: Path, few: int | None, choose: Any = some
 ) -> tuple[int, list[str]]:
     """One process is halted before a change, another does the same from beginning to end, and the first goes on."""
     args = [*case.args.replace("MIRROR", mirror).split(), "--json"]
@@ -24,9 +37,7 @@ def faults(
     alone = runner(folder / "alone", *args)
     assert alone["code"] == 0, alone["err"]
     trace, expected = alone["trace"], described(folder / "alone")
-    every = list(range(1, len(trace) + 1))
-    chosen = every if few is None else random.Random(case.args).sample(every, min(few, len(every)))
-    lines = []
+    chosen, lines = choose(trace, few), []
     for at in chosen:
         here = folder / "both"
         lay(case, inputs, here)
@@ -56,6 +67,16 @@ def faults(
 def test_some_moments(name: str, runner: Runner, inputs: Path, mirror: str, tmp_path: Path) -> None:
     tried, lines = faults(CASES[name], runner, inputs, mirror, tmp_path, FEW)
     count("two at once", tried, len(lines))
+    assert not lines, "\n".join(lines)
+
+
+@pytest.mark.parametrize("name", ["build sac", "import npz", "split", "export npz", "fetch"])
+def test_a_place_that_another_finishes_before_it_is_ones_own(
+    name: str, runner: Runner, inputs: Path, mirror: str, tmp_path: Path
+) -> None:
+    tried, lines = faults(CASES[name], runner, inputs, mirror, tmp_path, None, first)
+    count("two at once", tried, len(lines))
+    assert tried > 1
     assert not lines, "\n".join(lines)
 
 

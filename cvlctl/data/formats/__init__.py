@@ -37,7 +37,7 @@ from cvlctl.data.formats.sources import Facts, Told
 from cvlctl.data.provenance import jsonable
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import write_all
-from cvlctl.errors import CvlctlError
+from cvlctl.errors import CvlctlError, Exists
 from cvlctl.files import sha256
 from cvlctl.folders import put_right
 from cvlctl.progress import Progress, say
@@ -54,13 +54,13 @@ class Format(NamedTuple):
     """How one format is read and written.
 
     `read(path, told, **options)` yields its episodes, `facts(path)` tells what the file says of itself, and
-    `write(store, path, label)` makes the file, or the folder, whole or not at all; None: not written.
+    `write(store, path, label, force)` makes the file, or the folder, whole or not at all; None: not written.
     """
 
     about: str
     read: Callable[..., Iterator[Episode]]
     facts: Callable[[Path], Facts]
-    write: Callable[[Store, Path, str], None] | None = None
+    write: Callable[[Store, Path, str, bool], None] | None = None
 
 
 FORMATS: dict[str, Format] = {
@@ -149,7 +149,7 @@ def import_store(
     refuse_another(format, path)
     put_right(Path(out))
     if Path(out).exists() and not force:  # said before the file is read
-        raise CvlctlError(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
+        raise Exists(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
     read_units("import", {KEY: options.get(KEY), "control_period": control_period}, None)  # before anything is read
     facts = chosen.facts(path)
     check_text(f"{path}: the task", facts.task)
@@ -211,12 +211,12 @@ def export_store(format: str, store: Store, out: str | Path, *, label: str = "gi
     if label != "given":
         store.require_label(label)
     if out.exists() and not force:
-        raise CvlctlError(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
+        raise Exists(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
     ours = {"minari": minari.is_dataset, "lerobot": lerobot_out.is_dataset}
     if out.is_dir() and not (format in ours and ours[format](out)):
         raise CvlctlError(f"{out} is a directory", "choose another path: nothing in it was touched")
     store.check([*store.arrays, *store.label_arrays(label)])
-    write(store, out, label)
+    write(store, out, label, force)
     units.say_units(store)
     if store.has_sim_state:
         say(f"{store.path}: its states of the simulator are not exported")

@@ -87,7 +87,7 @@ def _ours(arrays: Arrays) -> dict[str, Any]:
         raise CvlctlError(what, "write the file again") from error
 
 
-def write(store: Store, path: Path, label: str) -> None:
+def write(store: Store, path: Path, label: str, force: bool = False) -> None:
     """Write a store as D4RL's version 2 does; without reward labels, with rewards of zero."""
     last = store.episode_ends() - 1
     row = np.delete(np.arange(last[-1] + 1), last)  # of each transition
@@ -107,7 +107,7 @@ def write(store: Store, path: Path, label: str) -> None:
     }
     if store.has_label(label, "success"):
         arrays[OURS["successes"]] = lambda at: store.successes(label)[row[at]]
-    with replacing(path) as temporary, new_hdf5(temporary, libver=("v108", "latest")) as (file, check):
+    with replacing(path, force=force) as temporary, new_hdf5(temporary, libver=("v108", "latest")) as (file, check):
         for name, take in arrays.items():
             _write(file, name, len(row), take, check)
         for name, values in per_episode.items():

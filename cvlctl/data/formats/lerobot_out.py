@@ -35,7 +35,7 @@ SHOWN = 8  # frames of an episode that the statistics are of
 CODEC = {"crf": "18", "g": "2", "threads": "1"}  # every second frame stands alone, as LeRobot has it, to be drawn fast
 
 
-def write(store: Store, path: Path, label: str) -> None:
+def write(store: Store, path: Path, label: str, force: bool = False) -> None:
     """Write a store as the folder of a LeRobot dataset; several episodes share a file.
 
     Raises:
@@ -51,7 +51,7 @@ def write(store: Store, path: Path, label: str) -> None:
     bounds, period = bounds_of(store), units_of(store).control_period
     fps = FPS if period is None else round(1 / period) if abs(1 / period - round(1 / period)) < 1e-6 else 1 / period
     named = label if label in store.labels else "given"
-    with replacing(path, folder=True) as folder:
+    with replacing(path, folder=True, force=force) as folder:
         made = _Folder(folder, store, fps)
         with Progress(str(path), store.num_episodes, "episodes") as progress:
             for number, episode in enumerate(store.episodes(named)):

@@ -244,7 +244,7 @@ def _observations(path: Path, group: h5py.Group, joined: Observations, images: b
 # --------------------------------------------------------------------------------------------------------------- write
 
 
-def write(store: Store, path: Path, label: str) -> None:
+def write(store: Store, path: Path, label: str, force: bool = False) -> None:
     """Write a store as the folder of a Minari dataset; without reward labels, with rewards of zero.
 
     Raises:
@@ -255,7 +255,7 @@ def write(store: Store, path: Path, label: str) -> None:
     shape = spec.cameras["pixels"] if frames else spec.observation_shape
     rewarded, solvable = store.has_label(label), store.has_label(label, "success")
     named, more = label if rewarded or solvable else "given", exported_units(store)
-    with replacing(path, folder=True) as temporary:
+    with replacing(path, folder=True, force=force) as temporary:
         (temporary / "data").mkdir()
         with new_hdf5(temporary / "data" / DATA, track_order=True) as (file, check):
             for number, episode in enumerate(store.episodes(named)):

@@ -189,7 +189,7 @@ def table_arrays(store: Store, bounds: Bounds | None, exported: str) -> dict[str
     }  # fmt: skip
 
 
-def write(store: Store, path: Path, label: str) -> None:
+def write(store: Store, path: Path, label: str, force: bool = False) -> None:
     """Write a store as a plain npz."""
     row = np.delete(np.arange(store.num_rows), store.episode_ends() - 1)
     bounds = bounds_of(store)
@@ -200,7 +200,7 @@ def write(store: Store, path: Path, label: str) -> None:
         arrays["rewards"] = store.rewards(label)[row]
     if store.has_label(label, "success"):
         arrays["successes"] = store.successes(label)[row]
-    save(path, arrays)
+    save(path, arrays, force)
 
 
 def _seen(store: Store) -> dict[str, np.ndarray]:
@@ -213,7 +213,7 @@ def _seen(store: Store) -> dict[str, np.ndarray]:
     return found | {f"{pictures.KEY}{camera}": store.images(camera) for camera in store.spec.cameras}
 
 
-def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def save(path: Path, arrays: dict[str, np.ndarray], force: bool) -> None:
     """Write an npz file, compressed, whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path, force=force) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)

@@ -87,7 +87,7 @@ def facts(path: Path) -> Facts:
     return found._replace(task=task, environment={"task": task})
 
 
-def write(store: Store, path: Path, label: str) -> None:
+def write(store: Store, path: Path, label: str, force: bool = False) -> None:
     """Write a store as OGBench's own files are; rewards and successes too, if it has them."""
     terminals = np.zeros(store.num_rows, np.float32)
     terminals[store.episode_ends() - 1] = 1.0
@@ -98,4 +98,4 @@ def write(store: Store, path: Path, label: str) -> None:
         arrays["rewards"] = store.rewards(label)
     if store.has_label(label, "success"):
         arrays["successes"] = store.successes(label)
-    save(path, arrays | table_arrays(store, bounds, export_digest("ogbench", store, label)))
+    save(path, arrays | table_arrays(store, bounds, export_digest("ogbench", store, label)), force)
