@@ -1,4 +1,4 @@
-"""Recipes that reprint the papers: both sizes are planned whole, and a tiny form of each runs to its end."""
+"""Recipes that reprint the papers: all sizes are planned whole, and a tiny form of each runs to its end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,10 @@ TINY: dict[str, dict[str, Any]] = {  # what is not the same for all: values of t
         "tasks": ["gym/Pendulum-v1"], "frames": 260, "starts": 250, "every": 100, "curriculum": 2, "seeds": [0, 1],
     },
 }  # fmt: skip
-COMMON = {"updates": 3, "batch": 16, "hidden": [8], "seeds": [0], "threads": 1, "actions": 2}
+COMMON = {
+    "updates": 3, "batch": 16, "others": 16, "hidden": [8], "seeds": [0], "threads": 1, "actions": 2,
+    "data": "laeo", "observe": None, "cameras": {},
+}  # fmt: skip
 
 
 def tiny(path: Path) -> list[str]:
@@ -96,17 +99,17 @@ def hours(experiment: ExperimentRecipe) -> float:
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
-def test_both_sizes_are_whole(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_sizes_are_whole(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where nothing is finished
     assert path.stem in TINY
     data = yaml.safe_load(path.read_text())
-    assert list(data["sizes"]) == ["small", "full"]
-    small, full = (load(path, [f"size={size}"], "run") for size in ("small", "full"))
+    assert list(data["sizes"]) in (["small", "full"], ["small", "full", "images"])
+    small, full, *more = (load(path, [f"size={size}"], "run") for size in data["sizes"])
     assert len(small.jobs) <= len(full.jobs)
     assert 0 < hours(small) < min(14, hours(full))  # a night, where two cores each take a cell at a time
     mentioned = path.read_text()
     assert all(f"${{size.{key}}}" in mentioned for key in data["sizes"]["small"]), "a key that nothing reads"
-    for experiment in (small, full):
+    for experiment in (small, full, *more):
         made: set[Path] = set()
         for job in experiment.jobs:
             missing = [place for place in inputs(job.recipe) if place not in made]
@@ -121,7 +124,7 @@ def test_what_two_recipes_make_in_one_place_is_the_same() -> None:
     known: dict[Path, tuple[str, Any]] = {}
     twice = set()
     for path in (*PAPERS, ROOT / "recipes" / "build" / "laeo.yaml"):
-        for size in ("small", "full") if path in PAPERS else ("",):
+        for size in yaml.safe_load(path.read_text()).get("sizes", [""]):
             for job in load(path, [f"size={size}"] if size else [], "run").jobs:
                 before = known.setdefault(job.recipe.out, (path.stem, job.recipe))
                 assert before[1] == job.recipe, f"{job.recipe.out}: {path.stem} and {before[0]} differ"
