@@ -19,9 +19,13 @@ from cvlctl import cell as own
 from cvlctl.collect.build import build
 from cvlctl.collect.recipe import BuildManyRecipe
 from cvlctl.data.writer import write_store
+from cvlctl.errors import CvlctlError
 from cvlctl.experiments.commands import function, load
 from cvlctl.experiments.graph import folder_of
 from cvlctl.experiments.run import planned
+from cvlctl.learn.finetune import finetune
+from cvlctl.learn.pretrain import pretrain
+from cvlctl.learn.recipe import FinetuneRecipe, PretrainRecipe
 from cvlctl.play import envs
 from cvlctl.play.rollout import collect_episode
 from cvlctl.types import Episode
@@ -117,6 +121,67 @@ def test_maps_of_mountain_car_from_the_recipe_in_a_tiny_form(
     with pytest.raises(SystemExit) as left:
         maps.main([*arguments, critic])
     assert left.value.code == 2
+
+
+class Known:
+    """A critic whose Q is a function of observations (N, 1) and actions (N, 1)."""
+
+    gamma, by_next = 0.9, False
+
+    def __init__(self, q: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> None:
+        self._q = q
+
+    def q(self, observations: np.ndarray, actions: np.ndarray, *_: Any) -> np.ndarray:
+        return self._q(observations[:, 0], actions[:, 0])
+
+    def log_ratio(self, observations: np.ndarray, _: np.ndarray, futures: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(len(futures)) < 10, 0.0, -np.inf) * np.ones((len(observations), 1))
+
+
+def test_what_of_a_critic_can_be_trusted_by_critics_that_are_known(script: Script, tmp_path: Path) -> None:
+    trust = script("trust")
+    episodes = [  # in the k-th, the action is k / 10, and so is the only reward
+        Episode(np.linspace(0, 1, 6)[:, None], np.full((5, 1), k / 10), np.eye(5)[4] * k / 10, terminated=True)
+        for k in range(1, 10)
+    ]
+    store = cvlctl.write_store(tmp_path / "a.zarr", episodes, task="t")
+    near = trust.choices(store, states=40, actions=9)
+    assert near.actions.shape == (40, 9, 1)
+    np.testing.assert_allclose(near.actions[..., 0], near.returns, rtol=1e-6)  # one of each episode, at every state
+    assert (np.sort(near.returns, axis=1) == np.sort(near.returns[0])).all()
+    of_action = trust.trusted(Known(lambda s, a: a), store, near, lambda o: np.full((len(o), 1), 0.9))
+    assert (of_action["action"], of_action["episode"], of_action["states"]) == pytest.approx((1, 1, 10))
+    spread = near.actions.std()
+    away = 0.9 - near.actions[:, 0, 0]
+    assert of_action["moved"] == pytest.approx(np.sqrt(np.mean(away**2)) / spread, rel=1e-5)
+    assert of_action["gain"] == pytest.approx(away.mean() / spread, rel=1e-5)
+    against = trust.trusted(Known(lambda s, a: s - a), store, near)
+    assert against["episode"] == pytest.approx(-1) and 0 < against["action"] < 1 and "moved" not in against
+    exact = trust.trusted(Known(lambda s, a: a * 0.9 ** (4 - 5 * s)), store, near)
+    assert exact["returns"] == pytest.approx(1)
+
+
+def test_trust_of_runs(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trust = script("trust")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    episodes = [
+        Episode(rng.standard_normal((6, 3)), rng.uniform(-1, 1, (5, 2)), rng.random(5), terminated=True)
+        for _ in range(20)
+    ]
+    cvlctl.write_store("a.zarr", episodes, task="t")
+    small = {"stores": ["a.zarr"], "steps": 2, "batch_size": 4, "seeds": [0, 1], "compile": False, "threads": 1}
+    pretrain(PretrainRecipe.model_validate({**small, "critic": {"hidden": [8]}, "out": "critic"}))
+    finetune(FinetuneRecipe.model_validate({**small, "init_from": "critic", "algorithm": "cvl", "out": "policy"}))
+    found = trust.main(["critic", "policy", "--json", "found.json"])
+    assert json.loads(Path("found.json").read_text()) == found
+    assert "moved" not in found[0] and found[1]["moved"] > 0 and found[1]["seeds"] == 2
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("returns", "critic", "policy"))
+    with pytest.raises(CvlctlError, match=r"a\.zarr is no run"):
+        trust.measure("a.zarr", {})
 
 
 @pytest.mark.slow
