@@ -55,7 +55,7 @@ class Config:
     learning_rate: Number = 3e-4
     twin: Flag = False  # two critics side by side; readouts take the smaller Q
     ema_rate: Number = 0.0  # [beta] of psi; above 0, readouts use the averaged psi
-    target_rate: Number = 0.01  # by which the targets of td_ losses follow, an update
+    target_rate: Number = 0.05  # of td_ losses' targets, an update: they settle in 1 / (target_rate (1 - gamma))
     future_columns: tuple[Whole, ...] | None = None  # of an observation, that make a future (a goal); None: all
     command_columns: tuple[Whole, ...] = ()  # in which the observation states a goal for future_columns, one for one
 
