@@ -31,7 +31,7 @@ from cvlctl.learn import encoders
 from cvlctl.learn.encoders import seeing
 from cvlctl.learn.networks import State
 from cvlctl.learn.programs import Program, programs_of
-from cvlctl.learn.settings import configure, resolve_settings, saved_settings
+from cvlctl.learn.settings import configure, lack_of, resolve_settings, saved_settings
 from cvlctl.learn.updates import Metrics
 from cvlctl.play import envs
 from cvlctl.play.policies import policy_part
@@ -57,6 +57,8 @@ def collect(
     """Collect the store of `recipe`, or resume it."""
     run, spec = _run(recipe), seeing(_seen(recipe, env), recipe.sees)
     encoders.init("critic", spec, [recipe.seed])  # frames that are too small are told before anything is there
+    if lacking := lack_of(recipe.device, recipe.compile == "true"):  # nor where the machine cannot
+        raise CvlctlError(*lacking)
     writer = open_writer()  # first: who has the store may do what it likes with the run beside it
     try:
         _take(run, force)

@@ -102,6 +102,15 @@ def test_a_share_of_actions_stays_random_and_updates_come_every_so_many_frames(
     assert shares[0.0] == 0 and shares[0.3] == pytest.approx(0.3, abs=0.1) and shares[1.0] == 1
 
 
+def test_a_device_that_is_not_here_is_said_before_anything_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CvlctlError, match="PyTorch sees no GPU"):
+        build(recipe_for(tmp_path / "here" / "a.zarr", device="cuda"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_acting_follows_the_weights() -> None:
     spec, config = Spec((3,), 2, 10), sac.Config(hidden=(8, 8))
     state = sac.init(config, spec, [0])
