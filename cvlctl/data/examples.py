@@ -53,6 +53,10 @@ def found_examples(source: SuccessExamples, spec: Spec, key: str = "success_exam
     else:
         assert source.from_ is not None
         store = open_store(source.from_)
+        if missing := [camera for camera in spec.cameras if camera not in store.spec.cameras]:
+            has = f"it has {', '.join(store.spec.cameras)}" if store.spec.cameras else "it holds no frames"
+            hint = f"{has}; take a store with that camera, or draw it by cvlctl data render"
+            raise CvlctlError(f"{key}.from: {source.from_} has no camera {missing[0]!r}, which is seen here", hint)
         ends = store.episode_ends()
         if source.rule == "last":
             rows = np.concatenate(

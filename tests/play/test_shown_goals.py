@@ -162,6 +162,9 @@ def test_goals_that_are_missing_or_cannot_be_judged_are_told(slider: Path, tmp_p
         played(slider, tmp_path / "columns", f"goals={{from: '{store}', within: 0.1}}")
     with pytest.raises(CvlctlError, match=r"goals.columns: \[1\] of states with 1 columns"):
         played(slider, tmp_path / "columns", f"goals={{from: '{store}', columns: [1], within: 0.1}}")
+    bare = cvlctl.write_store(tmp_path / "bare.zarr", [cvlctl.Episode(np.zeros((2, 1)), np.zeros((1, 1)))], task="t")
+    with pytest.raises(CvlctlError, match=r"goals.from: .*bare.zarr has no camera 'default'.*\nit holds no frames"):
+        played(slider, tmp_path / "bare", f"goals={{from: '{bare.path}', columns: [0], within: 0.1}}")
     (tmp_path / "photographs").mkdir()
     for name, frame in zip("ab", frames, strict=False):
         Image.fromarray(frame).save(tmp_path / "photographs" / f"{name}.png")
