@@ -169,6 +169,9 @@ class Run:
             (self.out / name).unlink(missing_ok=True)
         for file in _own_checkpoints(self.out):
             file.unlink(missing_ok=True)
+        for folder in (self.out, self.checkpoints):  # where power is lost, they must not come back as this run's
+            if folder.is_dir():
+                sync(folder)
 
     def _write(self, status: str, more: dict[str, Any]) -> None:
         about = {"versions": versions(), "where": where()}
@@ -187,6 +190,7 @@ class Run:
         if path.exists():
             with disk(path):
                 sync(path)
+                sync(self.out)  # and its name: it may be new
 
     def cut_metrics(self, step: int, every: int = 1) -> None:
         """On resume: drop the lines logged after the checkpoint, which are about to be logged again; and the last line

@@ -20,8 +20,8 @@ from cvlctl.errors import CvlctlError
 
 FEW = 1  # moments of a case in the default run, each in three ways
 NAMES = (
-    "build random", "build sac", "pretrain", "finetune oril", "evaluate", "import npz", "merge over another",
-    "split over others", "examples over others", "export npz", "export minari", "plot", "fetch",
+    "build random", "build sac", "build sac over another", "pretrain", "finetune oril", "evaluate", "import npz",
+    "merge over another", "split over others", "examples over others", "export npz", "export minari", "plot", "fetch",
 )  # fmt: skip
 
 
