@@ -26,12 +26,14 @@ class Progress:
         what: what is being done, e.g. "pretrain".
         total: number of units; `unit` names them in the rate.
         start: units done before (a resumed run).
+        slow: how many of the first units take long, each a program of its own that is compiled: rates count from there.
     """
 
-    def __init__(self, what: str, total: int, unit: str, start: int = 0) -> None:
+    def __init__(self, what: str, total: int, unit: str, start: int = 0, slow: int = 1) -> None:
         self.what, self.total, self.unit, self.start = visible(what), total, unit, start
         self._begin = self._said = time.monotonic()
-        self._first: tuple[int, float] | None = None  # how much was done at the first report, and when
+        self._slow = start + slow
+        self._first: tuple[int, float] | None = None  # how much was done when these were over, and when
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -64,9 +66,10 @@ class Progress:
     def update(self, done: int, text: str = "") -> None:
         """Report `done` units out of the total."""
         now = time.monotonic()
-        self._first = self._first or (done, now)
-        # what was waited for before the first report, compiling say, is not waited for again
-        before, since = self._first if done > self._first[0] else (self.start, self._begin)
+        if self._first is None and done >= self._slow:
+            self._first = done, now
+        # what was waited for before, compiling say, is not waited for again
+        before, since = self._first if self._first and done > self._first[0] else (self.start, self._begin)
         rate = (done - before) / max(now - since, 1e-9)
         cell.progress(self.what, done, self.total, self.unit, rate)
         if self._bar is not None:

@@ -55,3 +55,8 @@ def test_what_was_waited_for_before_the_first_step_is_not_waited_for_again(
     first, second = capsys.readouterr().err.splitlines()
     assert first == "finetune: 1/100 updates, 0.02/s, 1h39m left"
     assert second == "finetune: 41/100 updates, 2/s, 29s left"
+    with Progress("finetune", 100, "updates", start=10, slow=2) as bar:  # two programs, each compiled when it is used
+        for done, at in ((11, 140.0), (12, 200.0), (52, 220.0)):
+            now[0] = at
+            bar.update(done)
+    assert capsys.readouterr().err.splitlines()[-1] == "finetune: 52/100 updates, 2/s, 24s left"

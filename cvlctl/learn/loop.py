@@ -96,7 +96,7 @@ def train(recipe: Recipe, learner: Learner, reading: Reading, run: Run, *, force
                 **_sight(reading),
             }  # fmt: skip
             with tracking(recipe.loggers, run.out, recipe.seeds, run.recipe, job.start) as tell:
-                seconds = _save_along(trained, held_out, tell, recipe, run, job, metadata)
+                seconds = _save_along(trained, len(programs), held_out, tell, recipe, run, job, metadata)
         logged = read_metrics(run.out)
         if not logged or logged[-1]["step"] != recipe.steps:
             raise CvlctlError(f"{run.out}/metrics.jsonl: the last line is lost", "--force starts the run over")
@@ -250,6 +250,7 @@ def updates(
 
 def _save_along(
     trained: Iterator[tuple[int, State, Metrics]],
+    num_programs: int,
     held_out: HeldOut | None,
     tell: Tell,
     recipe: Recipe,
@@ -265,7 +266,8 @@ def _save_along(
     """
     begin = saved_at = time.monotonic()
     what = f"{metadata['algorithm']} ({len(recipe.seeds)} seeds)"
-    with interruptible() as interrupted, Progress(what, recipe.steps, "updates", job.start) as progress:
+    reported = Progress(what, recipe.steps, "updates", job.start, num_programs)
+    with interruptible() as interrupted, reported as progress:
         if job.settings.compile:
             say(f"{what}: compiling the training step (10-40 s, once)")
         text = ""
