@@ -301,8 +301,8 @@ def lock(file: Path) -> Lock:
 
 def _opened(file: Path) -> TextIO:
     for _ in range(100):
-        make_folder(file.parent)
-        with contextlib.suppress(FileNotFoundError):  # the folder's last owner took it along
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # the folder's last owner takes it along
+            make_folder(file.parent)
             return open(file, "a+")
     raise _busy(file)
 

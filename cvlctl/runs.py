@@ -101,6 +101,10 @@ class Run:
             self.close()
             raise
 
+    def check(self, *, force: bool = False) -> None:
+        """Raise what `open` would, as far as looking tells."""
+        self._before(force)
+
     def _before(self, force: bool) -> dict[str, Any] | None:
         """The record of the run that is there, and this one; None where nothing is, or it is to be started over."""
         if not (self.out / "run.json").exists():
@@ -165,6 +169,10 @@ class Run:
     def _clear(self) -> None:
         # first of all it becomes a run like no other: a kill in here leaves nothing that could be taken for ours
         write_json(self.out / "run.json", REPLACED)
+        with disk(self.out):
+            self._remove()
+
+    def _remove(self) -> None:
         for name in ("metrics.jsonl", "metrics.png", "metrics.svg", LABELS_FILE, *FEATURES):
             (self.out / name).unlink(missing_ok=True)
         for file in _own_checkpoints(self.out):

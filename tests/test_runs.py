@@ -217,7 +217,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_goes_on_after_them(
     synced: list[str] = []
     monkeypatch.setattr("cvlctl.runs.sync", lambda path: synced.append(path.name))
     run.sync_metrics()
-    assert synced == ["metrics.jsonl"]
+    assert synced == ["metrics.jsonl", "run"]  # and its name
 
 
 def test_a_run_of_an_earlier_version_without_a_recipe_in_its_record_is_another_run(run: Run) -> None:

@@ -59,6 +59,7 @@ def collect(
     encoders.init("critic", spec, [recipe.seed])  # frames that are too small are told before anything is there
     if lacking := lack_of(recipe.device, recipe.compile == "true"):  # nor where the machine cannot
         raise CvlctlError(*lacking)
+    run.check(force=force)
     writer = open_writer()  # first: who has the store may do what it likes with the run beside it
     try:
         _take(run, force)
@@ -67,12 +68,11 @@ def collect(
             writer.close(discard=True)
             say(f"{writer.partial}: the learner's state for it is lost; starting over")
             writer = open_writer()
-        with writer:
-            collector = _Collector(recipe, source, env, run, writer, saved)
-            collector.collect(progress)
-            settings = collector.settings.as_dict()
-            about = {source.name: asdict(collector.config), "settings": settings}
-            store = writer.finish(collector=about, **recipe.attributes(env))
+        collector = _Collector(recipe, source, env, run, writer, saved)
+        collector.collect(progress)
+        settings = collector.settings.as_dict()
+        about = {source.name: asdict(collector.config), "settings": settings}
+        store = writer.finish(collector=about, **recipe.attributes(env))
         _finish(run, recipe, source, settings=settings)
     finally:
         writer.close()

@@ -47,13 +47,23 @@ def cells_of(out: Path, jobs: Sequence[Job]) -> list[Cell]:
     trained = [(os.path.abspath(job.recipe.out), name) for name, job in zip(names, jobs, strict=True)
                if job.command in _TRAINED]  # fmt: skip
     tails = _by_pattern({pattern for job in jobs for pattern in job.recipe.reads()}, trained)
+    judged = [(os.path.abspath(job.recipe.out), name) for name, job in zip(names, jobs, strict=True)
+              if job.command == "evaluate"]  # fmt: skip
+    joined = _by_pattern({pattern for job in jobs for pattern in _beside(job)}, judged)
     place = {name: number for number, name in enumerate(names)}
     cells = []
     for name, job in zip(names, jobs, strict=True):
-        found = {other for path in job.recipe.reads() for other in (*_above(path, outs), *tails[path])} - {name}
+        found = {other for path in job.recipe.reads() for other in (*_above(path, outs), *tails[path])}
+        found |= {other for pattern in _beside(job) for other in joined[pattern]}
+        found -= {name}
         cells.append(Cell(name, job, tuple(sorted(found, key=place.__getitem__))))
     in_order(cells)
     return cells
+
+
+def _beside(job: Job) -> Sequence[str]:
+    """Patterns of evaluations that a job joins."""
+    return getattr(job.recipe, "beside", ())
 
 
 def in_order(cells: Sequence[Cell]) -> list[Cell]:

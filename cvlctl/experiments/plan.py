@@ -73,7 +73,7 @@ def _evaluation(recipe: Any, out: Path) -> str:
     before = read_evaluation(recipe)
     if before is None:
         return "to do"
-    same = before["recipe"].get("episodes") == recipe.episodes
+    same = all(before["recipe"].get(key) == recipe.resolved()[key] for key in ("episodes", "beside"))
     return "finished" if same and before["status"] == "finished" else "partial"
 
 

@@ -25,7 +25,7 @@ from cvlctl.data.examples import Examples, success_examples
 from cvlctl.data.recipe import StoreUse, SuccessExamples
 from cvlctl.data.store import Store, open_store
 from cvlctl.data.writer import check_label
-from cvlctl.errors import CvlctlError
+from cvlctl.errors import CvlctlError, Exists
 from cvlctl.folders import again_where_it_exists
 from cvlctl.runs import LABELS_FILE
 
@@ -65,6 +65,8 @@ def label_store(
 
     if done := finished_already(command, [Path(out)], [path], force=force, inputs=digests):
         return summary(done[0], "finished already")
+    if Path(out).exists() and not force:  # said before anything is learned
+        raise Exists(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
     store = open_store(path)
     if name in store.labels:
         raise CvlctlError(f"{path} has a label {name!r} already", "choose another name, or drop that one first")

@@ -234,7 +234,8 @@ def _play(recipe: EvaluateRecipe, wanted: _Wanted, rows: kept.JobRows) -> int:
     """Run the episodes that `rows` lacks, into it; saved now and then, and however it ends. Returns how many."""
     numbers = {job: [at for at in range(recipe.episodes) if at not in done] for job, done in rows.items()}
     missing = {job: lacking for job, lacking in numbers.items() if lacking}
-    total, start = len(rows) * recipe.episodes, sum(map(len, rows.values()))
+    own = [rows[job] for job in wanted.jobs]
+    total, start = len(own) * recipe.episodes, sum(map(len, own))
     if not missing:
         return 0
     if start:

@@ -49,7 +49,8 @@ def checkpoints(recipe: EvaluateRecipe) -> list[Checkpoint]:
     """The checkpoints with policies of the runs that the recipe names, in the order of its patterns and of names."""
     found: list[Checkpoint] = []
     for pattern in recipe.runs:
-        exact, runs = _places(pattern)
+        exact, found_there = places(pattern)
+        runs = [run for run in found_there if exact or os.path.isdir(run / "checkpoints")]
         of_pattern = [checkpoint for run in runs for checkpoint in _of_run(run, recipe, exact)]
         if not of_pattern:
             hint = "patterns are relative to the current directory, and name run directories, such as runs/finetune/*"
@@ -58,15 +59,15 @@ def checkpoints(recipe: EvaluateRecipe) -> list[Checkpoint]:
     return list({checkpoint.file.resolve(): checkpoint for checkpoint in found}.values())
 
 
-def _places(pattern: str) -> tuple[bool, list[Path]]:
-    """Whether a pattern is one path, and the directories that it matches: brackets in names that exist are names."""
+def places(pattern: str) -> tuple[bool, list[Path]]:
+    """Whether a pattern is one path, and what it matches: brackets in names that exist are names."""
     parts = Path(pattern).parts
     known = max((n for n in range(1, len(parts) + 1) if os.path.isdir(Path(*parts[:n]))), default=0)
     if known == len(parts) or not glob.has_magic(pattern):
         return True, [Path(pattern)]
     literal = [glob.escape(part) for part in parts[:known]]
     found = sorted(glob.glob(os.path.join(*literal, *parts[known:]), recursive=True))
-    return False, [Path(place) for place in found if Path(place, "checkpoints").is_dir()]
+    return False, [Path(place) for place in found]
 
 
 def _of_run(run: Path, recipe: EvaluateRecipe, exact: bool) -> Iterator[Checkpoint]:

@@ -139,6 +139,7 @@ def is_record(found: dict[str, Any]) -> bool:
         and isinstance(jobs, list)
         and all(isinstance(job, dict) and all(type(job.get(key)) is kind for key, kind in _JOB.items()) for job in jobs)
         and all(isinstance(said, dict) and all(isinstance(one, dict) for one in said.values()) for said in by_task)
+        and all(isinstance(one.get(end), int | float) for one in by_task[-1].values() for end in ("min", "max"))
     )
 
 

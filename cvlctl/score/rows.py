@@ -49,7 +49,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[EpisodeResult]:
     for number, line in enumerate(lines, start=1):
         try:
             rows += [parse_row(line)] if line.strip() else []
-        except (ValueError, TypeError, LookupError) as error:  # JSON's and UTF-8's errors are ValueErrors
+        except (ValueError, TypeError, LookupError, RecursionError) as error:  # JSON's, UTF-8's are ValueErrors
             fault = f"no {error}" if isinstance(error, KeyError) else error
             raise CvlctlError(f"{path}, line {number}: not an evaluated episode ({fault})", "evaluate again") from error
     return rows

@@ -143,7 +143,9 @@ def evaluations_near(runs: Sequence[str]) -> list[str]:
 
 
 def run_of(job: Mapping[str, Any]) -> str:
-    """The folder of the run that a job of an evaluation's record played."""
+    """The folder of the run that a job of an evaluation's record played; "" where it is another evaluation's."""
+    if job.get("beside"):
+        return ""
     return os.path.realpath(Path(str(job.get("checkpoint"))).parent.parent)
 
 
@@ -242,7 +244,7 @@ def evaluation_in(out: Path, chosen: Set[str] = frozenset()) -> Evaluation | str
     if len(jobs) == len(record["jobs"]) and record["status"] == "finished":
         saved = kept.saved_result(out, record)
     if saved is None or not all(name in saved for name in TABLES) or not can_be_shown(saved):
-        estimates = {(job["algorithm"], job["task"], seed): estimate for job in jobs
+        estimates = {(job["algorithm"], job["task"], seed): estimate for job in jobs if run_of(job)
                      for seed, estimate in estimates_in(Path(run_of(job))).items()}  # fmt: skip
         asked = recipe if len(jobs) == len(record["jobs"]) else recipe.model_copy(update={"tuning": ()})
         saved = tables_of(asked, mine, estimates, recipe.baseline or "bc", record) if mine else {}
@@ -263,6 +265,8 @@ def _trained_since(evaluation: Evaluation) -> list[str]:
     played = (evaluation.out / "evaluation.json").stat().st_mtime
     gone, other = dict[str, None](), dict[str, None]()
     for job in evaluation.record["jobs"]:
+        if job.get("beside"):
+            continue
         file, run = Path(job["checkpoint"]), os.path.relpath(run_of(job))
         if not file.is_file():
             gone[run] = None
