@@ -13,6 +13,7 @@ from typing import Any
 
 from cvlctl.data.store import open_store
 from cvlctl.data.verify import verify_store
+from cvlctl.errors import CvlctlError
 from cvlctl.experiments.engines.start import LOG
 from cvlctl.files import read_json
 
@@ -65,7 +66,10 @@ def described(folder: Path) -> dict[str, Any]:
             elif not path.is_dir():
                 found[name] = _file(path)
             elif (attributes := (read_json(path / "zarr.json") or {}).get("attributes", {})).get("checksums"):
-                found[name] = _store(path, attributes)
+                try:
+                    found[name] = _store(path, attributes)
+                except CvlctlError:  # what was replaced, and is half removed
+                    found[name] = "a store in part"
             else:
                 found[name + "/"] = "folder"
                 pending.append(path)
