@@ -3,6 +3,7 @@ played again, and need not be here any more."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cvlctl.errors import CvlctlError
-from cvlctl.files import read_json, sha256
+from cvlctl.files import read_json
 from cvlctl.play.rollout import PolicyJob
 from cvlctl.progress import say
 from cvlctl.score import kept
 from cvlctl.score.find_runs import places
 from cvlctl.score.recipe import EvaluateRecipe
 from cvlctl.score.report import SIMULATOR
-from cvlctl.score.rows import read_rows
+from cvlctl.score.rows import rows_file, rows_in
 from cvlctl.types import check_text
 from cvlctl.version import versions
 
@@ -102,7 +103,8 @@ def _add(
     """Take in the rows of an evaluation; returns (algorithm, task, seed) of its policies. Those of a run that is there
     already, at another step, go on with its curve."""
     file, known = out / "rows.jsonl", defaultdict[Any, dict[int, Any]](dict)
-    for row in read_rows(file):
+    content = rows_file(file)
+    for row in rows_in(content, file):
         known[row.algorithm, row.task, row.seed, row.step][row.episode] = row
     policies = [(job["sha256"], job["task"], job["seed"]) for job in record["jobs"]]
     called = [(job["algorithm"], job["task"], job["seed"]) for job in record["jobs"]]
@@ -121,5 +123,5 @@ def _add(
             seen.add(policy)
             found.rows[PolicyJob(algorithm, task, seed, job["step"], Path(job["checkpoint"]), sha256=policy[0])] = rows
             found.jobs.append({"beside": str(out), **job})
-    found.digests[str(out)] = sha256(file)
+    found.digests[str(out)] = hashlib.sha256(content).hexdigest()
     return set(called)

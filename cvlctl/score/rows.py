@@ -41,12 +41,21 @@ def write_rows(path: str | os.PathLike[str], rows: Rows) -> None:
 
 def read_rows(path: str | os.PathLike[str]) -> list[EpisodeResult]:
     """Read what `write_rows` wrote; other keys are ignored. CvlctlError on a missing file or a damaged line."""
-    rows = []
+    return rows_in(rows_file(path), path)
+
+
+def rows_file(path: str | os.PathLike[str]) -> bytes:
+    """What a file of rows holds. CvlctlError where it cannot be read."""
     try:
-        lines = read_regular(Path(path)).split(b"\n")
+        return read_regular(Path(path))
     except OSError as error:
         raise CvlctlError(f"cannot read the rows in {path}: {error.strerror}", "evaluate first") from error
-    for number, line in enumerate(lines, start=1):
+
+
+def rows_in(content: bytes, path: str | os.PathLike[str]) -> list[EpisodeResult]:
+    """The rows in what a file holds. CvlctlError on a damaged line."""
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
         try:
             rows += [parse_row(line)] if line.strip() else []
         except (ValueError, TypeError, LookupError, RecursionError) as error:  # JSON's, UTF-8's are ValueErrors

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,24 @@ def test_provenance_and_the_progress_of_an_import(tmp_path: Path, monkeypatch: p
     assert store.provenance["source"] == {
         "format": "d4rl", "file": str(path), "bytes": path.stat().st_size, "sha256": files.sha256(path), "options": {}
     }  # fmt: skip
+
+
+def test_a_file_that_changes_while_it_is_imported_is_not_filed_under_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its digest was taken first, of other bytes."""
+    path, other = hdf5(tmp_path / "a.hdf5", rows()), hdf5(tmp_path / "b.hdf5", rows(7))
+    entry = formats.FORMATS["d4rl"]
+
+    @functools.wraps(entry.read)
+    def read(*args: Any, **options: Any) -> Iterator[Episode]:
+        other.replace(path)
+        yield from entry.read(*args, **options)
+
+    monkeypatch.setitem(formats.FORMATS, "d4rl", entry._replace(read=read))
+    with pytest.raises(CvlctlError, match=r"a\.hdf5 was changed while it was read"):
+        formats.import_store("d4rl", path, tmp_path / "out.zarr", task="toy")
+    assert not (tmp_path / "out.zarr").exists() and not (tmp_path / "out.zarr.partial").exists()
 
 
 def test_what_import_and_export_refuse(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ import pytest
 SECONDS_A_CASE = 20
 ADDRESS_SPACE = 4 * 2**30
 PEAK_MB = 250  # of the whole process; it starts with 60
-FORMATS = ("npz", "ogbench", "d4rl", "minari", "robomimic", "sb3", "arrays", "rlds", "zarr", "lerobot", "table")
+FORMATS = (
+    "npz", "ogbench", "d4rl", "minari", "robomimic", "sb3", "arrays", "rlds", "zarr", "lerobot", "table", "hdf5",
+    "imitation",
+)  # fmt: skip
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
@@ -46,7 +49,7 @@ def write_sound(format: str, folder: Path) -> tuple[Path, Path]:
     """A sound file of the format: what is read, and the file whose bytes are changed."""
     import numpy as np
     from toy_datasets import lerobot_folder, rlds_folder, zarr_folder
-    from toy_files import WRITTEN, episodes, hdf5, robomimic_file, rows, sb3_arrays
+    from toy_files import WRITTEN, episodes, hdf5, npz, robomimic_file, rows, sb3_arrays
 
     from cvlctl.data import formats
     from cvlctl.data.writer import write_store
@@ -65,6 +68,14 @@ def write_sound(format: str, folder: Path) -> tuple[Path, Path]:
     elif format == "table":
         path = folder / "a.csv"
         path.write_text("observations,actions,episode_index\n" + "1.5,-0.25,0\n" * 20 + "-2,0.5,1\n" * 20)
+    elif format == "hdf5":
+        of_one = {"observations/qpos": np.arange(8.0).reshape(4, 2), "action": np.linspace(-1, 1, 4)[:, None]}
+        path = hdf5(folder / "a.hdf5", {f"demo_{i}/{name}": array for i in range(3) for name, array in of_one.items()})
+    elif format == "imitation":
+        path = npz(folder / "a.npz", {
+            "obs": np.arange(12.0).reshape(12, 1), "acts": np.linspace(-1, 1, 9)[:, None], "rews": np.arange(9.0),
+            "terminal": np.array([True, False, True]), "indices": np.array([2, 5]),
+        })  # fmt: skip
     elif format == "arrays":
         path = hdf5(folder / "a.hdf5", rows())
     elif format == "sb3":

@@ -156,6 +156,8 @@ def import_store(
     if not (task or facts.task):
         raise CvlctlError(f"{path} does not say which task it is of", "--task NAME, such as --task gym/Hopper-v5")
     given = options | ({"horizon": horizon} if "horizon" in legal else {})
+    read = _files(path, facts, given)
+    before = [_state(file) for file in read]
     source = _source(format, path, facts, given)
     provenance = {"source": source} | ({"command": command} if command else {})
     bounds = facts.action_bounds if options.get(KEY) is None else options[KEY]
@@ -168,6 +170,8 @@ def import_store(
     def all_units() -> Units:
         for remark in told.remarks:
             say(f"{path}: {remark}")
+        if [_state(file) for file in read] != before:  # the digest would be of something else
+            raise CvlctlError(f"{path} was changed while it was read", "import it when nothing writes it any more")
         return _units(facts, told, dropping, control_period)
 
     with Progress(f"import {path.name}", facts.transitions, "transitions") as progress:
@@ -260,10 +264,24 @@ def _attributes(facts: Facts, options: dict[str, Any]) -> dict[str, Any]:
     return {"environment": facts.environment | ({"keys": keys} if keys else {})}
 
 
+def _files(path: Path, facts: Facts, given: dict[str, Any]) -> list[Path]:
+    """What is read of an import."""
+    return [*(facts.data or [path]), *(facts.videos if given.get("cameras") else ())]
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    """What changes where a file is written or replaced; None where it is gone."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _source(format: str, path: Path, facts: Facts, given: dict[str, Any]) -> dict[str, Any]:
     """Which content is imported how, as JSON has it."""
     source: dict[str, Any] = {"format": format, "file": str(path), **facts.provenance}
-    files = [*(facts.data or [path]), *(facts.videos if given.get("cameras") else ())]
+    files = _files(path, facts, given)
     digests = [sha256(file) for file in files]
     digest = digests[0] if len(files) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
     source |= {"bytes": sum(file.stat().st_size for file in files), "sha256": digest}

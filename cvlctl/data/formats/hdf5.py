@@ -98,6 +98,15 @@ def dataset_in(path: Path, group: h5py.Group, name: str) -> h5py.Dataset:
     return dataset
 
 
+def names_in(path: Path, group: h5py.Group) -> list[str]:
+    """What lies in a group, by name. CvlctlError where the file is damaged."""
+    with reading(f"{path}: {group.name}"):
+        found = list(group)
+        if any(not isinstance(name, str) for name in found):
+            raise ValueError("a name in it is no text")
+        return found
+
+
 def member(path: Path, group: h5py.Group, name: str, links: list[str] | None = None) -> Any:
     """What lies in the file at `path` under a group's `name`, soft links followed; None where there is nothing.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cvlctl.data.formats.cutting import flags, flat, with_final
-from cvlctl.data.formats.hdf5 import dataset_column, dataset_in, datasets, hdf5_file, member
+from cvlctl.data.formats.hdf5 import dataset_column, dataset_in, datasets, hdf5_file, member, names_in
 from cvlctl.data.formats.joining import Observations
 from cvlctl.data.formats.making import Maker, continuous
 from cvlctl.data.formats.pictures import Cameras, hdf5_frames, hdf5_images
@@ -131,7 +131,7 @@ def _episodes(path: Path, file: h5py.File, keys: Mapping[str, str]) -> Iterator[
 
         return find
 
-    if {"columns", "num_episodes"} <= set(file):
+    if {"columns", "num_episodes"} <= set(names_in(path, file)):
         yield from _of_d3rlpy(path, file)
         return
     above = [file, *(g for g in (member(path, file, "data"),) if isinstance(g, h5py.Group))]
@@ -140,27 +140,30 @@ def _episodes(path: Path, file: h5py.File, keys: Mapping[str, str]) -> Iterator[
         return
     found = 0
     for group in above:
-        for name in sorted(group, key=natural):
+        for name in sorted(names_in(path, group), key=natural):
             episode = member(path, group, name)
             if isinstance(episode, h5py.Group) and there(episode)("actions"):
                 found += 1
                 yield episode, there(episode), _where(path, episode)
         if found:
             return
-    listed = ", ".join(list(datasets(path, file))[:10]) or "nothing"
+    with reading(str(path)):
+        listed = ", ".join(list(datasets(path, file))[:10]) or "nothing"
     raise CvlctlError(f"{path}: no {keys.get('actions', 'actions')}, neither in the file nor in its groups",
                       f"--key actions=NAME says which array of an episode: the file has {listed}")  # fmt: skip
 
 
 def _of_d3rlpy(path: Path, file: h5py.File) -> Iterator[tuple[h5py.Group, Find, str]]:
-    count = int(dataset_in(path, file, "num_episodes")[()])
+    there = set(names_in(path, file))
+    with reading(f"{path}: num_episodes"):
+        count = int(dataset_in(path, file, "num_episodes")[()])
     theirs = {"observations": "observations", "actions": "actions", "rewards": "rewards", "terminals": "terminated"}
-    if f"actions_{count - 1}" not in file:
+    if f"actions_{count - 1}" not in there:
         raise CvlctlError(f"{path}: num_episodes says {count}, and there is no actions_{count - 1}", "write it again")
     for i in range(count):
 
         def find(ours: str, i: int = i) -> str:
-            return name if (name := f"{theirs.get(ours)}_{i}") in file else ""
+            return name if (name := f"{theirs.get(ours)}_{i}") in there else ""
 
         yield file, find, f"{path}: episode {i}"
 
