@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,9 +74,8 @@ def trusted(critic: Critic, store: Store, near: Choices, policy: Any = None) -> 
     """The numbers of one seed; `policy`: (N, O) -> (N, A), None for none."""
     futures, rewards = store.futures(FUTURES, critic.gamma, seed=0, next_states=critic.by_next)[:2]
     q = lambda observations, actions: critic.q(observations, actions, futures, rewards)  # noqa: E731
-    pairs = pairs_of(list(store.episodes(frames=False)), critic.gamma)
-    every = slice(None, None, max(1, len(pairs.returns) // 2_000))
-    found = {"returns": spearmanr(q(pairs.observations[every], pairs.actions[every]), pairs.returns[every])[0]}
+    observations, actions, returns = _known_returns(store, critic.gamma)
+    found = {"returns": spearmanr(q(observations, actions), returns)[0]}
     shape = near.actions.shape
     repeated = np.repeat(near.observations, shape[1], axis=0)
     values = q(repeated, near.actions.reshape(-1, shape[-1])).reshape(shape[:2])
@@ -88,6 +88,14 @@ def trusted(critic: Critic, store: Store, near: Choices, policy: Any = None) -> 
         found["moved"] = np.sqrt(np.square((own - near.actions[:, 0]) / near.actions.std(axis=(0, 1))).mean())
         found["gain"] = (q(near.observations, own) - values[:, 0]).mean() / preferred.std()
     return {name: float(value) for name, value in found.items()}
+
+
+@cache
+def _known_returns(store: Store, gamma: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Some two thousand pairs of the data, (N, O) and (N, A), whose returns (N,) are known: once for all seeds."""
+    pairs = pairs_of(list(store.episodes(frames=False)), gamma)
+    every = slice(None, None, max(1, len(pairs.returns) // 2_000))
+    return pairs.observations[every], pairs.actions[every], pairs.returns[every]
 
 
 def _effective(critic: Critic, near: Choices, futures: np.ndarray) -> float:

@@ -23,6 +23,13 @@ class Busy(CvlctlError):
 class Exists(CvlctlError):
     """Something is there already, perhaps since a moment ago: see `folders.again_where_it_exists`."""
 
+    def __init__(
+        self,
+        path: object,
+        hint: str = "choose another path, or --force (in Python, force=True) to replace it",
+    ) -> None:
+        super().__init__(f"{path} exists", hint)
+
 
 def _shortened(text: str, length: int) -> str:
     """The text, without its middle where it is longer: names and values in it can have any length, a screen has not."""

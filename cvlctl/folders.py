@@ -101,7 +101,7 @@ def replacing(path: Path, *, folder: bool = False, force: bool = True) -> Iterat
     work = Folder(path)
     try:
         if not force and os.path.lexists(work.path):  # perhaps since the caller looked
-            raise Exists(f"{path} exists", "choose another path, or --force (in Python, force=True) to replace it")
+            raise Exists(path)
         files.sweep(work.path.parent, work.path.name)  # earlier versions wrote there
         work.empty()
         with files.disk(path):

@@ -290,7 +290,7 @@ class StoreWriter:
         if self.path.exists():
             if not self._force:
                 hint = "choose another path; --force (in Python, force=True) replaces it when the new one is done"
-                raise Exists(f"{self.path} exists", hint)
+                raise Exists(self.path, hint)
             read_attributes(self.path)  # --force replaces stores, never a folder of something else
 
     def _restore(self) -> None:

@@ -66,7 +66,7 @@ def label_store(
     if done := finished_already(command, [Path(out)], [path], force=force, inputs=digests):
         return summary(done[0], "finished already")
     if Path(out).exists() and not force:  # said before anything is learned
-        raise Exists(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
+        raise Exists(out)
     store = open_store(path)
     if name in store.labels:
         raise CvlctlError(f"{path} has a label {name!r} already", "choose another name, or drop that one first")

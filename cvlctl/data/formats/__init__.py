@@ -149,7 +149,7 @@ def import_store(
     refuse_another(format, path)
     put_right(Path(out))
     if Path(out).exists() and not force:  # said before the file is read
-        raise Exists(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
+        raise Exists(out)
     read_units("import", {KEY: options.get(KEY), "control_period": control_period}, None)  # before anything is read
     facts = chosen.facts(path)
     check_text(f"{path}: the task", facts.task)
@@ -215,7 +215,7 @@ def export_store(format: str, store: Store, out: str | Path, *, label: str = "gi
     if label != "given":
         store.require_label(label)
     if out.exists() and not force:
-        raise Exists(f"{out} exists", "choose another path, or --force (in Python, force=True) to replace it")
+        raise Exists(out)
     ours = {"minari": minari.is_dataset, "lerobot": lerobot_out.is_dataset}
     if out.is_dir() and not (format in ours and ours[format](out)):
         raise CvlctlError(f"{out} is a directory", "choose another path: nothing in it was touched")

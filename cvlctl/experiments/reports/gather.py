@@ -265,9 +265,9 @@ def _trained_since(evaluation: Evaluation) -> list[str]:
     played = (evaluation.out / "evaluation.json").stat().st_mtime
     gone, other = dict[str, None](), dict[str, None]()
     for job in evaluation.record["jobs"]:
-        if job.get("beside"):
+        if not (place := run_of(job)):
             continue
-        file, run = Path(job["checkpoint"]), os.path.relpath(run_of(job))
+        file, run = Path(job["checkpoint"]), os.path.relpath(place)
         if not file.is_file():
             gone[run] = None
         elif file.stat().st_mtime > played and run not in other and sha256(file) != job["sha256"]:
